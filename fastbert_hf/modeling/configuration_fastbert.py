@@ -1,0 +1,126 @@
+"""FastBertConfig: the backbone's own config plus what the exits need."""
+
+# No `from __future__ import annotations` here: it would switch off the type checks of a strict config.
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .encoder_layouts import get_encoder_layout
+from .exit_policies import EXIT_POLICIES, check_max_layers, check_speed
+
+
+EXIT_TYPES = ("attention", "linear")
+
+
+@strict
+class FastBertConfig(PreTrainedConfig):
+    r"""
+    Configuration of a FastBERT model: a BERT-family encoder with an exit classifier after every layer
+    (FastBERT, Liu et al., ACL 2020).
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a `BertConfig`):
+            The backbone's own config.
+        exit_type (`str`, *optional*, defaults to `"attention"`):
+            Structure of the exits. `"attention"` is the paper's (section 3.1.3: project to `exit_hidden_size`, one
+            self-attention, first token, one dense layer); `"linear"` is dense, activation, dropout, Linear on the
+            first token.
+        teacher_exit_type (`str`, *optional*, defaults to `exit_type`):
+            Structure of the last exit. `from_classifier` sets it to `"linear"` to keep the stock head.
+        share_exit_pooler (`bool`, *optional*, defaults to `False`):
+            Whether the exits share everything but their last Linear (as in PABEE). A teacher of another type than
+            the students keeps a pooler of its own.
+        exit_hidden_size (`int`, *optional*, defaults to 128):
+            Width of an attention exit.
+        exit_num_attention_heads (`int`, *optional*, defaults to 2):
+            Number of heads of an attention exit.
+        exit_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of the exits: on the attention probabilities, or before the last Linear of a linear exit.
+        exit_policy (`str`, *optional*, defaults to `"entropy"`):
+            How an exit's logits become an uncertainty in [0, 1]: `"entropy"` (the paper's, normalised by the log of
+            the number of labels), `"confidence"`, `"margin"` or `"patience"`.
+        speed (`float`, *optional*, defaults to 0.5):
+            The speed that the pipeline uses when the call names none. The model itself runs every layer then.
+        patience (`int`, *optional*, defaults to 2):
+            Agreements in a row after which the uncertainty of the patience policy is 0.
+        max_layers (`int`, *optional*):
+            The number of layers after which the pipeline answers at the latest. `None` means all.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig
+    >>> from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
+
+    >>> config = FastBertConfig(text_config=BertConfig(num_hidden_layers=6), num_labels=4, exit_policy="margin")
+    >>> model = FastBertForSequenceClassification(config)
+    ```
+    """
+
+    model_type = "fastbert"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
+    # What Trainer must not collect as predictions beside the logits.
+    keys_to_ignore_at_inference = ["exit_layer", "uncertainty", "exit_logits", "hidden_states", "attentions"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    exit_type: str = "attention"
+    teacher_exit_type: str | None = None
+    share_exit_pooler: bool = False
+    exit_hidden_size: int = 128
+    exit_num_attention_heads: int = 2
+    exit_dropout: float | int = 0.1
+    exit_policy: str = "entropy"
+    speed: float | int = 0.5
+    patience: int = 2
+    max_layers: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        get_encoder_layout(self.text_config)
+        if self.teacher_exit_type is None:
+            self.teacher_exit_type = self.exit_type
+        for name, allowed in (
+            ("exit_type", EXIT_TYPES),
+            ("teacher_exit_type", EXIT_TYPES),
+            ("exit_policy", EXIT_POLICIES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
+        for name in ("exit_hidden_size", "exit_num_attention_heads", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.exit_hidden_size % self.exit_num_attention_heads:
+            raise ValueError(
+                f"exit_hidden_size={self.exit_hidden_size} is not a multiple of "
+                f"exit_num_attention_heads={self.exit_num_attention_heads}."
+            )
+        if not 0 <= self.exit_dropout < 1:
+            raise ValueError(f"exit_dropout must be in [0, 1), got {self.exit_dropout}.")
+        check_speed(self.speed)
+        check_max_layers(self.max_layers, self.num_hidden_layers)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the config of a {model_type!r} checkpoint, not of a FastBERT model, and loading it as one "
+                "would "
+                "leave every weight random. Wrap it: FastBertForSequenceClassification.from_backbone(name, "
+                "num_labels=...) "
+                "for a pretrained encoder, or .from_classifier(name) for a fine-tuned classifier."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the backbone, L. The model has as many exits; the last one is the teacher."""
+        return self.text_config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's hidden states."""
+        return self.text_config.hidden_size
+
+
+__all__ = ["FastBertConfig"]

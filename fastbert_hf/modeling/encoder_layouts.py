@@ -1,0 +1,169 @@
+"""How to embed and step through each encoder family: one row of a table per family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .packed_batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class EncoderLayout:
+    """
+    Where the parts of a stock encoder are, as dotted names below the `AutoModel`.
+
+    Args:
+        layers (`str`): The list of layers, or of the layer groups that ALBERT repeats.
+        embedding_inputs (`tuple`): What the embeddings take beside `input_ids` or `inputs_embeds`.
+        positions (`str`):
+            `"learned"` counts from 0, `"after_padding"` from `pad_token_id + 1` and skips padding ids, `"rotary"`
+            gives every layer its `position_embeddings`.
+        projection (`str`, *optional*): From the embedding width to the hidden width, where the two differ.
+        final_norm (`str`, *optional*): The normalisation that a pre-norm encoder applies once, after its last layer.
+        has_pooler (`bool`): Whether the stock class takes `add_pooling_layer`.
+        head (`tuple`, *optional*):
+            `(dense, out_proj)`: the two Linears of the family's stock classifier, as names below the
+            `AutoModelForSequenceClassification`. `None` where that head has another structure.
+        head_activation (`str`): Activation between the two, also that of linear exits.
+    """
+
+    layers: str = "encoder.layer"
+    embedding_inputs: tuple[str, ...] = ("token_type_ids", "position_ids")
+    positions: str = "learned"
+    projection: str | None = None
+    final_norm: str | None = None
+    has_pooler: bool = True
+    head: tuple[str, str] | None = ("classifier.dense", "classifier.out_proj")
+    head_activation: str = "tanh"
+
+
+ENCODER_LAYOUTS = {
+    "bert": EncoderLayout(head=("bert.pooler.dense", "classifier")),
+    "ernie": EncoderLayout(
+        embedding_inputs=("token_type_ids", "position_ids", "task_type_ids"), head=("ernie.pooler.dense", "classifier")
+    ),
+    "roberta": EncoderLayout(positions="after_padding"),
+    "xlm-roberta": EncoderLayout(positions="after_padding"),
+    "camembert": EncoderLayout(positions="after_padding"),
+    "data2vec-text": EncoderLayout(positions="after_padding"),
+    "electra": EncoderLayout(projection="embeddings_project", has_pooler=False, head_activation="gelu"),
+    "distilbert": EncoderLayout(
+        layers="transformer.layer",
+        embedding_inputs=("position_ids",),
+        has_pooler=False,
+        head=("pre_classifier", "classifier"),
+        head_activation="relu",
+    ),
+    "albert": EncoderLayout(
+        layers="encoder.albert_layer_groups",
+        projection="encoder.embedding_hidden_mapping_in",
+        head=("albert.pooler", "classifier"),
+    ),
+    "modernbert": EncoderLayout(
+        layers="layers",
+        embedding_inputs=(),
+        positions="rotary",
+        final_norm="final_norm",
+        has_pooler=False,
+        head=None,
+    ),
+}
+
+
+def get_encoder_layout(text_config: PreTrainedConfig) -> EncoderLayout:
+    """The layout of a backbone's family, or a `ValueError` that lists the supported ones."""
+    layout = ENCODER_LAYOUTS.get(text_config.model_type)
+    if layout is None:
+        raise ValueError(
+            f"A backbone of type {text_config.model_type!r} is not supported. Supported are: "
+            f"{', '.join(ENCODER_LAYOUTS)} (BERT-WWM, MacBERT and RoBERTa-wwm are of type bert)."
+        )
+    if getattr(text_config, "is_decoder", False):
+        raise ValueError(
+            "The backbone's config says is_decoder=True, but FastBERT reads whole texts: set is_decoder=False in it."
+        )
+    return layout
+
+
+def encoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The module of every layer, first to last; ALBERT repeats its own."""
+    modules = backbone.get_submodule(get_encoder_layout(backbone.config).layers)
+    num_layers = backbone.config.num_hidden_layers
+    return [modules[int(index / (num_layers / len(modules)))] for index in range(num_layers)]
+
+
+def packed_position_ids(
+    backbone: PreTrainedModel, packed_batch: PackedBatch, input_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    The position ids that the family gives to the tokens of a packed batch.
+
+    Args:
+        backbone (`PreTrainedModel`): The stock encoder.
+        packed_batch (`PackedBatch`): Where the texts are.
+        input_ids (`torch.Tensor` of shape `[batch_size, sequence_length]`, *optional*): The padded tokens.
+
+    Returns:
+        `torch.Tensor` of shape `[1, total_tokens]`.
+    """
+    positions = get_encoder_layout(backbone.config).positions
+    if positions == "rotary":
+        return packed_batch.position_ids
+    first = backbone.config.pad_token_id + 1 if positions == "after_padding" else 0
+    longest, limit = packed_batch.lengths.max().item(), backbone.config.max_position_embeddings - first
+    if longest > limit:
+        raise ValueError(
+            f"a text has {longest} tokens, but this model reads at most {limit}: let the tokenizer cut it, as in "
+            f"tokenizer(texts, truncation=True, max_length={limit}) or "
+            f"classifier(texts, truncation=True, max_length={limit})."
+        )
+    if positions == "after_padding" and input_ids is not None:
+        padding = backbone.config.pad_token_id
+        return packed_batch.pack(backbone.embeddings.create_position_ids_from_input_ids(input_ids, padding))
+    return packed_batch.position_ids + first
+
+
+def embed_tokens(backbone: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    The embedding layer on packed tokens.
+
+    Args:
+        backbone (`PreTrainedModel`): The stock encoder.
+        inputs (`dict`):
+            `input_ids` (`[1, total_tokens]`) or `inputs_embeds` (`[1, total_tokens, embedding_size]`), `position_ids`,
+            and what else the caller gave. What the family's embeddings do not take is left out, as the stock class
+            does.
+
+    Returns:
+        `torch.Tensor` of shape `[1, total_tokens, hidden_size]`.
+    """
+    layout = get_encoder_layout(backbone.config)
+    takes = ("input_ids", "inputs_embeds", *layout.embedding_inputs)
+    arguments = {name: inputs.get(name) for name in takes if inputs.get(name) is not None}
+    hidden_states = backbone.embeddings(**{"input_ids": None, **arguments})
+    # ELECTRA has its projection only where the two widths differ.
+    if layout.projection is not None and hasattr(backbone, layout.projection.partition(".")[0]):
+        hidden_states = backbone.get_submodule(layout.projection)(hidden_states)
+    return hidden_states
+
+
+def rotary_embeddings(
+    backbone: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+    """Cosine and sine per attention type, each `[1, total_tokens, head_dim]`, or `None` for learned positions."""
+    if get_encoder_layout(backbone.config).positions != "rotary":
+        return None
+    types = dict.fromkeys(backbone.config.layer_types)
+    return {kind: backbone.rotary_emb(hidden_states, position_ids, kind) for kind in types}
+
+
+def run_layer(layer: nn.Module, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+    """One stock layer on packed hidden states, `[1, total_tokens, hidden_size]` to the same shape."""
+    if packed_batch.position_embeddings is None:
+        return layer(hidden_states, None, packed_batch=packed_batch)
+    position_embeddings = packed_batch.position_embeddings[layer.attention_type]
+    return layer(hidden_states, None, position_embeddings=position_embeddings, packed_batch=packed_batch)

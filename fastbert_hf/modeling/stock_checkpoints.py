@@ -1,0 +1,147 @@
+"""Stock encoders and classifiers, loaded for `from_backbone` and `from_classifier`."""
+
+from __future__ import annotations
+
+import copy
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from .encoder_layouts import ENCODER_LAYOUTS, get_encoder_layout
+
+
+LOADING_ARGUMENTS = (
+    "cache_dir",
+    "dtype",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+)
+
+
+def split_arguments(
+    config_class: type[PreTrainedConfig], arguments: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sorts keywords into fields of the config and arguments of `from_pretrained`; others are a `TypeError`."""
+    fields = [name for name in config_class.__dataclass_fields__ if name not in ("text_config", "dtype")]
+    fields += ["num_labels", "attn_implementation"]
+    unknown = [name for name in arguments if name not in fields and name not in LOADING_ARGUMENTS]
+    if unknown:
+        raise TypeError(
+            f"unexpected {', '.join(unknown)}: give fields of {config_class.__name__} ({', '.join(fields)}) or "
+            "arguments "
+            f"of from_pretrained ({', '.join(LOADING_ARGUMENTS)})."
+        )
+    config_arguments = {name: value for name, value in arguments.items() if name in fields}
+    loading_arguments = {name: value for name, value in arguments.items() if name not in fields}
+    return config_arguments, loading_arguments
+
+
+def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> PreTrainedModel:
+    """
+    A supported encoder without its head and pooler: loaded from a checkpoint of any head, or copied from a model.
+
+    Args:
+        name_or_path (`str`, `PathLike` or `PreTrainedModel`): As in `from_backbone`.
+        kwargs: Arguments of `from_pretrained`. `dtype` is float32 unless given.
+    """
+    if isinstance(name_or_path, PreTrainedModel):
+        refuse_wrapped(name_or_path.config)
+        return without_pooler(copy.deepcopy(name_or_path.base_model))
+    config = AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs))
+    refuse_wrapped(config)
+    arguments = {"add_pooling_layer": False} if get_encoder_layout(config).has_pooler else {}
+    return AutoModel.from_pretrained(name_or_path, **{"dtype": torch.float32, **kwargs}, **arguments)
+
+
+def load_classifier(
+    name_or_path: str | PathLike | PreTrainedModel, **kwargs
+) -> tuple[PreTrainedModel, nn.Linear, nn.Linear]:
+    """
+    A fine-tuned stock classifier in parts: its encoder without the pooler, and the two Linears of its head.
+
+    Args:
+        name_or_path (`str`, `PathLike` or `PreTrainedModel`): As in `from_classifier`.
+        kwargs: Arguments of `from_pretrained`. `dtype` is float32 unless given.
+    """
+    if isinstance(name_or_path, PreTrainedModel):
+        names = head_names(name_or_path.config)
+        model, missing = copy.deepcopy(name_or_path), []
+        if not type(model).__name__.endswith("ForSequenceClassification"):
+            raise ValueError(
+                f"{type(model).__name__} is not a sequence classifier. Use from_backbone(model, num_labels=...)."
+            )
+    else:
+        names = head_names(AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs)))
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
+        )
+        missing = [key for key in info["missing_keys"] if key.rpartition(".")[0] in names]
+    if missing:
+        raise ValueError(
+            f"{name_or_path} has no fine-tuned classifier head (its checkpoint lacks {', '.join(sorted(missing))}). "
+            "For a "
+            f"pretrained encoder use from_backbone({str(name_or_path)!r}, num_labels=...)."
+        )
+    dense, out_proj = map(model.get_submodule, names)
+    return without_pooler(model.base_model), dense, out_proj
+
+
+def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the config around a stock classifier, which brings its labels and its head."""
+    given = [name for name in ("teacher_exit_type", "num_labels", "problem_type") if name in arguments]
+    if given:
+        raise ValueError(
+            f"from_classifier keeps the classifier's own head and its {text_config.num_labels} labels: leave out "
+            f"{', '.join(given)}."
+        )
+    labels = {"id2label": text_config.id2label, "label2id": text_config.label2id}
+    return {
+        "text_config": text_config,
+        "teacher_exit_type": "linear",
+        "problem_type": text_config.problem_type,
+        **labels,
+        **arguments,
+    }
+
+
+def head_names(config: PreTrainedConfig) -> tuple[str, str]:
+    """The two Linears of a family's stock classifier, or a `ValueError` that says why it cannot be kept."""
+    refuse_wrapped(config)
+    names = get_encoder_layout(config).head
+    if names is None:
+        supported = [family for family, layout in ENCODER_LAYOUTS.items() if layout.head is not None]
+        raise ValueError(
+            f"The stock classifier of {config.model_type!r} is not dense, activation, dropout, Linear on the first "
+            "token (it has a normalisation of its own and may average the tokens), so it cannot be kept as the "
+            f"teacher. Supported are: {', '.join(supported)}. Use from_backbone(...) and fine-tune instead."
+        )
+    return names
+
+
+def refuse_wrapped(config: PreTrainedConfig) -> None:
+    """A FastBERT checkpoint needs no wrapping."""
+    if config.model_type == "fastbert":
+        raise ValueError(
+            "This is a FastBERT model already. Use FastBertForSequenceClassification.from_pretrained(...)."
+        )
+
+
+def without_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
+    """The encoder without the pooler that no exit reads."""
+    if get_encoder_layout(encoder.config).has_pooler:
+        encoder.pooler = None
+    return encoder
+
+
+def without_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A config is loaded as it is, whatever dtype the weights are wanted in."""
+    return {name: value for name, value in arguments.items() if name != "dtype"}

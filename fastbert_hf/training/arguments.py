@@ -1,0 +1,43 @@
+"""Arguments of the self-distillation stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..modeling.exit_policies import check_speed
+
+
+@dataclass
+class SelfDistillationArguments(TrainingArguments):
+    """
+    `TrainingArguments` with the paper's settings for stage 2 as defaults, and these fields of its own.
+
+    Args:
+        learning_rate (`float`, *optional*, defaults to 2e-4): Ten times that of stage 1.
+        num_train_epochs (`float`, *optional*, defaults to 5): Passes over the training texts.
+        warmup_steps (`float`, *optional*, defaults to 0.1): Below 1 a share of all steps, else a number of steps.
+        eval_speeds (`list[float]`, *optional*, defaults to `[0.1, 0.5, 0.8]`):
+            Speeds at which the evaluation reports, all derived from one full-depth pass.
+        reverse_kl (`bool`, *optional*, defaults to `False`):
+            Whether the loss is KL(student || teacher), as the paper's Eq. 5 prints it, instead of KL(teacher ||
+            student), as the authors' code computes it.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of the students."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training texts."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Below 1 a share of all steps, else a number of steps."}
+    )
+    eval_speeds: list[float] = field(
+        default_factory=lambda: [0.1, 0.5, 0.8], metadata={"help": "Speeds in [0, 1] at which the evaluation reports."}
+    )
+    reverse_kl: bool = field(
+        default=False, metadata={"help": "Minimise KL(student || teacher) instead of KL(teacher || student)."}
+    )
+
+    def __post_init__(self):
+        for speed in self.eval_speeds:
+            check_speed(speed)
+        super().__post_init__()

@@ -1,0 +1,210 @@
+"""SelfDistillationTrainer: the students learn what the teacher says, everything else stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..modeling.exit_policies import exit_uncertainties, first_exits
+from .arguments import SelfDistillationArguments
+
+
+def student_divergences(exit_logits: torch.Tensor, reverse_kl: bool = False) -> torch.Tensor:
+    """
+    The divergence of each student from the teacher, averaged over the rows, in float32 (FastBERT, ACL 2020, Eq. 5 and
+    6).
+
+    Args:
+        exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit; the last one is the teacher.
+        reverse_kl (`bool`): KL(student || teacher) instead of KL(teacher || student).
+
+    Returns:
+        `torch.Tensor` of shape `[L - 1]`; its sum is the loss. The teacher gets no gradient.
+    """
+    log_probabilities = exit_logits.float().log_softmax(-1)
+    students = log_probabilities[:, :-1]
+    teacher = log_probabilities[:, -1:].detach().expand_as(students)
+    wanted, given = (students, teacher) if reverse_kl else (teacher, students)
+    return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mean(0)
+
+
+def default_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, for a trainer that was given no `compute_metrics`."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+class SelfDistillationTrainer(Trainer):
+    """
+    Stage 2 of FastBERT: freezes the backbone and the teacher (`requires_grad`), keeps both in eval mode, and teaches
+    the students to say what the teacher says. Labels are not used; unlabeled texts are welcome.
+
+    The evaluation makes one full-depth pass. For each of `args.eval_speeds` it reports `mean_exit_layer`, `agreement`
+    with the teacher and, where there are labels, what `compute_metrics` says of the answers at that speed, as
+    `eval_accuracy_speed_0.5`. `eval_loss` is the sum of the students' divergences; each of them is in the logs of
+    training and evaluation as `kl_exit_1` to `kl_exit_{L-1}`. `predict` returns the logits of every exit, `[rows, L,
+    num_labels]`.
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): With a trained teacher. A PEFT model around one works, too.
+        args ([`SelfDistillationArguments`], *optional*): Settings.
+        compute_metrics (`Callable`, *optional*):
+            From an `EvalPrediction` with the logits at one speed, `[rows, num_labels]`, and the labels to a dict.
+            Accuracy unless given.
+        kwargs: As in `Trainer`.
+
+    Example:
+
+    ```python
+    >>> trainer = SelfDistillationTrainer(model, SelfDistillationArguments("outputs"), train_dataset=texts)
+    >>> trainer.train()
+    ```
+    """
+
+    # The loss is a mean over each micro-batch.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: SelfDistillationArguments | None = None,
+        *,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            args = SelfDistillationArguments("trainer_output")
+        if not isinstance(args, SelfDistillationArguments):
+            raise TypeError(
+                f"args must be SelfDistillationArguments, got {type(args).__name__}. Example: "
+                "SelfDistillationTrainer(model, SelfDistillationArguments('outputs', num_train_epochs=5), "
+                "train_dataset=...)"
+            )
+        freeze_all_but_students(model)
+        super().__init__(model, args, **kwargs)
+        self.metrics_at_speed = compute_metrics or default_metrics
+        self._divergences, self._steps = 0.0, 0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if not resume_from_checkpoint and not base_model(self.model).teacher.out_proj.bias.any():
+            raise ValueError(
+                "The teacher is still at its random initialisation, so there is nothing to learn from it. Fine-tune "
+                "first, "
+                "with the stock Trainer, or wrap a fine-tuned classifier: "
+                "FastBertForSequenceClassification.from_classifier(name)"
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ):
+        fastbert = base_model(self.accelerator.unwrap_model(model))
+        training = model.training
+        fastbert.eval()
+        fastbert.students.train(training)
+        outputs = model(**{**inputs, "labels": None}, output_exit_logits=True)
+        divergences = student_divergences(outputs.exit_logits, self.args.reverse_kl)
+        if training:
+            self._divergences = self._divergences + divergences.detach()
+            self._steps += 1
+        return (divergences.sum(), outputs) if return_outputs else divergences.sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._steps:
+            mean = self.accelerator.reduce(self._divergences / self._steps, "mean")
+            logs.update({f"kl_exit_{depth}": value for depth, value in enumerate(mean.tolist(), start=1)})
+            self._divergences, self._steps = 0.0, 0
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs.exit_logits.float(), inputs.get("labels")
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        # Trainer asks for the loss only where it has no `compute_metrics`; ours need no labels, so they are made here.
+        prediction_loss_only = self.args.prediction_loss_only
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if output.predictions is not None:
+            metrics = self.speed_metrics(torch.from_numpy(output.predictions), output.label_ids)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def speed_metrics(self, exit_logits: torch.Tensor, label_ids: np.ndarray | None) -> dict[str, float]:
+        """
+        What one full-depth pass says of the students and of every speed in `args.eval_speeds`.
+
+        Args:
+            exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
+            label_ids (`np.ndarray` of shape `[rows]`, *optional*): Gold labels.
+        """
+        divergences = student_divergences(exit_logits, self.args.reverse_kl)
+        metrics = {"loss": divergences.sum().item()}
+        metrics.update({f"kl_exit_{depth}": value for depth, value in enumerate(divergences.tolist(), start=1)})
+        config = base_model(self.model).config
+        uncertainties = exit_uncertainties(exit_logits, config.exit_policy, config.patience)
+        for speed in self.args.eval_speeds:
+            exit_layer = first_exits(uncertainties, speed)
+            logits = exit_logits[torch.arange(len(exit_layer)), exit_layer - 1]  # [rows, num_labels]
+            agreement = logits.argmax(-1) == exit_logits[:, -1].argmax(-1)
+            at_speed = {
+                "mean_exit_layer": exit_layer.float().mean().item(),
+                "agreement": agreement.float().mean().item(),
+            }
+            if label_ids is not None:
+                at_speed.update(self.metrics_at_speed(EvalPrediction(logits.numpy(), label_ids)))
+            metrics.update({f"{name}_speed_{speed:g}": value for name, value in at_speed.items()})
+        return metrics
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The FastBERT model itself, out of a PEFT model where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def freeze_all_but_students(model: PreTrainedModel) -> None:
+    """Leaves gradients to the students alone: `requires_grad` is off for the backbone and the teacher."""
+    if getattr(getattr(model, "config", None), "model_type", None) != "fastbert":
+        raise ValueError(
+            f"model must be a FastBertForSequenceClassification, got {type(model).__name__}. Wrap yours: "
+            "FastBertForSequenceClassification.from_classifier(name)"
+        )
+    fastbert = base_model(model)
+    if len(fastbert.students) == 0:
+        raise ValueError("The backbone has one layer, so there are no students to teach.")
+    if fastbert is not model and not all(hasattr(student, "modules_to_save") for student in fastbert.students):
+        names = [f"exits.{index}" for index in range(len(fastbert.exits))]
+        raise ValueError(
+            f"The adapter would be saved without the students. Name every exit in its config: modules_to_save={names}"
+        )
+    # PEFT keeps the original of every module that it trains in full; only the copy learns.
+    originals = {id(parameter) for name, parameter in model.named_parameters() if ".original_module." in name}
+    model.requires_grad_(False)
+    for parameter in fastbert.student_parameters():
+        parameter.requires_grad = id(parameter) not in originals

@@ -1,0 +1,149 @@
+"""Tiny random models of every family, ragged batches, and assertions that several test files share."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    BertConfig,
+    CamembertConfig,
+    Data2VecTextConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ErnieConfig,
+    ModernBertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
+
+
+VOCAB_SIZE = 100
+SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+NUM_LAYERS = 4
+
+
+def tiny_text_config(family: str, num_layers: int = NUM_LAYERS) -> PreTrainedConfig:
+    """The smallest config of a family that still has every part of it."""
+    shape = {**SHAPE, "num_hidden_layers": num_layers, "max_position_embeddings": 64}
+    configs = {
+        "bert": lambda: BertConfig(**shape),
+        "ernie": lambda: ErnieConfig(**shape, use_task_id=True),
+        "roberta": lambda: RobertaConfig(**shape, type_vocab_size=2, pad_token_id=1),
+        "xlm-roberta": lambda: XLMRobertaConfig(**shape, type_vocab_size=2, pad_token_id=1),
+        "camembert": lambda: CamembertConfig(**shape, type_vocab_size=2, pad_token_id=1),
+        "data2vec-text": lambda: Data2VecTextConfig(**shape, type_vocab_size=2, pad_token_id=1),
+        # 16 is not 32, so that the projection is there.
+        "electra": lambda: ElectraConfig(**shape, embedding_size=16),
+        "distilbert": lambda: DistilBertConfig(
+            vocab_size=VOCAB_SIZE, dim=32, hidden_dim=64, n_heads=4, n_layers=num_layers, max_position_embeddings=64
+        ),
+        # Two groups of layers, each repeated.
+        "albert": lambda: AlbertConfig(**shape, embedding_size=16, num_hidden_groups=2),
+        # A window of 8 tokens is shorter than the texts below; every second layer sees all of them.
+        "modernbert": lambda: ModernBertConfig(
+            **shape,
+            local_attention=8,
+            global_attn_every_n_layers=2,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            cls_token_id=2,
+            sep_token_id=3,
+        ),
+    }
+    return configs[family]()
+
+
+FAMILIES = (
+    "bert",
+    "ernie",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "distilbert",
+    "albert",
+    "modernbert",
+)
+
+
+def spread_out(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """
+    Draws every weight anew and larger, so that layers matter, exits disagree and no bias is zero. Fresh models answer
+    every text with nearly the same logits, which hides mistakes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                is_norm = "norm" in name.lower() and name.endswith("weight")
+                parameter.copy_(noise * 0.1 + (1.0 if is_norm else 0.0))
+            else:
+                parameter.copy_(noise * (2.0 if "out_proj" in name else 1.0) / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+def tiny_stock_model(family: str = "bert", seed: int = 0, **kwargs) -> PreTrainedModel:
+    """A stock encoder of a family."""
+    torch.manual_seed(seed)
+    return spread_out(AutoModel.from_config(tiny_text_config(family), **kwargs), seed)
+
+
+def tiny_model(
+    family: str = "bert", seed: int = 0, num_labels: int = 3, **config
+) -> FastBertForSequenceClassification:
+    """A FastBERT model of a family, in eval mode, whose exits disagree."""
+    torch.manual_seed(seed)
+    text_config = tiny_text_config(family)
+    model = FastBertForSequenceClassification(FastBertConfig(text_config=text_config, num_labels=num_labels, **config))
+    return spread_out(model, seed)
+
+
+def ragged_batch(
+    lengths: tuple[int, ...] = (9, 3, 17, 1, 9, 30, 2),
+    pad_token_id: int = 0,
+    pairs: bool = False,
+    padding_side: str = "right",
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Padded random texts as a tokenizer gives them; with `pairs`, the second half of each is of token type 1."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    input_ids = torch.full((len(lengths), longest), pad_token_id)
+    attention_mask = torch.zeros(len(lengths), longest, dtype=torch.long)
+    token_type_ids = torch.zeros(len(lengths), longest, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if padding_side == "right" else slice(longest - length, longest)
+        input_ids[row, place] = torch.randint(5, VOCAB_SIZE, (length,), generator=generator)
+        attention_mask[row, place] = 1
+        if pairs:
+            token_type_ids[row, place] = (torch.arange(length) >= length // 2).long()
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if pairs:
+        batch["token_type_ids"] = token_type_ids
+    return batch
+
+
+def pad_token_id_of(family: str) -> int:
+    return tiny_text_config(family).pad_token_id
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal shapes, and no element further apart than the tolerance."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def changed_parameters(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parameters that are not bit-identical to `before` (a copied state dict)."""
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def copied_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
