@@ -53,7 +53,7 @@ class Recipe:
 
 
 RECIPES = {
-    "sst2": Recipe(num_train_epochs=3, learning_rate=1e-4, distill_num_train_epochs=4, batch_size=64),
+    "sst2": Recipe(num_train_epochs=2, learning_rate=1e-4, distill_num_train_epochs=3, batch_size=64),
     "trec": Recipe(num_train_epochs=6, learning_rate=1e-4, distill_num_train_epochs=8),
     "mrpc": Recipe(num_train_epochs=5, learning_rate=1e-4, distill_num_train_epochs=6),
     "banking77": Recipe(num_train_epochs=8, learning_rate=2e-4, distill_num_train_epochs=8),

@@ -7,9 +7,8 @@ from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
 from .training import SelfDistillationArguments, SelfDistillationTrainer
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 AutoConfig.register("fastbert", FastBertConfig)
 AutoModel.register(FastBertConfig, FastBertModel)
@@ -30,4 +29,5 @@ __all__ = [
     "FastTextClassificationPipeline",
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
+    "__version__",
 ]

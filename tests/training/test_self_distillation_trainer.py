@@ -1,0 +1,532 @@
+"""Stage 2: `SelfDistillationTrainer` teaches the students what the teacher says and leaves the rest as it is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, SelfDistillationTrainer
+from fastbert_hf import SelfDistillationArguments as Arguments
+from fastbert_hf.training import student_divergences
+
+from ..common import (
+    NUM_LAYERS,
+    assert_close,
+    changed_parameters,
+    copied_state,
+    pad_token_id_of,
+    student_names,
+    tiny_model,
+    tiny_rows,
+    tiny_text_config,
+    training_settings,
+    without_dropout,
+)
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
+STUDENTS = range(1, NUM_LAYERS)
+
+
+def stage_two(tmp_path, model, rows=None, eval_rows=None, compute_metrics=None, **settings) -> SelfDistillationTrainer:
+    return SelfDistillationTrainer(
+        model,
+        Arguments(**training_settings(tmp_path, **settings)),
+        train_dataset=tiny_rows() if rows is None else rows,
+        eval_dataset=eval_rows,
+        compute_metrics=compute_metrics,
+    )
+
+
+def exit_logits_of(model, rows) -> torch.Tensor:
+    batch = default_data_collator(rows)
+    batch.pop("labels", None)
+    with torch.no_grad():
+        return model.eval()(**batch, output_exit_logits=True).exit_logits
+
+
+def float64_divergences(exit_logits: torch.Tensor, reverse_kl: bool = False) -> list[float]:
+    """Eq. 5 of the paper, written out in float64: of each student, averaged over the rows."""
+    probabilities = exit_logits.double().exp() / exit_logits.double().exp().sum(-1, keepdim=True)
+    teacher = probabilities[:, -1]
+    divergences = []
+    for student in probabilities[:, :-1].unbind(1):
+        wanted, given = (student, teacher) if reverse_kl else (teacher, student)
+        divergences.append((wanted * (wanted / given).log()).sum(-1).mean().item())
+    return divergences
+
+
+@pytest.mark.parametrize("reverse_kl", [False, True])
+def test_divergences_and_their_gradients_equal_float64_formulas(reverse_kl):
+    rows, num_exits, num_labels = 7, 5, 4
+    generator = torch.Generator().manual_seed(0)
+    exit_logits = (torch.randn(rows, num_exits, num_labels, generator=generator) * 3).requires_grad_()
+
+    divergences = student_divergences(exit_logits, reverse_kl)
+    divergences.sum().backward()
+
+    expected = torch.tensor(float64_divergences(exit_logits.detach(), reverse_kl))
+    assert divergences.shape == (num_exits - 1,)
+    assert_close(divergences.detach(), expected.float(), 1e-5)
+    student, teacher = exit_logits.detach().double().softmax(-1).split([num_exits - 1, 1], 1)
+    ratio = (student / teacher).log()
+    if reverse_kl:
+        gradient = student * (ratio - (student * ratio).sum(-1, keepdim=True)) / rows
+    else:
+        gradient = (student - teacher) / rows
+    assert_close(exit_logits.grad[:, :-1], gradient.float(), 1e-6)
+    assert not exit_logits.grad[:, -1].any()
+
+
+def test_the_two_directions_of_the_divergence_differ_and_vanish_for_equal_answers():
+    exit_logits = torch.tensor([[[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]]])
+    forward, reverse = student_divergences(exit_logits), student_divergences(exit_logits, reverse_kl=True)
+    assert abs(forward - reverse).item() > 0.05
+    assert student_divergences(exit_logits[:, [1, 1]]).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_divergences_of_half_precision_logits_are_float32():
+    exit_logits = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    divergences = student_divergences(exit_logits)
+    assert divergences.dtype == torch.float32
+    assert_close(divergences, torch.tensor(float64_divergences(exit_logits)).float(), 1e-5)
+
+
+@pytest.mark.parametrize("reverse_kl", [False, True])
+def test_loss_is_the_sum_over_the_students(tmp_path, reverse_kl):
+    model = without_dropout(tiny_model(exit_dropout=0))
+    rows = tiny_rows(8)
+    expected = float64_divergences(exit_logits_of(model, rows), reverse_kl)
+
+    trainer = stage_two(tmp_path, model, rows, max_steps=1, reverse_kl=reverse_kl)
+    assert trainer.compute_loss(model, default_data_collator(rows)).item() == pytest.approx(sum(expected), abs=1e-5)
+    trainer.train()
+
+    first_log = trainer.state.log_history[0]
+    assert first_log["loss"] == pytest.approx(sum(expected), abs=1e-4)
+    for depth, divergence in enumerate(expected, start=1):
+        assert first_log[f"kl_exit_{depth}"] == pytest.approx(divergence, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "exit_type", "weight_decay"),
+    [
+        ("bert", "attention", 0.0),
+        ("bert", "attention", 0.1),
+        ("bert", "linear", 0.1),
+        ("albert", "attention", 0.1),
+        ("modernbert", "linear", 0.1),
+    ],
+)
+def test_every_student_parameter_moves_and_all_else_stays(tmp_path, family, exit_type, weight_decay):
+    model = tiny_model(family, exit_type=exit_type)
+    before, students = copied_state(model), student_names(model)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    assert buffers
+    rows = tiny_rows(pad_token_id=pad_token_id_of(family))
+    stage_two(tmp_path, model, rows, weight_decay=weight_decay).train()
+
+    assert changed_parameters(model, before) == students
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+def test_only_the_students_require_gradients(tmp_path):
+    model = tiny_model()
+    model.requires_grad_(True)
+    stage_two(tmp_path, model)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == student_names(model)
+
+
+def test_students_are_in_train_mode_and_the_rest_in_eval_mode(tmp_path):
+    model = tiny_model()
+    modes = []
+
+    def record(*call):
+        rest = {module.training for part in (model.fastbert, model.teacher) for module in part.modules()}
+        modes.append((rest, {module.training for student in model.students for module in student.modules()}))
+
+    model.fastbert.backbone.embeddings.register_forward_hook(record)
+    trainer = stage_two(tmp_path, model, eval_rows=tiny_rows(8), max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+
+    training, evaluation = ({False}, {True}), ({False}, {False})
+    assert modes == [training, evaluation, training, evaluation]
+
+
+def test_backbone_and_teacher_record_no_graph(tmp_path):
+    model = tiny_model()
+    reads, answers = [], []
+    for exit_classifier in model.exits:
+        exit_classifier.register_forward_hook(lambda module, inputs, output: reads.append(inputs[0]))
+        exit_classifier.register_forward_hook(lambda module, inputs, output: answers.append(output))
+    stage_two(tmp_path, model, max_steps=1).train()
+    assert [states.requires_grad for states in reads] == [False] * NUM_LAYERS
+    assert [logits.requires_grad for logits in answers] == [True] * len(STUDENTS) + [False]
+
+
+def test_labels_are_neither_needed_nor_used(tmp_path):
+    labeled = tiny_rows()
+    permutation = torch.randperm(len(labeled), generator=torch.Generator().manual_seed(1))
+    shuffled = [{**row, "labels": labeled[other]["labels"]} for row, other in zip(labeled, permutation, strict=True)]
+    assert [row["labels"] for row in shuffled] != [row["labels"] for row in labeled]
+
+    weights = []
+    for rows in (labeled, shuffled, tiny_rows(labels=False)):
+        model = tiny_model()
+        stage_two(tmp_path, model, rows).train()
+        weights.append(copied_state(model))
+
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("model_scales_its_own_loss", [False, True])
+def test_four_accumulated_batches_of_8_equal_one_of_32(tmp_path, model_scales_its_own_loss):
+    weights = []
+    for batch_size, accumulation in ((8, 4), (32, 1)):
+        model = without_dropout(tiny_model(exit_dropout=0))
+        model.accepts_loss_kwargs = model_scales_its_own_loss
+        before = copied_state(model)
+        stage_two(
+            tmp_path,
+            model,
+            tiny_rows(64),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            **SGD,
+        ).train()
+        weights.append(copied_state(model))
+        assert max((weights[-1][name] - before[name]).abs().max() for name in before) > 1e-3
+
+    for name, value in weights[0].items():
+        assert_close(value, weights[1][name], 1e-6)
+
+
+def test_resumed_training_equals_uninterrupted_training(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    model = tiny_model(exit_dropout=0.1)
+    stage_two(tmp_path, model, **settings).train()
+    resumed = tiny_model(seed=1, exit_dropout=0.1)
+    stage_two(tmp_path, resumed, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert not changed_parameters(resumed, copied_state(model))
+
+
+def test_fresh_model_resumes_from_the_checkpoint_of_a_trained_one(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    model = tiny_model()
+    stage_two(tmp_path, model, **settings).train()
+    fresh = FastBertForSequenceClassification(model.config)
+    stage_two(tmp_path, fresh, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not changed_parameters(fresh, copied_state(model))
+
+
+def test_best_model_by_a_metric_at_one_speed_is_loaded_at_the_end(tmp_path):
+    answers_seen, trained = [], []
+    model = tiny_model()
+
+    def compute_metrics(prediction):
+        answers_seen.append(prediction)
+        return {"accuracy": -float(len(answers_seen))}
+
+    trainer = stage_two(
+        tmp_path,
+        model,
+        eval_rows=tiny_rows(8),
+        compute_metrics=compute_metrics,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy_speed_0.5",
+    )
+    model.teacher.register_forward_hook(lambda *call: trained.append(copied_state(model)))
+    trainer.train()
+
+    assert trainer.state.best_metric == -2
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    after_one_step, after_two_steps = trained[1], trained[3]
+    assert not changed_parameters(model, after_one_step)
+    assert changed_parameters(model, after_two_steps)
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
+    model = tiny_model()
+    before = copied_state(model)
+    dtypes = set()
+    model.students[0].out_proj.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    trainer = stage_two(tmp_path, model, eval_rows=tiny_rows(8), bf16=True)
+    trainer.train()
+
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert changed_parameters(model, before) == student_names(model)
+    expected = sum(float64_divergences(exit_logits_of(model, tiny_rows(8))))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.:FutureWarning")
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        model = tiny_model()
+        stage_two(tmp_path, model, gradient_checkpointing=checkpointing).train()
+        weights.append(copied_state(model))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_distilling_brings_every_student_nearer_to_the_teacher(tmp_path):
+    model = tiny_model()
+    rows = tiny_rows(32)
+    before = float64_divergences(exit_logits_of(model, rows))
+    trainer = stage_two(tmp_path, model, rows, max_steps=60, learning_rate=5e-3, logging_steps=20)
+    trainer.train()
+    after = float64_divergences(exit_logits_of(model, rows))
+    assert all(late < 0.5 * early for late, early in zip(after, before, strict=True))
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize(
+        ("policy", "patience"),
+        [("entropy", 1), ("confidence", 1), ("margin", 1), ("patience", 1), ("patience", 2), ("patience", 3)],
+    )
+    def test_one_full_depth_pass_reports_what_adaptive_calls_give(self, tmp_path, policy, patience):
+        model = tiny_model(exit_policy=policy, patience=patience)
+        rows = tiny_rows(22)
+        names = ["0", "0.1", "0.34", "0.5", "0.8", "1"]
+        trainer = stage_two(
+            tmp_path,
+            model,
+            eval_rows=rows,
+            eval_speeds=[float(name) for name in names],
+            per_device_eval_batch_size=4,
+        )
+        calls = {"embeddings": 0, "layers": 0}
+
+        def count(part):
+            calls[part] += 1
+
+        handles = [model.fastbert.backbone.embeddings.register_forward_hook(lambda *call: count("embeddings"))]
+        handles += [layer.register_forward_hook(lambda *call: count("layers")) for layer in model.fastbert.layers()]
+        metrics = trainer.evaluate()
+        for handle in handles:
+            handle.remove()
+        assert calls == {"embeddings": 6, "layers": 6 * NUM_LAYERS}
+
+        batch = default_data_collator(rows)
+        labels = batch.pop("labels")
+        model.eval()
+        depths = set()
+        with torch.no_grad():
+            teacher = model(**batch).logits.argmax(-1)
+            for name in names:
+                output = model(**batch, speed=float(name))
+                answers = output.logits.argmax(-1)
+                depths.update(output.exit_layer.tolist())
+                expected = {
+                    f"eval_accuracy_speed_{name}": (answers == labels).float().mean().item(),
+                    f"eval_agreement_speed_{name}": (answers == teacher).float().mean().item(),
+                    f"eval_mean_exit_layer_speed_{name}": output.exit_layer.float().mean().item(),
+                }
+                assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
+        assert len(depths) > 1
+        assert metrics["eval_agreement_speed_0"] == 1
+        assert metrics["eval_mean_exit_layer_speed_0"] == NUM_LAYERS
+        assert metrics["eval_mean_exit_layer_speed_1"] < NUM_LAYERS
+
+    @pytest.mark.parametrize("reverse_kl", [False, True])
+    def test_loss_is_the_sum_of_the_divergences_over_all_rows(self, tmp_path, reverse_kl):
+        model = tiny_model()
+        rows = tiny_rows(22)
+        trainer = stage_two(tmp_path, model, eval_rows=rows, per_device_eval_batch_size=4, reverse_kl=reverse_kl)
+        metrics = trainer.evaluate()
+        expected = float64_divergences(exit_logits_of(model, rows), reverse_kl)
+        for depth, divergence in enumerate(expected, start=1):
+            assert metrics[f"eval_kl_exit_{depth}"] == pytest.approx(divergence, abs=1e-5)
+        assert metrics["eval_loss"] == pytest.approx(sum(expected), abs=1e-5)
+        assert f"eval_kl_exit_{NUM_LAYERS}" not in metrics
+
+    def test_rows_without_labels_report_all_but_the_accuracy(self, tmp_path):
+        model = tiny_model()
+        settings = {"per_device_eval_batch_size": 4}
+        with_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10), **settings).evaluate()
+        without_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10, labels=False), **settings).evaluate()
+
+        missing = {f"eval_accuracy_speed_{speed}" for speed in ("0.1", "0.5", "0.8")}
+        assert with_labels.keys() - without_labels.keys() == missing
+        shared = {key for key in without_labels if "speed_" in key or "kl_exit" in key or key == "eval_loss"}
+        assert len(shared) == 2 * 3 + len(STUDENTS) + 1
+        assert {key: without_labels[key] for key in shared} == pytest.approx({key: with_labels[key] for key in shared})
+
+    def test_custom_metrics_are_reported_at_every_speed(self, tmp_path):
+        model = tiny_model()
+        rows = tiny_rows(10)
+        predictions = []
+
+        def compute_metrics(prediction):
+            predictions.append(prediction)
+            return {"first_label": float((prediction.predictions.argmax(-1) == 0).mean())}
+
+        trainer = stage_two(tmp_path, model, eval_rows=rows, compute_metrics=compute_metrics, eval_speeds=[0.0, 0.7])
+        metrics = trainer.evaluate()
+
+        batch = default_data_collator(rows)
+        labels = batch.pop("labels")
+        assert len(predictions) == 2
+        for name, prediction in zip(("0", "0.7"), predictions, strict=True):
+            with torch.no_grad():
+                logits = model.eval()(**batch, speed=float(name)).logits
+            assert_close(torch.from_numpy(prediction.predictions), logits)
+            assert prediction.label_ids.tolist() == labels.tolist()
+            expected = (logits.argmax(-1) == 0).float().mean().item()
+            assert metrics[f"eval_first_label_speed_{name}"] == pytest.approx(expected)
+        assert not any("accuracy" in key for key in metrics)
+
+    def test_without_speeds_only_the_divergences_are_reported(self, tmp_path):
+        metrics = stage_two(tmp_path, tiny_model(), eval_rows=tiny_rows(10), eval_speeds=[]).evaluate()
+        assert not any("speed_" in key for key in metrics)
+        assert {f"eval_kl_exit_{depth}" for depth in STUDENTS} <= metrics.keys()
+
+    def test_prediction_loss_only_still_reports_the_loss(self, tmp_path):
+        model = tiny_model()
+        rows = tiny_rows(8)
+        metrics = stage_two(tmp_path, model, eval_rows=rows, prediction_loss_only=True).evaluate()
+        expected = sum(float64_divergences(exit_logits_of(model, rows)))
+        assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
+        assert not any("speed_" in key for key in metrics)
+
+    @pytest.mark.parametrize("labels", [True, False])
+    def test_predict_returns_the_logits_of_every_exit(self, tmp_path, labels):
+        model = tiny_model()
+        rows = tiny_rows(10, labels=labels)
+        output = stage_two(tmp_path, model, per_device_eval_batch_size=4).predict(rows)
+        assert output.predictions.shape == (10, NUM_LAYERS, 3)
+        assert_close(torch.from_numpy(output.predictions), exit_logits_of(model, rows))
+        assert (output.label_ids is not None) == labels
+        assert "test_mean_exit_layer_speed_0.5" in output.metrics
+
+
+class TestLogs:
+    @pytest.mark.parametrize(("logging_steps", "accumulation"), [(1, 1), (2, 1), (2, 2)])
+    def test_divergences_of_the_exits_add_up_to_the_loss(self, tmp_path, logging_steps, accumulation):
+        trainer = stage_two(
+            tmp_path,
+            tiny_model(),
+            tiny_rows(64),
+            eval_rows=tiny_rows(8),
+            max_steps=4,
+            logging_steps=logging_steps,
+            gradient_accumulation_steps=accumulation,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        trainer.train()
+        training_logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        evaluation_logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert len(training_logs) == 4 // logging_steps
+        assert len(evaluation_logs) == 4
+        for prefix, logs in (("", training_logs), ("eval_", evaluation_logs)):
+            for entry in logs:
+                assert sum(entry[f"{prefix}kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(
+                    entry[f"{prefix}loss"], abs=1e-4
+                )
+                assert entry[f"{prefix}loss"] > 0.01
+
+    def test_a_second_training_starts_its_own_averages(self, tmp_path):
+        trainer = stage_two(tmp_path, tiny_model(), tiny_rows(64), max_steps=3, logging_steps=2, learning_rate=5e-3)
+        trainer.train()
+        trainer.train()
+        first_log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert sum(first_log[f"kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(first_log["loss"], abs=1e-4)
+
+
+class TestSharedPooler:
+    def test_pooler_of_students_and_teacher_stays(self, tmp_path):
+        model = tiny_model(share_exit_pooler=True)
+        before = copied_state(model)
+        modes = set()
+        model.shared_pooler.register_forward_pre_hook(lambda module, inputs: modes.add(module.training))
+        trainer = stage_two(tmp_path, model, weight_decay=0.1)
+        assert not any(parameter.requires_grad for parameter in model.shared_pooler.parameters())
+        trainer.train()
+
+        assert modes == {False}
+        changed = changed_parameters(model, before)
+        assert changed == student_names(model)
+        assert changed == {f"exits.{i}.out_proj.{name}" for i in range(NUM_LAYERS - 1) for name in ("weight", "bias")}
+
+    @pytest.mark.parametrize(("exit_type", "teacher_exit_type"), [("attention", "linear"), ("linear", "attention")])
+    def test_pooler_of_the_students_alone_moves(self, tmp_path, exit_type, teacher_exit_type):
+        model = tiny_model(share_exit_pooler=True, exit_type=exit_type, teacher_exit_type=teacher_exit_type)
+        before = copied_state(model)
+        trainer = stage_two(tmp_path, model, weight_decay=0.1)
+        pooler = {f"shared_pooler.{name}" for name, _ in model.shared_pooler.named_parameters()}
+        trainer.train()
+        assert changed_parameters(model, before) == student_names(model) | pooler
+
+    def test_pooler_of_the_students_alone_is_in_train_mode(self, tmp_path):
+        model = tiny_model(share_exit_pooler=True, exit_type="attention", teacher_exit_type="linear")
+        modes = []
+        model.shared_pooler.register_forward_pre_hook(
+            lambda *call: modes.append({module.training for module in model.shared_pooler.modules()})
+        )
+        trainer = stage_two(tmp_path, model, max_steps=1)
+        trainer.train()
+        assert modes == [{True}] * len(STUDENTS)
+        modes.clear()
+        trainer.evaluate(tiny_rows(8))
+        assert modes == [{False}] * len(STUDENTS)
+
+
+class TestRefusals:
+    def test_teacher_that_was_never_trained(self, tmp_path):
+        torch.manual_seed(0)
+        config = FastBertConfig(text_config=tiny_text_config("bert"), num_labels=3)
+        model = FastBertForSequenceClassification(config)
+        before = copied_state(model)
+        trainer = stage_two(tmp_path, model)
+        with pytest.raises(ValueError, match=r"teacher is still at its random initialisation.*from_classifier\(name"):
+            trainer.train()
+        assert not changed_parameters(model, before)
+
+    @pytest.mark.parametrize("kind", [TrainingArguments, SimpleNamespace])
+    def test_arguments_of_another_class(self, tmp_path, kind):
+        args = kind(output_dir=str(tmp_path))
+        expected = (
+            rf"args must be SelfDistillationArguments, got {kind.__name__}.*SelfDistillationArguments\('outputs'"
+        )
+        with pytest.raises(TypeError, match=expected):
+            SelfDistillationTrainer(tiny_model(), args)
+
+    @pytest.mark.parametrize("kind", ["stock", None])
+    def test_model_that_is_not_fastbert(self, tmp_path, kind):
+        model = AutoModelForSequenceClassification.from_config(tiny_text_config("bert")) if kind else None
+        name = type(model).__name__
+        expected = rf"must be a FastBertForSequenceClassification, got {name}.*from_classifier\(name\)"
+        with pytest.raises(ValueError, match=expected):
+            stage_two(tmp_path, model)
+
+    def test_fastbert_model_without_exits(self, tmp_path):
+        with pytest.raises(ValueError, match="must be a FastBertForSequenceClassification, got FastBertModel"):
+            stage_two(tmp_path, tiny_model().fastbert)
+
+    def test_model_of_one_layer(self, tmp_path):
+        config = FastBertConfig(text_config=tiny_text_config("bert", num_layers=1))
+        with pytest.raises(ValueError, match="one layer, so there are no students"):
+            stage_two(tmp_path, FastBertForSequenceClassification(config))
+
+
+def test_arguments_may_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = SelfDistillationTrainer(tiny_model())
+    assert isinstance(trainer.args, Arguments)
+    assert isinstance(trainer, Trainer)
+    assert trainer.args.learning_rate == 2e-4
