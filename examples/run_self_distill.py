@@ -171,6 +171,8 @@ def load_file(path: str):
     try:
         return load_dataset(**arguments, data_files={"rows": path})["rows"]
     except (DatasetGenerationError, ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):
+            fail(f"{path} has no rows below its header")
         reason = str(error.__cause__ or error).splitlines()[0]
         fail(f"{path} cannot be read as {kind[1:]}: {reason}")
 
@@ -260,10 +262,10 @@ def encode(script: ScriptArguments, tokenizer, rows, label2id: dict[str, int] | 
             label2id = {value: int(value) for value in values}
         unknown = sorted(set(values) - label2id.keys())
         if unknown:
-            count = sum(value in unknown for value in values)
+            count, known = sum(value in unknown for value in values), ", ".join(map(repr, label2id))
             fail(
                 f"{count} rows of the {name} data have the label {', '.join(map(repr, unknown))}, which the model "
-                f"does not learn (it knows {', '.join(map(repr, label2id))}): add training rows with it, or remove these"
+                f"does not learn (it knows {known}): add training rows with it, or remove these"
             )
 
     def tokenize(batch, indices):

@@ -1,14 +1,18 @@
 """FastBERT for Hugging Face Transformers. Importing the package registers its models and its pipeline."""
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
-from .training import SelfDistillationArguments, SelfDistillationTrainer
 from .version import __version__
 
+
+if TYPE_CHECKING:
+    from .training import SelfDistillationArguments, SelfDistillationTrainer
 
 AutoConfig.register("fastbert", FastBertConfig)
 AutoModel.register(FastBertConfig, FastBertModel)
@@ -21,6 +25,16 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 # With this mark every saved pipeline would point to custom code, and refuse to load without trust_remote_code.
 del FastTextClassificationPipeline._registered_impl
+
+
+def __getattr__(name: str) -> Any:
+    # Who only serves a model does not pay for the Trainer: its import takes about 90 MiB and a second.
+    if name in ("SelfDistillationArguments", "SelfDistillationTrainer"):
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "FastBertConfig",

@@ -9,6 +9,7 @@ from transformers import (
     AlbertConfig,
     AutoModel,
     BertConfig,
+    BertTokenizer,
     CamembertConfig,
     Data2VecTextConfig,
     DistilBertConfig,
@@ -223,3 +224,18 @@ def reference_exit_logits(
     )
     features = torch.tanh(linear(attended[0, 0], dense.weight, dense.bias))
     return linear(features, out_proj.weight, out_proj.bias)
+
+
+def tiny_tokenizer() -> BertTokenizer:
+    """One token for each of the words `word5` to `word99`, with the ids of `ragged_batch`."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"word{index}" for index in range(len(special), VOCAB_SIZE)]
+    return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=64)
+
+
+def tiny_texts(number: int = 12, seed: int = 0) -> list[str]:
+    """Random texts of 1 to 12 words that `tiny_tokenizer` knows."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 13, (number,), generator=generator).tolist()
+    words = [torch.randint(5, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+    return [" ".join(f"word{index}" for index in text) for text in words]

@@ -67,7 +67,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             As `TextClassificationPipeline`: a list for a text or a list, an iterator for a data set or an iterator.
             Each answer is `{"label": str, "score": float, "exit_layer": int}`.
         """
-        if isinstance(inputs, (str, dict)) or (isinstance(inputs, Dataset) and not isinstance(inputs, list)):
+        if isinstance(inputs, (str, dict, Dataset)):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, Sequence) and not isinstance(inputs, bytes):  # lists, tuples, columns of `datasets`
             inputs = list(one_kind(inputs))

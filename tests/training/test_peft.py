@@ -24,6 +24,7 @@ from ..common import (
 EXITS = [f"exits.{index}" for index in range(NUM_LAYERS)]
 TEACHER = f"exits.{NUM_LAYERS - 1}."
 STUDENTS = tuple(f"exits.{index}." for index in range(NUM_LAYERS - 1))
+POOLER_OF_THE_STUDENTS = {"share_exit_pooler": True, "exit_type": "attention", "teacher_exit_type": "linear"}
 
 
 def lora_model(task_type: str | None = None, modules_to_save: list[str] | None = None, **config) -> PeftModel:
@@ -169,25 +170,23 @@ def test_students_that_the_adapter_would_not_save_are_refused(tmp_path, named):
         SelfDistillationTrainer(model, args, train_dataset=tiny_rows())
 
 
-class TestPoolerOfTheStudentsAlone:
-    CONFIG = {"share_exit_pooler": True, "exit_type": "attention", "teacher_exit_type": "linear"}
+def test_pooler_that_only_the_students_share_must_be_named_too(tmp_path):
+    model = lora_model(**POOLER_OF_THE_STUDENTS)
+    args = SelfDistillationArguments(**training_settings(tmp_path))
+    with pytest.raises(ValueError, match=r"saved without the students.*'shared_pooler'"):
+        SelfDistillationTrainer(model, args, train_dataset=tiny_rows())
 
-    def test_it_must_be_named_too(self, tmp_path):
-        model = lora_model(**self.CONFIG)
-        args = SelfDistillationArguments(**training_settings(tmp_path))
-        with pytest.raises(ValueError, match=r"saved without the students.*'shared_pooler'"):
-            SelfDistillationTrainer(model, args, train_dataset=tiny_rows())
 
-    def test_it_moves_and_is_saved(self, tmp_path):
-        model = lora_model(modules_to_save=[*EXITS, "shared_pooler"], **self.CONFIG)
-        before = copied_state(model)
-        stage_two(tmp_path, model, learning_rate=1e-2)
-        students = names_of_trained_copies(model, (*STUDENTS, "shared_pooler."))
-        assert any("shared_pooler" in name for name in students)
-        assert changed_parameters(model, before) == students
-        model.save_pretrained(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(tiny_model(**self.CONFIG), tmp_path / "adapter")
-        assert_same_answers(loaded, model, 1e-6)
+def test_named_pooler_of_the_students_moves_and_is_saved(tmp_path):
+    model = lora_model(modules_to_save=[*EXITS, "shared_pooler"], **POOLER_OF_THE_STUDENTS)
+    before = copied_state(model)
+    stage_two(tmp_path, model, learning_rate=1e-2)
+    students = names_of_trained_copies(model, (*STUDENTS, "shared_pooler."))
+    assert any("shared_pooler" in name for name in students)
+    assert changed_parameters(model, before) == students
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model(**POOLER_OF_THE_STUDENTS), tmp_path / "adapter")
+    assert_same_answers(loaded, model, 1e-6)
 
 
 def test_untrained_teacher_below_an_adapter_is_refused(tmp_path):

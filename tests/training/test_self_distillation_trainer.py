@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     Trainer,
@@ -27,6 +28,8 @@ from ..common import (
     tiny_model,
     tiny_rows,
     tiny_text_config,
+    tiny_texts,
+    tiny_tokenizer,
     training_settings,
     without_dropout,
 )
@@ -188,6 +191,27 @@ def test_labels_are_neither_needed_nor_used(tmp_path):
         assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
 
 
+def test_unlabeled_data_set_with_other_columns_is_welcome(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    before = copied_state(model)
+    dataset = Dataset.from_dict({"text": tiny_texts(32), "number": list(range(32))})
+    dataset = dataset.map(lambda row: tokenizer(row["text"]))
+    trainer = SelfDistillationTrainer(
+        model,
+        Arguments(**training_settings(tmp_path)),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert changed_parameters(model, before) == student_names(model)
+    encoding = tokenizer(dataset["text"][:], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        exit_layer = model(**encoding, speed=0.8).exit_layer
+    assert metrics["eval_mean_exit_layer_speed_0.8"] == pytest.approx(exit_layer.float().mean().item())
+
+
 @pytest.mark.parametrize("model_scales_its_own_loss", [False, True])
 def test_four_accumulated_batches_of_8_equal_one_of_32(tmp_path, model_scales_its_own_loss):
     weights = []
@@ -293,235 +317,242 @@ def test_distilling_brings_every_student_nearer_to_the_teacher(tmp_path):
     assert all(late < 0.5 * early for late, early in zip(after, before, strict=True))
 
 
-class TestEvaluation:
-    @pytest.mark.parametrize(
-        ("policy", "patience"),
-        [("entropy", 1), ("confidence", 1), ("margin", 1), ("patience", 1), ("patience", 2), ("patience", 3)],
+@pytest.mark.parametrize(
+    ("policy", "patience"),
+    [("entropy", 1), ("confidence", 1), ("margin", 1), ("patience", 1), ("patience", 2), ("patience", 3)],
+)
+def test_evaluation_in_one_full_depth_pass_reports_what_adaptive_calls_give(tmp_path, policy, patience):
+    model = tiny_model(seed=2, exit_policy=policy, patience=patience)
+    rows = tiny_rows(22)
+    names = ["0", "0.1", "0.34", "0.5", "0.65", "0.8", "1"]
+    trainer = stage_two(
+        tmp_path,
+        model,
+        eval_rows=rows,
+        eval_speeds=[float(name) for name in names],
+        per_device_eval_batch_size=4,
     )
-    def test_one_full_depth_pass_reports_what_adaptive_calls_give(self, tmp_path, policy, patience):
-        model = tiny_model(exit_policy=policy, patience=patience)
-        rows = tiny_rows(22)
-        names = ["0", "0.1", "0.34", "0.5", "0.8", "1"]
-        trainer = stage_two(
-            tmp_path,
-            model,
-            eval_rows=rows,
-            eval_speeds=[float(name) for name in names],
-            per_device_eval_batch_size=4,
-        )
-        calls = {"embeddings": 0, "layers": 0}
+    calls = {"embeddings": 0, "layers": 0}
 
-        def count(part):
-            calls[part] += 1
+    def count(part):
+        calls[part] += 1
 
-        handles = [model.fastbert.backbone.embeddings.register_forward_hook(lambda *call: count("embeddings"))]
-        handles += [layer.register_forward_hook(lambda *call: count("layers")) for layer in model.fastbert.layers()]
-        metrics = trainer.evaluate()
-        for handle in handles:
-            handle.remove()
-        assert calls == {"embeddings": 6, "layers": 6 * NUM_LAYERS}
+    handles = [model.fastbert.backbone.embeddings.register_forward_hook(lambda *call: count("embeddings"))]
+    handles += [layer.register_forward_hook(lambda *call: count("layers")) for layer in model.fastbert.layers()]
+    metrics = trainer.evaluate()
+    for handle in handles:
+        handle.remove()
+    assert calls == {"embeddings": 6, "layers": 6 * NUM_LAYERS}
 
-        batch = default_data_collator(rows)
-        labels = batch.pop("labels")
-        model.eval()
-        depths = set()
+    batch = default_data_collator(rows)
+    labels = batch.pop("labels")
+    model.eval()
+    depths = set()
+    with torch.no_grad():
+        teacher = model(**batch).logits.argmax(-1)
+        for name in names:
+            output = model(**batch, speed=float(name))
+            answers = output.logits.argmax(-1)
+            depths.update(output.exit_layer.tolist())
+            expected = {
+                f"eval_accuracy_speed_{name}": (answers == labels).float().mean().item(),
+                f"eval_agreement_speed_{name}": (answers == teacher).float().mean().item(),
+                f"eval_mean_exit_layer_speed_{name}": output.exit_layer.float().mean().item(),
+            }
+            assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
+    assert len(depths) > 1
+    assert metrics["eval_agreement_speed_0"] == 1
+    assert metrics["eval_mean_exit_layer_speed_0"] == NUM_LAYERS
+    assert metrics["eval_mean_exit_layer_speed_1"] < NUM_LAYERS
+
+
+@pytest.mark.parametrize("reverse_kl", [False, True])
+def test_evaluation_loss_is_the_sum_of_the_divergences_over_all_rows(tmp_path, reverse_kl):
+    model = tiny_model()
+    rows = tiny_rows(22)
+    trainer = stage_two(tmp_path, model, eval_rows=rows, per_device_eval_batch_size=4, reverse_kl=reverse_kl)
+    metrics = trainer.evaluate()
+    expected = float64_divergences(exit_logits_of(model, rows), reverse_kl)
+    for depth, divergence in enumerate(expected, start=1):
+        assert metrics[f"eval_kl_exit_{depth}"] == pytest.approx(divergence, abs=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(sum(expected), abs=1e-5)
+    assert f"eval_kl_exit_{NUM_LAYERS}" not in metrics
+
+
+def test_evaluation_without_labels_reports_all_but_the_accuracy(tmp_path):
+    model = tiny_model()
+    settings = {"per_device_eval_batch_size": 4}
+    with_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10), **settings).evaluate()
+    without_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10, labels=False), **settings).evaluate()
+
+    missing = {f"eval_accuracy_speed_{speed}" for speed in ("0.1", "0.5", "0.8")}
+    assert with_labels.keys() - without_labels.keys() == missing
+    shared = {key for key in without_labels if "speed_" in key or "kl_exit" in key or key == "eval_loss"}
+    assert len(shared) == 2 * 3 + len(STUDENTS) + 1
+    assert {key: without_labels[key] for key in shared} == pytest.approx({key: with_labels[key] for key in shared})
+
+
+def test_custom_metrics_are_reported_at_every_speed(tmp_path):
+    model = tiny_model()
+    rows = tiny_rows(10)
+    predictions = []
+
+    def compute_metrics(prediction):
+        predictions.append(prediction)
+        return {"first_label": float((prediction.predictions.argmax(-1) == 0).mean())}
+
+    trainer = stage_two(tmp_path, model, eval_rows=rows, compute_metrics=compute_metrics, eval_speeds=[0.0, 0.7])
+    metrics = trainer.evaluate()
+
+    batch = default_data_collator(rows)
+    labels = batch.pop("labels")
+    assert len(predictions) == 2
+    for name, prediction in zip(("0", "0.7"), predictions, strict=True):
         with torch.no_grad():
-            teacher = model(**batch).logits.argmax(-1)
-            for name in names:
-                output = model(**batch, speed=float(name))
-                answers = output.logits.argmax(-1)
-                depths.update(output.exit_layer.tolist())
-                expected = {
-                    f"eval_accuracy_speed_{name}": (answers == labels).float().mean().item(),
-                    f"eval_agreement_speed_{name}": (answers == teacher).float().mean().item(),
-                    f"eval_mean_exit_layer_speed_{name}": output.exit_layer.float().mean().item(),
-                }
-                assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
-        assert len(depths) > 1
-        assert metrics["eval_agreement_speed_0"] == 1
-        assert metrics["eval_mean_exit_layer_speed_0"] == NUM_LAYERS
-        assert metrics["eval_mean_exit_layer_speed_1"] < NUM_LAYERS
-
-    @pytest.mark.parametrize("reverse_kl", [False, True])
-    def test_loss_is_the_sum_of_the_divergences_over_all_rows(self, tmp_path, reverse_kl):
-        model = tiny_model()
-        rows = tiny_rows(22)
-        trainer = stage_two(tmp_path, model, eval_rows=rows, per_device_eval_batch_size=4, reverse_kl=reverse_kl)
-        metrics = trainer.evaluate()
-        expected = float64_divergences(exit_logits_of(model, rows), reverse_kl)
-        for depth, divergence in enumerate(expected, start=1):
-            assert metrics[f"eval_kl_exit_{depth}"] == pytest.approx(divergence, abs=1e-5)
-        assert metrics["eval_loss"] == pytest.approx(sum(expected), abs=1e-5)
-        assert f"eval_kl_exit_{NUM_LAYERS}" not in metrics
-
-    def test_rows_without_labels_report_all_but_the_accuracy(self, tmp_path):
-        model = tiny_model()
-        settings = {"per_device_eval_batch_size": 4}
-        with_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10), **settings).evaluate()
-        without_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10, labels=False), **settings).evaluate()
-
-        missing = {f"eval_accuracy_speed_{speed}" for speed in ("0.1", "0.5", "0.8")}
-        assert with_labels.keys() - without_labels.keys() == missing
-        shared = {key for key in without_labels if "speed_" in key or "kl_exit" in key or key == "eval_loss"}
-        assert len(shared) == 2 * 3 + len(STUDENTS) + 1
-        assert {key: without_labels[key] for key in shared} == pytest.approx({key: with_labels[key] for key in shared})
-
-    def test_custom_metrics_are_reported_at_every_speed(self, tmp_path):
-        model = tiny_model()
-        rows = tiny_rows(10)
-        predictions = []
-
-        def compute_metrics(prediction):
-            predictions.append(prediction)
-            return {"first_label": float((prediction.predictions.argmax(-1) == 0).mean())}
-
-        trainer = stage_two(tmp_path, model, eval_rows=rows, compute_metrics=compute_metrics, eval_speeds=[0.0, 0.7])
-        metrics = trainer.evaluate()
-
-        batch = default_data_collator(rows)
-        labels = batch.pop("labels")
-        assert len(predictions) == 2
-        for name, prediction in zip(("0", "0.7"), predictions, strict=True):
-            with torch.no_grad():
-                logits = model.eval()(**batch, speed=float(name)).logits
-            assert_close(torch.from_numpy(prediction.predictions), logits)
-            assert prediction.label_ids.tolist() == labels.tolist()
-            expected = (logits.argmax(-1) == 0).float().mean().item()
-            assert metrics[f"eval_first_label_speed_{name}"] == pytest.approx(expected)
-        assert not any("accuracy" in key for key in metrics)
-
-    def test_without_speeds_only_the_divergences_are_reported(self, tmp_path):
-        metrics = stage_two(tmp_path, tiny_model(), eval_rows=tiny_rows(10), eval_speeds=[]).evaluate()
-        assert not any("speed_" in key for key in metrics)
-        assert {f"eval_kl_exit_{depth}" for depth in STUDENTS} <= metrics.keys()
-
-    def test_prediction_loss_only_still_reports_the_loss(self, tmp_path):
-        model = tiny_model()
-        rows = tiny_rows(8)
-        metrics = stage_two(tmp_path, model, eval_rows=rows, prediction_loss_only=True).evaluate()
-        expected = sum(float64_divergences(exit_logits_of(model, rows)))
-        assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
-        assert not any("speed_" in key for key in metrics)
-
-    @pytest.mark.parametrize("labels", [True, False])
-    def test_predict_returns_the_logits_of_every_exit(self, tmp_path, labels):
-        model = tiny_model()
-        rows = tiny_rows(10, labels=labels)
-        output = stage_two(tmp_path, model, per_device_eval_batch_size=4).predict(rows)
-        assert output.predictions.shape == (10, NUM_LAYERS, 3)
-        assert_close(torch.from_numpy(output.predictions), exit_logits_of(model, rows))
-        assert (output.label_ids is not None) == labels
-        assert "test_mean_exit_layer_speed_0.5" in output.metrics
+            logits = model.eval()(**batch, speed=float(name)).logits
+        assert_close(torch.from_numpy(prediction.predictions), logits)
+        assert prediction.label_ids.tolist() == labels.tolist()
+        expected = (logits.argmax(-1) == 0).float().mean().item()
+        assert metrics[f"eval_first_label_speed_{name}"] == pytest.approx(expected)
+    assert not any("accuracy" in key for key in metrics)
 
 
-class TestLogs:
-    @pytest.mark.parametrize(("logging_steps", "accumulation"), [(1, 1), (2, 1), (2, 2)])
-    def test_divergences_of_the_exits_add_up_to_the_loss(self, tmp_path, logging_steps, accumulation):
-        trainer = stage_two(
-            tmp_path,
-            tiny_model(),
-            tiny_rows(64),
-            eval_rows=tiny_rows(8),
-            max_steps=4,
-            logging_steps=logging_steps,
-            gradient_accumulation_steps=accumulation,
-            eval_strategy="steps",
-            eval_steps=1,
-        )
+def test_evaluation_without_speeds_reports_only_the_divergences(tmp_path):
+    metrics = stage_two(tmp_path, tiny_model(), eval_rows=tiny_rows(10), eval_speeds=[]).evaluate()
+    assert not any("speed_" in key for key in metrics)
+    assert {f"eval_kl_exit_{depth}" for depth in STUDENTS} <= metrics.keys()
+
+
+def test_prediction_loss_only_still_reports_the_loss(tmp_path):
+    model = tiny_model()
+    rows = tiny_rows(8)
+    metrics = stage_two(tmp_path, model, eval_rows=rows, prediction_loss_only=True).evaluate()
+    expected = sum(float64_divergences(exit_logits_of(model, rows)))
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert not any("speed_" in key for key in metrics)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_predict_returns_the_logits_of_every_exit(tmp_path, labels):
+    model = tiny_model()
+    rows = tiny_rows(10, labels=labels)
+    output = stage_two(tmp_path, model, per_device_eval_batch_size=4).predict(rows)
+    assert output.predictions.shape == (10, NUM_LAYERS, 3)
+    assert_close(torch.from_numpy(output.predictions), exit_logits_of(model, rows))
+    assert (output.label_ids is not None) == labels
+    assert "test_mean_exit_layer_speed_0.5" in output.metrics
+
+
+@pytest.mark.parametrize(("logging_steps", "accumulation"), [(1, 1), (2, 1), (2, 2)])
+def test_logged_divergences_add_up_to_the_loss(tmp_path, logging_steps, accumulation):
+    trainer = stage_two(
+        tmp_path,
+        tiny_model(),
+        tiny_rows(64),
+        eval_rows=tiny_rows(8),
+        max_steps=4,
+        logging_steps=logging_steps,
+        gradient_accumulation_steps=accumulation,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    training_logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    evaluation_logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(training_logs) == 4 // logging_steps
+    assert len(evaluation_logs) == 4
+    for prefix, logs in (("", training_logs), ("eval_", evaluation_logs)):
+        for entry in logs:
+            assert sum(entry[f"{prefix}kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(
+                entry[f"{prefix}loss"], abs=1e-4
+            )
+            assert entry[f"{prefix}loss"] > 0.01
+
+
+def test_a_second_training_logs_its_own_divergences(tmp_path):
+    trainer = stage_two(tmp_path, tiny_model(), tiny_rows(64), max_steps=3, logging_steps=2, learning_rate=5e-3)
+    trainer.train()
+    trainer.train()
+    first_log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert sum(first_log[f"kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(first_log["loss"], abs=1e-4)
+
+
+def test_pooler_shared_with_the_teacher_stays(tmp_path):
+    model = tiny_model(share_exit_pooler=True)
+    before = copied_state(model)
+    modes = set()
+    model.shared_pooler.register_forward_pre_hook(lambda module, inputs: modes.add(module.training))
+    trainer = stage_two(tmp_path, model, weight_decay=0.1)
+    assert not any(parameter.requires_grad for parameter in model.shared_pooler.parameters())
+    trainer.train()
+
+    assert modes == {False}
+    changed = changed_parameters(model, before)
+    assert changed == student_names(model)
+    assert changed == {f"exits.{i}.out_proj.{name}" for i in range(NUM_LAYERS - 1) for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(("exit_type", "teacher_exit_type"), [("attention", "linear"), ("linear", "attention")])
+def test_pooler_that_only_the_students_share_moves(tmp_path, exit_type, teacher_exit_type):
+    model = tiny_model(share_exit_pooler=True, exit_type=exit_type, teacher_exit_type=teacher_exit_type)
+    before = copied_state(model)
+    trainer = stage_two(tmp_path, model, weight_decay=0.1)
+    pooler = {f"shared_pooler.{name}" for name, _ in model.shared_pooler.named_parameters()}
+    trainer.train()
+    assert changed_parameters(model, before) == student_names(model) | pooler
+
+
+def test_pooler_that_only_the_students_share_is_in_train_mode(tmp_path):
+    model = tiny_model(share_exit_pooler=True, exit_type="attention", teacher_exit_type="linear")
+    modes = []
+    model.shared_pooler.register_forward_pre_hook(
+        lambda *call: modes.append({module.training for module in model.shared_pooler.modules()})
+    )
+    trainer = stage_two(tmp_path, model, max_steps=1)
+    trainer.train()
+    assert modes == [{True}] * len(STUDENTS)
+    modes.clear()
+    trainer.evaluate(tiny_rows(8))
+    assert modes == [{False}] * len(STUDENTS)
+
+
+def test_teacher_that_was_never_trained_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = FastBertConfig(text_config=tiny_text_config("bert"), num_labels=3)
+    model = FastBertForSequenceClassification(config)
+    before = copied_state(model)
+    trainer = stage_two(tmp_path, model)
+    with pytest.raises(ValueError, match=r"teacher is still at its random initialisation.*from_classifier\(name"):
         trainer.train()
-        training_logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        evaluation_logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-        assert len(training_logs) == 4 // logging_steps
-        assert len(evaluation_logs) == 4
-        for prefix, logs in (("", training_logs), ("eval_", evaluation_logs)):
-            for entry in logs:
-                assert sum(entry[f"{prefix}kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(
-                    entry[f"{prefix}loss"], abs=1e-4
-                )
-                assert entry[f"{prefix}loss"] > 0.01
-
-    def test_a_second_training_starts_its_own_averages(self, tmp_path):
-        trainer = stage_two(tmp_path, tiny_model(), tiny_rows(64), max_steps=3, logging_steps=2, learning_rate=5e-3)
-        trainer.train()
-        trainer.train()
-        first_log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        assert sum(first_log[f"kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(first_log["loss"], abs=1e-4)
+    assert not changed_parameters(model, before)
 
 
-class TestSharedPooler:
-    def test_pooler_of_students_and_teacher_stays(self, tmp_path):
-        model = tiny_model(share_exit_pooler=True)
-        before = copied_state(model)
-        modes = set()
-        model.shared_pooler.register_forward_pre_hook(lambda module, inputs: modes.add(module.training))
-        trainer = stage_two(tmp_path, model, weight_decay=0.1)
-        assert not any(parameter.requires_grad for parameter in model.shared_pooler.parameters())
-        trainer.train()
-
-        assert modes == {False}
-        changed = changed_parameters(model, before)
-        assert changed == student_names(model)
-        assert changed == {f"exits.{i}.out_proj.{name}" for i in range(NUM_LAYERS - 1) for name in ("weight", "bias")}
-
-    @pytest.mark.parametrize(("exit_type", "teacher_exit_type"), [("attention", "linear"), ("linear", "attention")])
-    def test_pooler_of_the_students_alone_moves(self, tmp_path, exit_type, teacher_exit_type):
-        model = tiny_model(share_exit_pooler=True, exit_type=exit_type, teacher_exit_type=teacher_exit_type)
-        before = copied_state(model)
-        trainer = stage_two(tmp_path, model, weight_decay=0.1)
-        pooler = {f"shared_pooler.{name}" for name, _ in model.shared_pooler.named_parameters()}
-        trainer.train()
-        assert changed_parameters(model, before) == student_names(model) | pooler
-
-    def test_pooler_of_the_students_alone_is_in_train_mode(self, tmp_path):
-        model = tiny_model(share_exit_pooler=True, exit_type="attention", teacher_exit_type="linear")
-        modes = []
-        model.shared_pooler.register_forward_pre_hook(
-            lambda *call: modes.append({module.training for module in model.shared_pooler.modules()})
-        )
-        trainer = stage_two(tmp_path, model, max_steps=1)
-        trainer.train()
-        assert modes == [{True}] * len(STUDENTS)
-        modes.clear()
-        trainer.evaluate(tiny_rows(8))
-        assert modes == [{False}] * len(STUDENTS)
+@pytest.mark.parametrize("kind", [TrainingArguments, SimpleNamespace])
+def test_arguments_of_another_class_are_refused(tmp_path, kind):
+    args = kind(output_dir=str(tmp_path))
+    expected = rf"args must be SelfDistillationArguments, got {kind.__name__}.*SelfDistillationArguments\('outputs'"
+    with pytest.raises(TypeError, match=expected):
+        SelfDistillationTrainer(tiny_model(), args)
 
 
-class TestRefusals:
-    def test_teacher_that_was_never_trained(self, tmp_path):
-        torch.manual_seed(0)
-        config = FastBertConfig(text_config=tiny_text_config("bert"), num_labels=3)
-        model = FastBertForSequenceClassification(config)
-        before = copied_state(model)
-        trainer = stage_two(tmp_path, model)
-        with pytest.raises(ValueError, match=r"teacher is still at its random initialisation.*from_classifier\(name"):
-            trainer.train()
-        assert not changed_parameters(model, before)
+@pytest.mark.parametrize("kind", ["stock", None])
+def test_model_that_is_not_fastbert_is_refused(tmp_path, kind):
+    model = AutoModelForSequenceClassification.from_config(tiny_text_config("bert")) if kind else None
+    name = type(model).__name__
+    expected = rf"must be a FastBertForSequenceClassification, got {name}.*from_classifier\(name\)"
+    with pytest.raises(ValueError, match=expected):
+        stage_two(tmp_path, model)
 
-    @pytest.mark.parametrize("kind", [TrainingArguments, SimpleNamespace])
-    def test_arguments_of_another_class(self, tmp_path, kind):
-        args = kind(output_dir=str(tmp_path))
-        expected = (
-            rf"args must be SelfDistillationArguments, got {kind.__name__}.*SelfDistillationArguments\('outputs'"
-        )
-        with pytest.raises(TypeError, match=expected):
-            SelfDistillationTrainer(tiny_model(), args)
 
-    @pytest.mark.parametrize("kind", ["stock", None])
-    def test_model_that_is_not_fastbert(self, tmp_path, kind):
-        model = AutoModelForSequenceClassification.from_config(tiny_text_config("bert")) if kind else None
-        name = type(model).__name__
-        expected = rf"must be a FastBertForSequenceClassification, got {name}.*from_classifier\(name\)"
-        with pytest.raises(ValueError, match=expected):
-            stage_two(tmp_path, model)
+def test_fastbert_model_without_exits_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a FastBertForSequenceClassification, got FastBertModel"):
+        stage_two(tmp_path, tiny_model().fastbert)
 
-    def test_fastbert_model_without_exits(self, tmp_path):
-        with pytest.raises(ValueError, match="must be a FastBertForSequenceClassification, got FastBertModel"):
-            stage_two(tmp_path, tiny_model().fastbert)
 
-    def test_model_of_one_layer(self, tmp_path):
-        config = FastBertConfig(text_config=tiny_text_config("bert", num_layers=1))
-        with pytest.raises(ValueError, match="one layer, so there are no students"):
-            stage_two(tmp_path, FastBertForSequenceClassification(config))
+def test_model_of_one_layer_is_refused(tmp_path):
+    config = FastBertConfig(text_config=tiny_text_config("bert", num_layers=1))
+    with pytest.raises(ValueError, match="one layer, so there are no students"):
+        stage_two(tmp_path, FastBertForSequenceClassification(config))
 
 
 def test_arguments_may_be_left_out(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from ..common import (
     student_names,
     tiny_model,
     tiny_rows,
+    tiny_stock_model,
     training_settings,
     without_dropout,
 )
@@ -33,6 +34,17 @@ def stage_one(tmp_path, model, rows=None, eval_rows=None, compute_metrics=None, 
         eval_dataset=eval_rows,
         compute_metrics=compute_metrics,
     )
+
+
+def built(tmp_path, name: str) -> FastBertForSequenceClassification:
+    """A model as each of the ways to get one gives it."""
+    if name == "from_pretrained":
+        # As stage 2 leaves it, with gradients for the students.
+        tiny_model().requires_grad_(True).save_pretrained(tmp_path / "saved")
+        return FastBertForSequenceClassification.from_pretrained(tmp_path / "saved")
+    if name == "from_backbone":
+        return FastBertForSequenceClassification.from_backbone(tiny_stock_model(add_pooling_layer=False), num_labels=3)
+    return tiny_model()
 
 
 class ForwardWithKeywords(FastBertForSequenceClassification):
@@ -55,6 +67,13 @@ def test_loss_is_the_cross_entropy_of_the_teacher(tmp_path):
     trainer.train()
 
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["constructor", "from_pretrained", "from_backbone"])
+def test_students_alone_ask_for_no_gradients(tmp_path, name):
+    model = built(tmp_path, name)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == student_names(model)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    DebertaV2Config,
+    GPT2Config,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLNetConfig,
+)
+
+from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
+from tests.common import FAMILIES, NUM_LAYERS, SHAPE, tiny_text_config
+
+
+OWN_FIELDS = {
+    "exit_type": "linear",
+    "teacher_exit_type": "attention",
+    "share_exit_pooler": True,
+    "exit_hidden_size": 24,
+    "exit_num_attention_heads": 3,
+    "exit_dropout": 0.25,
+    "exit_policy": "patience",
+    "speed": 0.75,
+    "patience": 3,
+    "max_layers": 2,
+}
+LABELS = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
+
+
+def test_defaults_are_the_papers_and_the_documented_ones():
+    config = FastBertConfig()
+    assert type(config.text_config) is BertConfig
+    assert config.num_hidden_layers == 12
+    assert config.hidden_size == 768
+    assert {name: getattr(config, name) for name in OWN_FIELDS} == {
+        "exit_type": "attention",
+        "teacher_exit_type": "attention",
+        "share_exit_pooler": False,
+        "exit_hidden_size": 128,
+        "exit_num_attention_heads": 2,
+        "exit_dropout": 0.1,
+        "exit_policy": "entropy",
+        "speed": 0.5,
+        "patience": 2,
+        "max_layers": None,
+    }
+
+
+def test_own_fields_are_all_that_the_config_adds():
+    added = set(FastBertConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    assert added == {"text_config", *OWN_FIELDS}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_survives_saving_and_reloading(tmp_path, family):
+    text_config = tiny_text_config(family)
+    FastBertConfig(text_config=text_config, **OWN_FIELDS, **LABELS).save_pretrained(tmp_path)
+    for reloaded in (FastBertConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(reloaded) is FastBertConfig
+        assert {name: getattr(reloaded, name) for name in OWN_FIELDS} == OWN_FIELDS
+        assert {name: getattr(reloaded, name) for name in LABELS} == LABELS
+        assert type(reloaded.text_config) is type(text_config)
+        assert reloaded.text_config.to_dict() == tiny_text_config(family).to_dict()
+
+
+def test_config_of_a_model_survives_saving_and_reloading(tmp_path):
+    config = FastBertConfig(text_config=tiny_text_config("modernbert"), **OWN_FIELDS, **LABELS)
+    FastBertForSequenceClassification(config).save_pretrained(tmp_path)
+    reloaded = FastBertForSequenceClassification.from_pretrained(tmp_path).config
+    assert {name: getattr(reloaded, name) for name in OWN_FIELDS} == OWN_FIELDS
+    assert {name: getattr(reloaded, name) for name in LABELS} == LABELS
+    assert reloaded.text_config.local_attention == 8
+
+
+def test_dict_round_trip_keeps_every_field():
+    config = FastBertConfig(text_config=tiny_text_config("electra"), **OWN_FIELDS, **LABELS)
+    assert FastBertConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("exit_type", ["attention", "linear"])
+def test_teacher_is_of_the_students_type_unless_named(exit_type):
+    assert FastBertConfig(exit_type=exit_type).teacher_exit_type == exit_type
+    assert FastBertConfig(exit_type=exit_type, teacher_exit_type="linear").teacher_exit_type == "linear"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_and_width_are_the_backbones(family):
+    config = FastBertConfig(text_config=tiny_text_config(family))
+    assert (config.num_hidden_layers, config.hidden_size) == (NUM_LAYERS, SHAPE["hidden_size"])
+
+
+def test_backbone_may_be_given_as_a_dict():
+    config = FastBertConfig(text_config={"model_type": "roberta", "num_hidden_layers": 3})
+    assert type(config.text_config) is RobertaConfig
+    assert config.num_hidden_layers == 3
+
+
+def test_number_of_labels_makes_the_label_names():
+    assert FastBertConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_what_trainer_must_not_collect_is_named():
+    ignored = FastBertConfig().keys_to_ignore_at_inference
+    assert {"exit_layer", "uncertainty", "exit_logits", "hidden_states"} <= set(ignored)
+    assert "logits" not in ignored
+
+
+@pytest.mark.parametrize("text_config", [tiny_text_config("bert"), ModernBertConfig(), BertConfig(dtype="bfloat16")])
+def test_building_a_config_leaves_the_given_text_config_alone(text_config):
+    text_config._attn_implementation = "eager"
+    before = text_config.to_dict()
+    FastBertConfig(text_config=text_config)
+    assert text_config._attn_implementation == "eager"
+    assert text_config.to_dict() == before
+
+
+@pytest.mark.parametrize("text_config", [MPNetConfig(), GPT2Config(), XLNetConfig(), DebertaV2Config()])
+def test_unsupported_backbone_lists_the_supported_families(text_config):
+    supported = "bert, ernie, roberta, xlm-roberta, camembert, data2vec-text, electra, distilbert, albert, modernbert"
+    message = f"'{text_config.model_type}' is not supported. Supported are: {supported}"
+    with pytest.raises(ValueError, match=message):
+        FastBertConfig(text_config=text_config)
+
+
+@pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig])
+def test_decoder_is_refused(config_class):
+    with pytest.raises(ValueError, match="set is_decoder=False"):
+        FastBertConfig(text_config=config_class(is_decoder=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"exit_type": "mlp"}, "exit_type='mlp' is not known; choose one of attention, linear"),
+        ({"teacher_exit_type": "mlp"}, "teacher_exit_type='mlp' is not known; choose one of attention, linear"),
+        (
+            {"exit_policy": "vote"},
+            "exit_policy='vote' is not known; choose one of entropy, confidence, margin, patience",
+        ),
+        ({"exit_hidden_size": 0}, "exit_hidden_size must be at least 1, got 0"),
+        ({"exit_num_attention_heads": 0}, "exit_num_attention_heads must be at least 1, got 0"),
+        ({"exit_num_attention_heads": 3}, "exit_hidden_size=128 is not a multiple of exit_num_attention_heads=3"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"exit_dropout": 1.0}, r"exit_dropout must be in \[0, 1\), got 1.0"),
+        ({"exit_dropout": -0.1}, r"exit_dropout must be in \[0, 1\), got -0.1"),
+        ({"exit_dropout": math.nan}, r"exit_dropout must be in \[0, 1\), got nan"),
+        ({"speed": 1.5}, r"speed must be a number in \[0, 1\], got 1.5"),
+        ({"speed": -0.5}, r"speed must be a number in \[0, 1\], got -0.5"),
+        ({"speed": math.nan}, r"speed must be a number in \[0, 1\], got nan"),
+        ({"max_layers": 0}, "max_layers must be a whole number from 1 to 12"),
+        ({"max_layers": 13}, "max_layers must be a whole number from 1 to 12"),
+    ],
+)
+def test_field_out_of_its_range_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FastBertConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exit_hidden_size": "128"},
+        {"exit_num_attention_heads": 2.0},
+        {"patience": 1.5},
+        {"patience": True},
+        {"speed": True},
+        {"speed": "0.5"},
+        {"exit_dropout": "0.1"},
+        {"share_exit_pooler": "yes"},
+        {"max_layers": 2.5},
+        {"exit_policy": None},
+    ],
+)
+def test_field_of_the_wrong_type_names_itself(fields):
+    (name,) = fields
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{name}'"):
+        FastBertConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"speed": 0}, {"speed": 1}, {"max_layers": 12}, {"exit_dropout": 0}])
+def test_ends_of_the_ranges_are_allowed(fields):
+    (name,) = fields
+    assert getattr(FastBertConfig(**fields), name) == fields[name]
+
+
+def test_config_of_a_stock_checkpoint_names_from_backbone_and_from_classifier(tmp_path):
+    tiny_text_config("roberta").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'roberta' checkpoint.*from_backbone\(name.*\.from_classifier\(name\)"):
+        FastBertConfig.from_pretrained(tmp_path)

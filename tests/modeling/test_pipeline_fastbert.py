@@ -1,0 +1,496 @@
+"""The "fast-text-classification" pipeline answers as direct calls of the model do, whatever it is given."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, pipeline
+from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
+
+from fastbert_hf import FastTextClassificationPipeline
+
+from ..common import NUM_LAYERS, tiny_model, tiny_text_config, tiny_texts, tiny_tokenizer
+
+
+LABELS = {0: "bad", 1: "fair", 2: "good"}
+TEXTS = tiny_texts(14)
+PAIRS = [
+    {"text": text, "text_pair": other}
+    for text, other in zip(tiny_texts(9, seed=1), tiny_texts(9, seed=2), strict=True)
+]
+SPEED = 0.7
+LONG_TEXT = "word7 word8 " * 84_000
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model(seed=2)
+    model.config.id2label = LABELS
+    model.config.label2id = {label: index for index, label in LABELS.items()}
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def classifier(model, tokenizer):
+    """Made without a speed."""
+    return make_pipeline(model, tokenizer)
+
+
+def make_pipeline(model, tokenizer, **kwargs) -> FastTextClassificationPipeline:
+    return pipeline("fast-text-classification", model=model, tokenizer=tokenizer, device="cpu", **kwargs)
+
+
+@pytest.fixture
+def config_defaults(model):
+    """The model's config, put back afterwards."""
+    speed, max_layers = model.config.speed, model.config.max_layers
+    yield model.config
+    model.config.speed, model.config.max_layers = speed, max_layers
+
+
+class Direct:
+    """What the model itself says of each input, called one by one."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def outputs(self, inputs, speed=SPEED, max_layers=None, **tokenizer_arguments):
+        for item in inputs:
+            texts = item if isinstance(item, dict) else {"text": item}
+            encoding = self.tokenizer(**texts, return_tensors="pt", **tokenizer_arguments)
+            with torch.no_grad():
+                yield self.model(**encoding, speed=speed, max_layers=max_layers)
+
+    def __call__(self, inputs, speed=SPEED, max_layers=None, **tokenizer_arguments) -> list[dict]:
+        answers = []
+        for output in self.outputs(inputs, speed, max_layers, **tokenizer_arguments):
+            score, label = output.logits[0].softmax(-1).max(-1)
+            answers.append(
+                {"label": LABELS[label.item()], "score": score.item(), "exit_layer": output.exit_layer.item()}
+            )
+        return answers
+
+
+@pytest.fixture(scope="module")
+def direct(model, tokenizer):
+    return Direct(model, tokenizer)
+
+
+def assert_same_answers(actual, expected) -> None:
+    actual = list(actual)
+    assert len(actual) == len(expected)
+    for answer, other in zip(actual, expected, strict=True):
+        assert list(answer) == ["label", "score", "exit_layer"]
+        assert answer["label"] == other["label"]
+        assert answer["score"] == pytest.approx(other["score"], abs=1e-5)
+        assert type(answer["exit_layer"]) is int
+        assert answer["exit_layer"] == other["exit_layer"]
+
+
+def exit_layers(answers) -> list[int]:
+    return [answer["exit_layer"] for answer in answers]
+
+
+def test_texts_of_these_tests_leave_at_different_exits(direct):
+    assert len(set(exit_layers(direct(TEXTS)))) > 2
+    assert len({answer["label"] for answer in direct(TEXTS)}) > 1
+    assert len(set(exit_layers(direct(PAIRS)))) > 1
+
+
+@pytest.mark.parametrize("speed", [0, 0.0, 0.5, 0.7, np.float32(0.8), 0.95, 1])
+def test_speed_of_a_call(classifier, direct, speed):
+    assert_same_answers(classifier(TEXTS, speed=speed), direct(TEXTS, float(speed)))
+
+
+@pytest.mark.parametrize("speed", [0, 0.7, 1])
+def test_speed_of_the_constructor(model, tokenizer, direct, speed):
+    assert_same_answers(make_pipeline(model, tokenizer, speed=speed)(TEXTS), direct(TEXTS, speed))
+
+
+@pytest.mark.parametrize("speed", [0, 0.7, 1])
+def test_speed_of_the_config(classifier, direct, config_defaults, speed):
+    config_defaults.speed = speed
+    assert_same_answers(classifier(TEXTS), direct(TEXTS, speed))
+
+
+@pytest.mark.parametrize(("call", "constructor"), [(0, 0.9), (0.9, 0), (0.95, 0.7)])
+def test_call_wins_over_constructor(model, tokenizer, direct, call, constructor):
+    classifier = make_pipeline(model, tokenizer, speed=constructor)
+    assert_same_answers(classifier(TEXTS, speed=call), direct(TEXTS, call))
+    assert_same_answers(classifier(TEXTS), direct(TEXTS, constructor))
+
+
+@pytest.mark.parametrize(("constructor", "default"), [(0, 0.9), (0.9, 0)])
+def test_constructor_wins_over_config(model, tokenizer, direct, config_defaults, constructor, default):
+    config_defaults.speed = default
+    assert_same_answers(make_pipeline(model, tokenizer, speed=constructor)(TEXTS), direct(TEXTS, constructor))
+
+
+def test_call_at_speed_0_wins_over_config(classifier, config_defaults):
+    config_defaults.speed = 0.9
+    assert exit_layers(classifier(TEXTS, speed=0)) == [NUM_LAYERS] * len(TEXTS)
+    assert exit_layers(classifier(TEXTS)) != [NUM_LAYERS] * len(TEXTS)
+
+
+def test_depth_falls_as_speed_grows(classifier):
+    depths = [exit_layers(classifier(TEXTS, speed=speed)) for speed in (0, 0.5, 0.7, 0.8, 0.95)]
+    assert all(1 <= depth <= NUM_LAYERS for row in depths for depth in row)
+    means = [sum(row) / len(row) for row in depths]
+    assert means == sorted(means, reverse=True)
+    assert means[0] == NUM_LAYERS
+    assert means[-1] < 2
+
+
+@pytest.mark.parametrize("speed", [math.nan, math.inf, -1, 1.1, True, "0.5", [0.1, 0.2]])
+@pytest.mark.parametrize(
+    "make", [lambda: TEXTS[0], lambda: TEXTS, lambda: iter(TEXTS)], ids=["text", "list", "iterator"]
+)
+def test_speed_that_is_no_number_from_0_to_1_is_refused(classifier, speed, make):
+    with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got .*Example: speed=0.5"):
+        list(classifier(make(), speed=speed))
+
+
+@pytest.mark.parametrize("speed", [math.nan, -1, True, "0.5"])
+def test_constructor_refuses_such_a_speed(model, tokenizer, speed):
+    with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got"):
+        make_pipeline(model, tokenizer, speed=speed)
+
+
+@pytest.mark.parametrize("speed", [0, SPEED])
+@pytest.mark.parametrize("max_layers", range(1, NUM_LAYERS + 1))
+def test_max_layers_of_a_call(classifier, direct, max_layers, speed):
+    answers = classifier(TEXTS, speed=speed, max_layers=max_layers)
+    assert_same_answers(answers, direct(TEXTS, speed, max_layers))
+    assert max(exit_layers(answers)) == max_layers
+
+
+def test_call_wins_over_constructor_and_constructor_over_config(model, tokenizer, config_defaults):
+    config_defaults.max_layers = 1
+    plain = make_pipeline(model, tokenizer, speed=0)
+    limited = make_pipeline(model, tokenizer, speed=0, max_layers=2)
+    assert set(exit_layers(plain(TEXTS))) == {1}
+    assert set(exit_layers(limited(TEXTS))) == {2}
+    assert set(exit_layers(limited(TEXTS, max_layers=3))) == {3}
+
+
+@pytest.mark.parametrize("max_layers", [0, NUM_LAYERS + 1, 1.5, True, "2"])
+def test_other_numbers_of_layers_are_refused(model, tokenizer, classifier, max_layers):
+    expected = f"max_layers must be a whole number from 1 to {NUM_LAYERS}"
+    with pytest.raises(ValueError, match=expected):
+        classifier(TEXTS, max_layers=max_layers)
+    with pytest.raises(ValueError, match=expected):
+        make_pipeline(model, tokenizer, max_layers=max_layers)
+
+
+def test_one_text_gives_a_list_of_one_answer(classifier, direct):
+    answers = classifier(TEXTS[0], speed=SPEED)
+    assert isinstance(answers, list)
+    assert_same_answers(answers, direct(TEXTS[:1]))
+
+
+def test_one_pair_gives_one_answer(classifier, direct):
+    answer = classifier(PAIRS[0], speed=SPEED)
+    assert isinstance(answer, dict)
+    assert_same_answers([answer], direct(PAIRS[:1]))
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+@pytest.mark.parametrize("inputs", [TEXTS, PAIRS, TEXTS[:1], PAIRS[:1]])
+def test_sequences_give_a_list(classifier, direct, inputs, container):
+    answers = classifier(container(inputs), speed=SPEED)
+    assert isinstance(answers, list)
+    assert_same_answers(answers, direct(inputs))
+
+
+@pytest.mark.parametrize("inputs", [TEXTS, PAIRS])
+@pytest.mark.parametrize(
+    "make", [lambda inputs: (item for item in inputs), iter, lambda inputs: map(lambda item: item, inputs)]
+)
+def test_generators_and_iterators_give_an_iterator(classifier, direct, inputs, make):
+    answers = classifier(make(inputs), speed=SPEED)
+    assert not isinstance(answers, list)
+    assert_same_answers(answers, direct(inputs))
+
+
+def test_generators_are_answered_as_they_come(classifier, direct):
+    read = []
+
+    def texts():
+        for text in TEXTS:
+            read.append(text)
+            yield text
+
+    answers = iter(classifier(texts(), speed=SPEED, batch_size=2))
+    assert_same_answers(itertools.islice(answers, 3), direct(TEXTS[:3]))
+    assert len(read) < len(TEXTS)
+
+
+def test_columns_and_data_sets_give_the_same_answers(classifier, direct):
+    dataset = Dataset.from_dict({"text": TEXTS, "number": list(range(len(TEXTS)))})
+    expected = direct(TEXTS)
+    column = classifier(dataset["text"], speed=SPEED)
+    assert isinstance(column, list)
+    assert_same_answers(column, expected)
+    assert_same_answers(classifier(dataset["text"][:3], speed=SPEED), expected[:3])
+    assert_same_answers(classifier(KeyDataset(dataset, "text"), speed=SPEED), expected)
+    assert_same_answers(classifier((row["text"] for row in dataset), speed=SPEED), expected)
+
+
+def test_data_sets_of_pairs_give_the_same_answers(classifier, direct):
+    pairs = KeyPairDataset(Dataset.from_list(PAIRS), "text", "text_pair")
+    assert_same_answers(classifier(pairs, speed=SPEED), direct(PAIRS))
+
+
+@pytest.mark.parametrize("empty", [[], ()])
+def test_no_texts_give_no_answers(classifier, empty):
+    assert classifier(empty) == []
+    assert classifier(empty, speed=SPEED, batch_size=4) == []
+
+
+def test_empty_column_gives_no_answers(classifier):
+    assert classifier(Dataset.from_dict({"text": []})["text"]) == []
+
+
+@pytest.mark.parametrize("make", [lambda: (text for text in ()), lambda: iter([])])
+def test_empty_generators_give_no_answers(classifier, make):
+    assert list(classifier(make(), speed=SPEED)) == []
+
+
+def test_texts_as_dicts_mix_with_plain_texts(classifier, direct):
+    mixed = [TEXTS[0], {"text": TEXTS[1]}, TEXTS[2]]
+    assert_same_answers(classifier(mixed, speed=SPEED), direct(TEXTS[:3]))
+
+
+def test_second_text_of_none_is_no_second_text(classifier, direct):
+    inputs = [TEXTS[0], {"text": TEXTS[1], "text_pair": None}]
+    assert_same_answers(classifier(inputs, speed=SPEED), direct(TEXTS[:2]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("inputs", [TEXTS, PAIRS])
+@pytest.mark.parametrize("make", [list, iter])
+def test_batch_size_changes_no_answer(classifier, direct, inputs, batch_size, make):
+    assert_same_answers(classifier(make(inputs), speed=SPEED, batch_size=batch_size), direct(inputs))
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_top_k_lists_labels_by_score_with_the_exit_layer(classifier, direct, top_k, batch_size):
+    answers = classifier(TEXTS, speed=SPEED, top_k=top_k, batch_size=batch_size)
+    for answer, output in zip(answers, direct.outputs(TEXTS), strict=True):
+        scores, labels = output.logits[0].softmax(-1).sort(descending=True)
+        assert len(answer) == (top_k or len(LABELS))
+        assert [one["label"] for one in answer] == [LABELS[label] for label in labels.tolist()][:top_k]
+        assert [one["score"] for one in answer] == pytest.approx(scores.tolist()[:top_k], abs=1e-5)
+        assert [one["exit_layer"] for one in answer] == [output.exit_layer.item()] * len(answer)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_top_k_of_one_text(classifier, direct, top_k):
+    answers = classifier(TEXTS[0], speed=SPEED, top_k=top_k)
+    assert len(answers) == (top_k or len(LABELS))
+    assert answers[0] == pytest.approx(direct(TEXTS[:1])[0], abs=1e-5)
+    assert len(set(exit_layers(answers))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("none", lambda logits: logits), ("sigmoid", torch.sigmoid), ("softmax", lambda logits: logits.softmax(-1))],
+)
+def test_function_to_apply_turns_logits_into_scores(classifier, direct, name, function):
+    answers = classifier(TEXTS, speed=SPEED, function_to_apply=name)
+    for answer, output in zip(answers, direct.outputs(TEXTS), strict=True):
+        assert answer["score"] == pytest.approx(function(output.logits[0]).max().item(), abs=1e-5)
+        assert answer["label"] == LABELS[output.logits[0].argmax().item()]
+        assert answer["exit_layer"] == output.exit_layer.item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_tokenizer_cuts_to_max_length(classifier, direct, batch_size):
+    arguments = {"truncation": True, "max_length": 5}
+    answers = classifier(TEXTS, speed=SPEED, batch_size=batch_size, **arguments)
+    assert_same_answers(answers, direct(TEXTS, **arguments))
+    assert answers != classifier(TEXTS, speed=SPEED)
+
+
+def test_a_million_characters_are_cut_with_truncation(classifier, direct):
+    assert len(LONG_TEXT) > 1_000_000
+    cut = " ".join(LONG_TEXT.split()[:62])
+    assert_same_answers(classifier(LONG_TEXT, speed=SPEED, truncation=True), direct([cut]))
+
+
+def test_a_million_characters_without_truncation_are_an_error_that_names_the_limit(classifier):
+    with pytest.raises(ValueError, match=r"168002 tokens, but this model reads at most 64.*truncation=True"):
+        classifier(LONG_TEXT, speed=SPEED)
+
+
+def test_longest_text_that_fits_is_answered(classifier, direct):
+    fits, too_long = " ".join(["word7"] * 62), " ".join(["word7"] * 63)
+    assert_same_answers(classifier(fits, speed=SPEED), direct([fits]))
+    with pytest.raises(ValueError, match="65 tokens, but this model reads at most 64"):
+        classifier([TEXTS[0], too_long], speed=SPEED)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
+def test_empty_text_is_refused(classifier, text):
+    with pytest.raises(ValueError, match=r"got an empty text .*: leave empty texts out"):
+        classifier(text)
+
+
+@pytest.mark.parametrize("bad", [None, 5, 0.5, b"bytes"])
+def test_what_is_no_text_is_refused(classifier, bad):
+    with pytest.raises(TypeError, match=f"a text must be a string, got {type(bad).__name__} "):
+        classifier(bad)
+
+
+def test_bytes_error_says_how_to_decode_them(classifier):
+    with pytest.raises(TypeError, match=r"bytes need text.decode\(\"utf-8\"\)"):
+        classifier(b"bytes")
+
+
+@pytest.mark.parametrize("bad", ["", "   ", None, 5, b"bytes"])
+@pytest.mark.parametrize("make", [list, tuple, iter, lambda inputs: (text for text in inputs)])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_bad_text_among_good_ones_is_refused(classifier, bad, make, batch_size):
+    is_empty = isinstance(bad, str)
+    expected = "got an empty text" if is_empty else f"a text must be a string, got {type(bad).__name__} "
+    for inputs in ([bad, "word7"], ["word7", "word8", bad]):
+        with pytest.raises(ValueError if is_empty else TypeError, match=expected):
+            list(classifier(make(inputs), batch_size=batch_size))
+
+
+@pytest.mark.parametrize("place", ["text", "text_pair"])
+@pytest.mark.parametrize("make", [lambda pair: pair, lambda pair: [pair], lambda pair: iter([pair])])
+def test_bad_text_in_a_pair_is_refused(classifier, place, make):
+    with pytest.raises(ValueError, match="got an empty text"):
+        list(classifier(make({**PAIRS[0], place: " "})))
+    with pytest.raises(TypeError, match="a text must be a string, got int "):
+        list(classifier(make({**PAIRS[0], place: 5})))
+
+
+def test_bad_text_in_a_data_set_is_refused(classifier):
+    dataset = Dataset.from_dict({"text": ["word7", ""]})
+    with pytest.raises(ValueError, match="got an empty text"):
+        list(classifier(KeyDataset(dataset, "text")))
+    with pytest.raises(ValueError, match="got an empty text"):
+        classifier(dataset["text"])
+
+
+def test_pairs_as_lists_are_refused(classifier):
+    with pytest.raises(ValueError, match="text_pair"):
+        classifier([["word7", "word8"]])
+
+
+@pytest.mark.parametrize("make", [list, tuple, iter, lambda inputs: (item for item in inputs)])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([TEXTS[0], PAIRS[0]], "input 1 is a pair, but"),
+        ([PAIRS[0], PAIRS[1], TEXTS[0]], "input 2 is a single text, but"),
+        ([PAIRS[0], {"text": TEXTS[0]}], "input 1 is a single text, but"),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_pairs_among_single_texts_are_refused(classifier, make, inputs, message, batch_size):
+    with pytest.raises(ValueError, match=message):
+        list(classifier(make(inputs), batch_size=batch_size))
+
+
+def test_stock_model_is_refused(tokenizer):
+    stock = AutoModelForSequenceClassification.from_config(tiny_text_config("bert"))
+    expected = r"needs a FastBERT model, got one of type 'bert'.*from_classifier\(name\)"
+    with pytest.raises(ValueError, match=expected):
+        make_pipeline(stock, tokenizer)
+
+
+def test_other_tasks_stay_unknown(model, tokenizer):
+    with pytest.raises(KeyError, match="Unknown task faster-text-classification"):
+        pipeline("faster-text-classification", model=model, tokenizer=tokenizer)
+
+
+LOAD_AND_ANSWER = """
+import json, sys
+import fastbert_hf
+from transformers import pipeline
+from transformers.utils import logging
+
+folder, texts, speed = json.loads(sys.argv[1])
+fast = pipeline("fast-text-classification", model=folder, device="cpu")
+stock = pipeline("text-classification", model=folder, device="cpu")
+logging.get_logger("transformers").error("errors are seen")
+print(json.dumps({
+    "class": type(fast).__name__,
+    "fast": fast(texts, speed=speed),
+    "default": fast(texts),
+    "stock": stock(texts),
+    "stock_batched": stock(texts, batch_size=4),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(classifier, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved_pipeline")
+    classifier.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder):
+    """What a fresh process with nothing but the package says of the texts."""
+    return subprocess.run(
+        [sys.executable, "-c", LOAD_AND_ANSWER, json.dumps([str(folder), TEXTS, SPEED])],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_saved_folder_points_to_no_custom_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "fastbert"
+    assert not {"custom_pipelines", "auto_map"} & config.keys()
+    assert not list(folder.glob("**/*.py"))
+
+
+def test_fresh_process_loads_the_saved_pipeline_without_trust(elsewhere, direct):
+    assert elsewhere.returncode == 0, elsewhere.stderr[-3000:]
+    answers = json.loads(elsewhere.stdout)
+    assert answers["class"] == "FastTextClassificationPipeline"
+    assert_same_answers(answers["fast"], direct(TEXTS))
+    assert_same_answers(answers["default"], direct(TEXTS, 0.5))
+
+
+def test_stock_pipeline_answers_at_full_depth_in_a_fresh_process(elsewhere, direct):
+    answers = json.loads(elsewhere.stdout)
+    expected = [{"label": one["label"], "score": one["score"]} for one in direct(TEXTS, 0)]
+    for stock in (answers["stock"], answers["stock_batched"]):
+        assert [one["label"] for one in stock] == [one["label"] for one in expected]
+        assert [one["score"] for one in stock] == pytest.approx([one["score"] for one in expected], abs=1e-5)
+
+
+def test_neither_pipeline_logs_that_the_model_is_not_supported(elsewhere):
+    assert "errors are seen" in elsewhere.stderr
+    assert "is not supported" not in elsewhere.stderr
+
+
+def test_saved_pipeline_answers_alike_when_loaded_again(folder, direct):
+    reloaded = pipeline("fast-text-classification", model=str(folder), device="cpu")
+    assert type(reloaded) is FastTextClassificationPipeline
+    assert_same_answers(reloaded(TEXTS, speed=SPEED), direct(TEXTS))

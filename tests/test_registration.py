@@ -1,0 +1,260 @@
+"""What `import fastbert_hf` does, and what the files that travel with a checkpoint may import."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import fastbert_hf
+from fastbert_hf import (
+    FastBertConfig,
+    FastBertForSequenceClassification,
+    FastBertModel,
+    FastTextClassificationPipeline,
+)
+
+from .common import tiny_model
+
+
+PACKAGE = Path(fastbert_hf.__file__).parent
+MODELING_FILES = sorted((PACKAGE / "modeling").glob("*.py"))
+ALLOWED_PACKAGES = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+
+IMPORT_AND_LOAD = """
+import json, socket, sys, warnings
+
+reached = []
+def refuse(*args, **kwargs):
+    reached.append(str(args))
+    raise OSError("no network here")
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse)
+for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+    setattr(socket, name, refuse)
+
+import torch
+torch.set_num_threads(3)
+torch.set_num_interop_threads(2)
+import fastbert_hf
+training_imported = [name for name in sys.modules if name in ("fastbert_hf.training", "transformers.trainer")]
+threads = [torch.get_num_threads(), torch.get_num_interop_threads()]
+reached_at_import = list(reached)
+try:
+    socket.create_connection(("127.0.0.1", 9))
+except OSError:
+    pass
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+folder = sys.argv[1]
+batch = {"input_ids": torch.tensor([[2, 7, 9, 3]])}
+with torch.no_grad():
+    logits = AutoModelForSequenceClassification.from_pretrained(folder)(**batch).logits
+    hidden_states = AutoModel.from_pretrained(folder)(**batch).last_hidden_state
+print(json.dumps({
+    "threads": threads,
+    "training_imported": training_imported,
+    "reached_at_import": reached_at_import,
+    "guard_works": len(reached) > len(reached_at_import),
+    "config": type(AutoConfig.from_pretrained(folder)).__name__,
+    "model": type(AutoModel.from_pretrained(folder)).__name__,
+    "classifier": type(AutoModelForSequenceClassification.from_pretrained(folder)).__name__,
+    "default_dtype": str(torch.get_default_dtype()),
+    "logits": logits.tolist(),
+    "hidden_states": hidden_states.tolist(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder) -> dict:
+    """What a fresh process sees after `import fastbert_hf` with its network cut."""
+    environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    finished = subprocess.run(
+        [sys.executable, "-c", IMPORT_AND_LOAD, str(folder)],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_auto_classes_know_the_models(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is FastBertConfig
+    assert type(AutoConfig.for_model("fastbert")) is FastBertConfig
+    assert type(AutoModel.from_pretrained(folder)) is FastBertModel
+    assert type(AutoModel.from_config(config)) is FastBertModel
+    assert type(AutoModelForSequenceClassification.from_pretrained(folder)) is FastBertForSequenceClassification
+    assert type(AutoModelForSequenceClassification.from_config(config)) is FastBertForSequenceClassification
+
+
+def test_auto_classes_know_the_models_in_a_fresh_process(elsewhere):
+    names = (elsewhere["config"], elsewhere["model"], elsewhere["classifier"])
+    assert names == ("FastBertConfig", "FastBertModel", "FastBertForSequenceClassification")
+
+
+def test_auto_classes_load_every_weight_in_a_fresh_process(elsewhere):
+    model = tiny_model()
+    batch = {"input_ids": torch.tensor([[2, 7, 9, 3]])}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(elsewhere["logits"]), model(**batch).logits)
+        hidden_states = model.fastbert(**batch).last_hidden_state
+        torch.testing.assert_close(torch.tensor(elsewhere["hidden_states"]), hidden_states)
+
+
+def test_import_reaches_for_no_network(elsewhere):
+    assert elsewhere["guard_works"]
+    assert elsewhere["reached_at_import"] == []
+
+
+def test_import_changes_no_thread_count_and_no_default_dtype(elsewhere):
+    assert elsewhere["threads"] == [3, 2]
+    assert elsewhere["default_dtype"] == "torch.float32"
+
+
+def test_import_leaves_the_trainer_to_those_who_train(elsewhere):
+    assert elsewhere["training_imported"] == []
+
+
+def test_pipeline_is_registered_without_the_mark_of_custom_code():
+    targeted = PIPELINE_REGISTRY.check_task("fast-text-classification")[1]
+    assert targeted["impl"] is FastTextClassificationPipeline
+    assert targeted["pt"] == (AutoModelForSequenceClassification,)
+    assert not hasattr(FastTextClassificationPipeline, "_registered_impl")
+
+
+def test_saved_model_points_to_no_custom_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert not {"custom_pipelines", "auto_map"} & config.keys()
+    assert not list(folder.glob("**/*.py"))
+
+
+def test_public_names_are_those_of_the_contract():
+    assert set(fastbert_hf.__all__) >= {
+        "FastBertConfig",
+        "FastBertForSequenceClassification",
+        "FastBertModel",
+        "FastTextClassificationPipeline",
+        "SelfDistillationArguments",
+        "SelfDistillationTrainer",
+    }
+    assert all(hasattr(fastbert_hf, name) for name in fastbert_hf.__all__)
+    with pytest.raises(AttributeError, match="'fastbert_hf' has no attribute 'FastBert'"):
+        fastbert_hf.FastBert  # noqa: B018
+
+
+def test_version_is_that_of_the_installed_package():
+    assert fastbert_hf.__version__ == version("fastbert-hf")
+
+
+def test_type_hints_are_shipped():
+    assert (files("fastbert_hf") / "py.typed").is_file()
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    assert "py.typed" in setup["options.package_data"]["fastbert_hf"]
+
+
+def forbidden_imports(source: str) -> list[str]:
+    """Imports that would fail in a folder that holds this file, its dotted siblings and nothing else."""
+    forbidden = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            forbidden += [name for name in names if name.partition(".")[0] not in ALLOWED_PACKAGES]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            if node.module.partition(".")[0] not in ALLOWED_PACKAGES:
+                forbidden.append(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            is_sibling = node.level == 1 and node.module is not None and "." not in node.module
+            if not is_sibling or not (PACKAGE / "modeling" / f"{node.module}.py").is_file():
+                forbidden.append("." * node.level + (node.module or ""))
+    return forbidden
+
+
+def classes_of(source: str) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)}
+
+
+def checks_of_foreign_classes(source: str, our_classes: set[str]) -> list[str]:
+    """`isinstance` and `issubclass` calls that name one of our classes from another file."""
+    foreign = our_classes - classes_of(source)
+    checks = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in ("isinstance", "issubclass"):
+                named = re.findall(r"\w+", ast.unparse(node.args[1]))
+                checks += [ast.unparse(node) for name in named if name in foreign]
+    return checks
+
+
+@pytest.mark.parametrize("file", MODELING_FILES, ids=lambda file: file.name)
+def test_modeling_files_import_only_what_travels_with_a_checkpoint(file):
+    assert forbidden_imports(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("import numpy as np", "numpy"),
+        ("from datasets import Dataset", "datasets"),
+        ("import fastbert_hf.version", "fastbert_hf.version"),
+        ("from fastbert_hf.modeling import exit_policies", "fastbert_hf.modeling"),
+        ("from . import exit_policies", "."),
+        ("from ..training import arguments", "..training"),
+        ("from ..version import __version__", "..version"),
+        ("from .training.arguments import SelfDistillationArguments", ".training.arguments"),
+        ("from .no_such_file import name", ".no_such_file"),
+        ("def late():\n    import accelerate", "accelerate"),
+    ],
+)
+def test_import_check_sees_what_would_not_travel(line, name):
+    assert forbidden_imports(line) == [name]
+
+
+@pytest.mark.parametrize("file", MODELING_FILES, ids=lambda file: file.name)
+def test_modeling_files_do_not_check_for_classes_of_other_files(file):
+    our_classes = set().union(*(classes_of(other.read_text()) for other in MODELING_FILES))
+    assert {"FastBertConfig", "PackedBatch", "FastBertForSequenceClassification"} <= our_classes
+    assert checks_of_foreign_classes(file.read_text(), our_classes) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(x, PackedBatch)",
+        "isinstance(x, (str, packed_batch.PackedBatch))",
+        "issubclass(x, PackedBatch | None)",
+    ],
+)
+def test_class_check_sees_classes_of_other_files(line):
+    assert checks_of_foreign_classes(line, {"PackedBatch"}) == [line]
+    assert checks_of_foreign_classes(f"class PackedBatch: ...\n{line}", {"PackedBatch"}) == []
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("**/*.py")), ids=lambda file: file.name)
+def test_no_file_of_the_package_sets_thread_counts_or_registers_for_auto_classes(file):
+    source = file.read_text()
+    assert "set_num_threads" not in source
+    assert "register_for_auto_class" not in source
