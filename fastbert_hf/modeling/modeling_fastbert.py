@@ -265,9 +265,15 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             ExitClassifier(config, exit_type, config.share_exit_pooler and exit_type == config.exit_type)
             for exit_type in exit_types
         )
-        for parameter in self.student_parameters():
-            parameter.requires_grad = False
+        self._freeze_students()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading puts new parameters in place of the frozen ones.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_students()
+        return loaded
 
     @classmethod
     def from_backbone(
@@ -335,6 +341,10 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         model.config.text_config = encoder.config
         return model.eval()
 
+    def _freeze_students(self) -> None:
+        for parameter in self.student_parameters():
+            parameter.requires_grad = False
+
     @property
     def teacher(self) -> ExitClassifier:
         """The last exit."""
@@ -345,11 +355,14 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         """All exits but the last, first to last."""
         return self.exits[:-1]
 
+    def student_modules(self) -> list[nn.Module]:
+        """What only the students use: themselves, and a pooler that they share and the teacher does not."""
+        shares_with_teacher = self.shared_pooler is None or self.teacher.pooler is None
+        return [*self.students] if shares_with_teacher else [*self.students, self.shared_pooler]
+
     def student_parameters(self) -> Iterator[nn.Parameter]:
-        """What only the students use: a pooler that they share with the teacher is the teacher's."""
-        yield from self.students.parameters()
-        if self.shared_pooler is not None and self.teacher.pooler is not None:
-            yield from self.shared_pooler.parameters()
+        """The parameters of `student_modules`."""
+        return (parameter for module in self.student_modules() for parameter in module.parameters())
 
     @can_return_tuple
     def forward(

@@ -78,6 +78,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs, **tokenizer_kwargs):
+        if isinstance(inputs, dict) and inputs.get("text_pair", "") is None:
+            inputs = {name: text for name, text in inputs.items() if name != "text_pair"}
         for text in inputs.values() if isinstance(inputs, dict) else [inputs]:
             # The old form of a pair, [[text, text_pair]], is left to the stock pipeline.
             if not isinstance(text, list):

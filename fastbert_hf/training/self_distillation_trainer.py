@@ -99,6 +99,7 @@ class SelfDistillationTrainer(Trainer):
                 "with the stock Trainer, or wrap a fine-tuned classifier: "
                 "FastBertForSequenceClassification.from_classifier(name)"
             )
+        self._divergences, self._steps = 0.0, 0
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -111,7 +112,8 @@ class SelfDistillationTrainer(Trainer):
         fastbert = base_model(self.accelerator.unwrap_model(model))
         training = model.training
         fastbert.eval()
-        fastbert.students.train(training)
+        for module in fastbert.student_modules():
+            module.train(training)
         outputs = model(**{**inputs, "labels": None}, output_exit_logits=True)
         divergences = student_divergences(outputs.exit_logits, self.args.reverse_kl)
         if training:
@@ -190,16 +192,17 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def freeze_all_but_students(model: PreTrainedModel) -> None:
     """Leaves gradients to the students alone: `requires_grad` is off for the backbone and the teacher."""
-    if getattr(getattr(model, "config", None), "model_type", None) != "fastbert":
+    fastbert = base_model(model)
+    if not hasattr(fastbert, "student_modules"):
         raise ValueError(
             f"model must be a FastBertForSequenceClassification, got {type(model).__name__}. Wrap yours: "
             "FastBertForSequenceClassification.from_classifier(name)"
         )
-    fastbert = base_model(model)
     if len(fastbert.students) == 0:
         raise ValueError("The backbone has one layer, so there are no students to teach.")
-    if fastbert is not model and not all(hasattr(student, "modules_to_save") for student in fastbert.students):
+    if fastbert is not model and not all(hasattr(module, "modules_to_save") for module in fastbert.student_modules()):
         names = [f"exits.{index}" for index in range(len(fastbert.exits))]
+        names += ["shared_pooler"] * (len(fastbert.student_modules()) > len(fastbert.students))
         raise ValueError(
             f"The adapter would be saved without the students. Name every exit in its config: modules_to_save={names}"
         )

@@ -133,7 +133,7 @@ def test_stage_two_keeps_backbone_and_teacher_in_eval_mode(tmp_path):
 def test_stage_two_lowers_the_divergence_of_every_student(tmp_path):
     model = lora_model()
     args = SelfDistillationArguments(
-        **training_settings(tmp_path, max_steps=60, learning_rate=5e-3, logging_steps=60, eval_speeds=[])
+        **training_settings(tmp_path, max_steps=40, learning_rate=5e-3, logging_steps=40, eval_speeds=[])
     )
     trainer = SelfDistillationTrainer(model, args, train_dataset=tiny_rows(), eval_dataset=tiny_rows())
     before = trainer.evaluate()

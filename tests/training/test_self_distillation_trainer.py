@@ -311,7 +311,7 @@ def test_distilling_brings_every_student_nearer_to_the_teacher(tmp_path):
     model = tiny_model()
     rows = tiny_rows(32)
     before = float64_divergences(exit_logits_of(model, rows))
-    trainer = stage_two(tmp_path, model, rows, max_steps=60, learning_rate=5e-3, logging_steps=20)
+    trainer = stage_two(tmp_path, model, rows, max_steps=40, learning_rate=5e-3, logging_steps=20)
     trainer.train()
     after = float64_divergences(exit_logits_of(model, rows))
     assert all(late < 0.5 * early for late, early in zip(after, before, strict=True))
