@@ -1,6 +1,8 @@
 """FastBertConfig: the backbone's own config plus what the exits need."""
 
 # No `from __future__ import annotations` here: it would switch off the type checks of a strict config.
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -75,6 +77,8 @@ class FastBertConfig(PreTrainedConfig):
     max_layers: int | None = None
 
     def __post_init__(self, **kwargs):
+        # The model writes its attention into the backbone's config, so it must not be the caller's.
+        self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
         get_encoder_layout(self.text_config)
         if self.teacher_exit_type is None:

@@ -112,6 +112,13 @@ def packed_position_ids(
     """
     positions = get_encoder_layout(backbone.config).positions
     if positions == "rotary":
+        # The sliding window counts places, which a gap would shift: the stock encoder counts the gap in.
+        last_tokens = packed_batch.first_tokens + packed_batch.lengths.to(packed_batch.first_tokens.device) - 1
+        if (packed_batch.position_ids[0, last_tokens].cpu() != packed_batch.lengths - 1).any():
+            raise ValueError(
+                f"attention_mask has zeros inside a text, which a {backbone.config.model_type} backbone cannot skip: "
+                "leave those tokens out of input_ids, so that zeros mark padding only."
+            )
         return packed_batch.position_ids
     first = backbone.config.pad_token_id + 1 if positions == "after_padding" else 0
     longest, limit = packed_batch.lengths.max().item(), backbone.config.max_position_embeddings - first

@@ -49,7 +49,8 @@ def exit_uncertainty(
         agreements = torch.zeros_like(labels)
         if state is not None:
             agreements = torch.where(labels == state[:, 0], state[:, 1] + 1, 0)
-        uncertainty = 1 - agreements.clamp(max=patience).float() / patience
+        # Not 1 - a / patience, whose rounding error would pass for an agreement at speeds that are k / patience.
+        uncertainty = (patience - agreements).clamp(min=0).float() / patience
         uncertainty = uncertainty.masked_fill(probabilities.isnan().any(-1), math.nan)
         return uncertainty, torch.stack([labels, agreements], -1)
     raise ValueError(f"exit policy {policy!r} is not known; choose one of {', '.join(EXIT_POLICIES)}.")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .answers import Answers, FastBertSequenceClassifierOutput
 from .configuration_fastbert import FastBertConfig
 from .encoder_layouts import (
     embed_tokens,
@@ -25,30 +26,6 @@ from .exit_classifiers import EXIT_POOLERS, ExitClassifier
 from .exit_policies import check_max_layers, exit_uncertainty, row_speeds
 from .packed_batch import INNER_ATTENTIONS, PACKED_ATTENTION, PackedBatch, pack_batch
 from .stock_checkpoints import classifier_config, load_classifier, load_encoder, split_arguments
-
-
-@dataclass
-class FastBertSequenceClassifierOutput(ModelOutput):
-    """
-    Answers of [`FastBertForSequenceClassification`].
-
-    Args:
-        loss (`torch.Tensor`, *optional*): Cross entropy of `logits`, where labels were given.
-        logits (`torch.Tensor` of shape `[batch_size, num_labels]`): At the exit that each row took.
-        exit_layer (`torch.Tensor` of shape `[batch_size]`, long): Layers that each row ran through, 1 to L.
-        uncertainty (`torch.Tensor` of shape `[batch_size]`, float32): Of the exit taken, by the config's
-            `exit_policy`.
-        exit_logits (`torch.Tensor` of shape `[batch_size, L, num_labels]`, *optional*): Of every exit.
-        hidden_states (`tuple` of `torch.Tensor`, *optional*):
-            The embeddings and the output of each layer, `[batch_size, sequence_length, hidden_size]`, zero at padding.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    exit_layer: torch.Tensor | None = None
-    uncertainty: torch.Tensor | None = None
-    exit_logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -335,7 +312,6 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
     @classmethod
     def _around(cls, encoder: PreTrainedModel, config: FastBertConfig) -> FastBertForSequenceClassification:
         model = cls._from_config(config, dtype=encoder.dtype)
-        encoder.config.chunk_size_feed_forward = 0
         encoder.config._attn_implementation_internal = PACKED_ATTENTION
         model.fastbert.backbone = encoder
         model.config.text_config = encoder.config
@@ -417,7 +393,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         speeds = speeds[packed_batch.rows]
         last_layer = max_layers or self.config.num_hidden_layers
         all_hidden_states = [packed_batch.unpack(hidden_states)] if output_hidden_states else []
-        all_exit_logits, answers, state = [], [], None
+        all_exit_logits, answers, state = [], Answers(), None
 
         for depth, layer in enumerate(self.fastbert.layers()[:last_layer], start=1):
             hidden_states = run_layer(layer, hidden_states, packed_batch)
@@ -431,7 +407,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             if output_exit_logits:
                 all_exit_logits.append(logits)
             if depth == last_layer:
-                answers.append((packed_batch.rows, logits, uncertainty, depth))
+                answers.add(packed_batch.rows, logits, uncertainty, depth)
                 break
             if not speeds.any():
                 continue
@@ -439,21 +415,23 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             done = uncertainty.cpu() < speeds
             if done.any():
                 device_done = done.to(logits.device)
-                answers.append((packed_batch.rows[done], logits[device_done], uncertainty[device_done], depth))
+                answers.add(packed_batch.rows[done], logits[device_done], uncertainty[device_done], depth)
                 if done.all():
                     break
                 packed_batch, hidden_states = packed_batch.keep(~done, hidden_states)
                 speeds = speeds[~done]
                 state = state if state is None else state[~device_done]
+            if state is not None:
+                # What students say is nothing to rows at speed 0, whatever the other rows ask for.
+                state[(speeds == 0).to(state.device)] = -1
 
         if output_hidden_states:
             all_hidden_states.append(packed_batch.unpack(readable))
-        rows, logits, uncertainty, exit_layer = collect(answers)
+        order, logits, uncertainty, exit_layer = answers.in_order()
         if not self.training and uncertainty.isnan().any():
             raise ValueError(
                 f"the logits of rows {uncertainty.isnan().nonzero()[:, 0].tolist()} are not finite, so there is no "
-                "answer: "
-                "check the model's weights and inputs for NaN and infinity."
+                "answer: check the model's weights and inputs for NaN and infinity."
             )
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels.view(-1))
         return FastBertSequenceClassifierOutput(
@@ -461,32 +439,9 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             logits=logits,
             exit_layer=exit_layer,
             uncertainty=uncertainty,
-            exit_logits=torch.stack(all_exit_logits, 1)[rows] if output_exit_logits else None,
+            exit_logits=torch.stack(all_exit_logits, 1)[order] if output_exit_logits else None,
             hidden_states=tuple(all_hidden_states) or None,
         )
-
-
-def collect(answers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]) -> tuple[torch.Tensor, ...]:
-    """
-    Puts the answers of all exits in the caller's order.
-
-    Args:
-        answers (`list`): For each exit that answered: rows (CPU), logits, uncertainty, depth.
-
-    Returns:
-        `tuple`: where each row of the caller's batch stands among the answers, its logits, uncertainty and exit layer.
-    """
-    rows, logits, uncertainties, depths = zip(*answers, strict=True)
-    exit_layer = torch.cat([torch.full_like(part, depth) for part, depth in zip(rows, depths, strict=True)])
-    order = torch.cat(rows).argsort()
-    device = logits[0].device
-    device_order = order.to(device)
-    return (
-        device_order,
-        torch.cat(logits)[device_order],
-        torch.cat(uncertainties)[device_order],
-        exit_layer[order].to(device),
-    )
 
 
 def refuse_attentions(config: FastBertConfig, output_attentions: bool | None) -> None:

@@ -55,11 +55,11 @@ def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> Pr
     """
     if isinstance(name_or_path, PreTrainedModel):
         refuse_wrapped(name_or_path.config)
-        return without_pooler(copy.deepcopy(name_or_path.base_model))
+        return bare_encoder(copy_of(name_or_path.base_model, **kwargs))
     config = AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs))
     refuse_wrapped(config)
     arguments = {"add_pooling_layer": False} if get_encoder_layout(config).has_pooler else {}
-    return AutoModel.from_pretrained(name_or_path, **{"dtype": torch.float32, **kwargs}, **arguments)
+    return bare_encoder(AutoModel.from_pretrained(name_or_path, **{"dtype": torch.float32, **kwargs}, **arguments))
 
 
 def load_classifier(
@@ -74,7 +74,7 @@ def load_classifier(
     """
     if isinstance(name_or_path, PreTrainedModel):
         names = head_names(name_or_path.config)
-        model, missing = copy.deepcopy(name_or_path), []
+        model, missing = copy_of(name_or_path, **kwargs), []
         if not type(model).__name__.endswith("ForSequenceClassification"):
             raise ValueError(
                 f"{type(model).__name__} is not a sequence classifier. Use from_backbone(model, num_labels=...)."
@@ -92,7 +92,7 @@ def load_classifier(
             f"pretrained encoder use from_backbone({str(name_or_path)!r}, num_labels=...)."
         )
     dense, out_proj = map(model.get_submodule, names)
-    return without_pooler(model.base_model), dense, out_proj
+    return bare_encoder(model.base_model), dense, out_proj
 
 
 def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -135,10 +135,21 @@ def refuse_wrapped(config: PreTrainedConfig) -> None:
         )
 
 
-def without_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
-    """The encoder without the pooler that no exit reads."""
+def copy_of(model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
+    """A copy of a loaded model, which needs no other arguments of `from_pretrained`."""
+    if kwargs:
+        raise ValueError(f"the model is loaded already: leave out {', '.join(kwargs)}, or give its name.")
+    return copy.deepcopy(model).to(dtype or model.dtype)
+
+
+def bare_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
+    """The encoder without the pooler that no exit reads, and without chunks of its feed-forward layers."""
     if get_encoder_layout(encoder.config).has_pooler:
         encoder.pooler = None
+    # Chunks must divide the number of tokens, which no packed batch can promise.
+    for module in [encoder.config, *encoder.modules()]:
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 0
     return encoder
 
 
