@@ -109,10 +109,8 @@ class FastBertConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(
                 f"This is the config of a {model_type!r} checkpoint, not of a FastBERT model, and loading it as one "
-                "would "
-                "leave every weight random. Wrap it: FastBertForSequenceClassification.from_backbone(name, "
-                "num_labels=...) "
-                "for a pretrained encoder, or .from_classifier(name) for a fine-tuned classifier."
+                "would leave every weight random. Wrap it: FastBertForSequenceClassification.from_backbone(name, "
+                "num_labels=...) for a pretrained encoder, or .from_classifier(name) for a fine-tuned classifier."
             )
         return super().from_dict(config_dict, **kwargs)
 

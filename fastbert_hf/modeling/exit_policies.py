@@ -142,6 +142,5 @@ def check_max_layers(max_layers: int | None, num_hidden_layers: int) -> None:
     if not is_integer or not 1 <= max_layers <= num_hidden_layers:
         raise ValueError(
             f"max_layers must be a whole number from 1 to {num_hidden_layers} (the layers of this model), or None "
-            "for all "
-            f"of them, got {max_layers!r}."
+            f"for all of them, got {max_layers!r}."
         )

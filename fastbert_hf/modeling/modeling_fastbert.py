@@ -77,6 +77,9 @@ class FastBertModel(FastBertPreTrainedModel):
     ```
     """
 
+    # AutoModel reads a classifier's checkpoint, too, and needs none of its exits.
+    _keys_to_ignore_on_load_unexpected = [r"^exits\.", r"^shared_pooler\."]
+
     def __init__(self, config: FastBertConfig):
         super().__init__(config)
         layout = get_encoder_layout(config.text_config)
@@ -112,8 +115,7 @@ class FastBertModel(FastBertPreTrainedModel):
         if self.backbone.config._attn_implementation != PACKED_ATTENTION:
             raise ValueError(
                 f"the backbone's attention was changed to {self.backbone.config._attn_implementation!r}, with which "
-                "the "
-                "texts of a batch would read each other. Choose the kernel on the model instead: "
+                "the texts of a batch would read each other. Choose the kernel on the model instead: "
                 "model.set_attn_implementation('sdpa')"
             )
         tokens = input_ids if input_ids is not None else inputs_embeds

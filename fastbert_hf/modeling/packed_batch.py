@@ -195,8 +195,8 @@ def packed_attention(
     if packed_batch is None:
         raise ValueError(
             "The backbone of a FastBERT model works on packed batches and cannot be called by itself. Call the "
-            "model, or "
-            "FastBertModel for its hidden states: model.fastbert(input_ids, attention_mask).last_hidden_state"
+            "model, or FastBertModel for its hidden states: model.fastbert(input_ids, "
+            "attention_mask).last_hidden_state"
         )
     return attend_within_texts(packed_batch, query, key, value, scaling, dropout, sliding_window), None
 

@@ -37,8 +37,7 @@ def split_arguments(
     if unknown:
         raise TypeError(
             f"unexpected {', '.join(unknown)}: give fields of {config_class.__name__} ({', '.join(fields)}) or "
-            "arguments "
-            f"of from_pretrained ({', '.join(LOADING_ARGUMENTS)})."
+            f"arguments of from_pretrained ({', '.join(LOADING_ARGUMENTS)})."
         )
     config_arguments = {name: value for name, value in arguments.items() if name in fields}
     loading_arguments = {name: value for name, value in arguments.items() if name not in fields}
@@ -88,8 +87,7 @@ def load_classifier(
     if missing:
         raise ValueError(
             f"{name_or_path} has no fine-tuned classifier head (its checkpoint lacks {', '.join(sorted(missing))}). "
-            "For a "
-            f"pretrained encoder use from_backbone({str(name_or_path)!r}, num_labels=...)."
+            f"For a pretrained encoder use from_backbone({str(name_or_path)!r}, num_labels=...)."
         )
     dense, out_proj = map(model.get_submodule, names)
     return bare_encoder(model.base_model), dense, out_proj

@@ -95,8 +95,7 @@ class SelfDistillationTrainer(Trainer):
         if not resume_from_checkpoint and not base_model(self.model).teacher.out_proj.bias.any():
             raise ValueError(
                 "The teacher is still at its random initialisation, so there is nothing to learn from it. Fine-tune "
-                "first, "
-                "with the stock Trainer, or wrap a fine-tuned classifier: "
+                "first, with the stock Trainer, or wrap a fine-tuned classifier: "
                 "FastBertForSequenceClassification.from_classifier(name)"
             )
         self._divergences, self._steps = 0.0, 0

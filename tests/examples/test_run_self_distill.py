@@ -221,6 +221,18 @@ def test_pairs_unlabeled_texts_and_a_json_file(script, monkeypatch, tmp_path, ba
     assert all(1 in row for row in texts["token_type_ids"])
 
 
+def test_a_data_set_is_found_by_its_name(script, monkeypatch, tmp_path, backbone):
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    write(folder / "train.csv", rows(24, ("no", "yes", "both")))
+    write(folder / "test.csv", rows(6))
+    arguments = ("--model_name_or_path", backbone, "--output_dir", tmp_path / "out", "--dataset_name", folder)
+    run(script, monkeypatch, *arguments, "--num_train_epochs", 1, "--distill_num_train_epochs", 1)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 3
+    message = error_of(script, monkeypatch, *arguments[:4], "--dataset_name", "nobody/has-this")
+    assert "the data set nobody/has-this cannot be loaded" in message
+
+
 BAD_ROWS = {
     "an empty text": ([*rows(24), ("yes", " ", "x")], "no text in 'text' .* row 24"),
     "one label": (rows(24, ("yes",)), "1 label"),
