@@ -53,7 +53,8 @@ class FastBertPreTrainedModel(PreTrainedModel):
         attention: with a stock one the texts of a batch would read each other.
         """
         if isinstance(attn_implementation, dict):
-            attn_implementation = attn_implementation.get("", attn_implementation.get("text_config"))
+            given = attn_implementation
+            attn_implementation = given.get("", given.get("text_config", self.config._attn_implementation))
         self.config._attn_implementation_internal = self.get_correct_attn_implementation(attn_implementation)
 
 
@@ -256,7 +257,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
 
     @classmethod
     def from_backbone(
-        cls, name_or_path: str | PathLike | PreTrainedModel, num_labels: int = 2, **kwargs
+        cls, name_or_path: str | PathLike | PreTrainedModel, num_labels: int | None = None, **kwargs
     ) -> FastBertForSequenceClassification:
         """
         Puts a new teacher and new students on a pretrained encoder. Then fine-tune (stage 1) and self-distil (stage
@@ -266,7 +267,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             name_or_path (`str`, `PathLike` or `PreTrainedModel`):
                 A checkpoint of a supported family, with or without a head of its own, or a loaded model, which is
                 copied and left alone.
-            num_labels (`int`, defaults to 2): Number of labels.
+            num_labels (`int`, *optional*): Number of labels; that of `id2label`, or 2, unless given.
             kwargs:
                 Fields of [`FastBertConfig`] (`exit_type="linear"`, `id2label={...}`), and arguments of
                 `from_pretrained` (`revision`, `token`, `cache_dir`, ...). `dtype` is float32 unless given.
@@ -279,8 +280,13 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         """
         config_arguments, loading_arguments = split_arguments(FastBertConfig, kwargs)
         encoder = load_encoder(name_or_path, **loading_arguments)
-        if "id2label" not in config_arguments:
-            config_arguments["num_labels"] = num_labels
+        id2label = config_arguments.get("id2label")
+        if id2label is None:
+            config_arguments["num_labels"] = 2 if num_labels is None else num_labels
+        elif num_labels not in (None, len(id2label)):
+            raise ValueError(
+                f"num_labels={num_labels}, but id2label names {len(id2label)} labels: leave out num_labels."
+            )
         return cls._around(encoder, FastBertConfig(text_config=encoder.config, **config_arguments))
 
     @classmethod

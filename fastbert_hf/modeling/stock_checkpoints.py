@@ -95,18 +95,17 @@ def load_classifier(
 
 def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the config around a stock classifier, which brings its labels and its head."""
-    given = [name for name in ("teacher_exit_type", "num_labels", "problem_type") if name in arguments]
+    kept = ("teacher_exit_type", "num_labels", "id2label", "label2id", "problem_type")
+    given = [name for name in kept if name in arguments]
     if given:
         raise ValueError(
             f"from_classifier keeps the classifier's own head and its {text_config.num_labels} labels: leave out "
             f"{', '.join(given)}."
         )
-    labels = {"id2label": text_config.id2label, "label2id": text_config.label2id}
     return {
         "text_config": text_config,
         "teacher_exit_type": "linear",
-        "problem_type": text_config.problem_type,
-        **labels,
+        **{name: getattr(text_config, name) for name in ("id2label", "label2id", "problem_type")},
         **arguments,
     }
 

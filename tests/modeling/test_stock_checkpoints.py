@@ -169,7 +169,14 @@ def test_single_label_problem_type_of_a_classifier_is_kept():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_labels": 3}, {"num_labels": 5}, {"teacher_exit_type": "attention"}, {"problem_type": None}]
+    "arguments",
+    [
+        {"num_labels": 3},
+        {"num_labels": 5},
+        {"teacher_exit_type": "attention"},
+        {"problem_type": None},
+        {"id2label": {0: "a"}},
+    ],
 )
 def test_what_a_classifier_brings_itself_cannot_be_given(arguments):
     (name,) = arguments
@@ -252,6 +259,12 @@ def test_number_of_labels_is_two_unless_given_and_labels_can_be_named():
     model = FastBertForSequenceClassification.from_backbone(stock, **labels)
     assert model.config.id2label == LABELS
     assert model.teacher.out_proj.out_features == 3
+
+
+def test_number_of_labels_that_contradicts_their_names_is_refused():
+    names = {0: "a", 1: "b", 2: "c"}
+    with pytest.raises(ValueError, match="num_labels=5, but id2label names 3 labels"):
+        FastBertForSequenceClassification.from_backbone(tiny_stock_model(), num_labels=5, id2label=names)
 
 
 @pytest.mark.parametrize("config", [{"num_labels": 1}, {"problem_type": "regression"}])
