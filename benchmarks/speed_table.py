@@ -26,7 +26,6 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoTokenizer,
-    EvalPrediction,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
@@ -35,6 +34,7 @@ from transformers import (
 
 from fastbert_hf import FastBertForSequenceClassification, SelfDistillationArguments, SelfDistillationTrainer
 from fastbert_hf.modeling.exit_policies import exit_uncertainties, first_exits
+from fastbert_hf.training import accuracy
 
 
 SPEEDS = [round(0.01 * step, 2) for step in range(101)]
@@ -81,10 +81,6 @@ def load_splits(folder: Path) -> DatasetDict:
         held_out = splits["train"].train_test_split(test_size=0.1, seed=0, stratify_by_column="label")
         splits["train"], splits["dev"] = held_out["train"], held_out["test"]
     return splits
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def curve(trainer: SelfDistillationTrainer, split: Dataset) -> dict[str, list[float]]:

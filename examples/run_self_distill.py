@@ -28,6 +28,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -75,8 +76,8 @@ class ScriptArguments:
     distill_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage 2."})
     distill_num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of stage 2."})
     reverse_kl: bool = field(default=False, metadata={"help": "Minimise KL(student || teacher) in stage 2."})
-    exit_type: str = field(default="attention", metadata={"help": "Structure of the exits: attention or linear."})
-    exit_policy: str = field(default="entropy", metadata={"help": "entropy, confidence, margin or patience."})
+    exit_type: str | None = field(default=None, metadata={"help": "Structure of new exits: attention or linear."})
+    exit_policy: str | None = field(default=None, metadata={"help": "entropy, confidence, margin or patience."})
     speed: float = field(default=0.5, metadata={"help": "The speed of the saved model where a call names none."})
     eval_speeds: list[float] = field(
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9],
@@ -97,7 +98,7 @@ class StageOneArguments(TrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep in each stage."})
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends with one line."""
     raise SystemExit(f"run_self_distill.py: {message}")
 
@@ -119,7 +120,8 @@ def parse_arguments() -> tuple[ScriptArguments, StageOneArguments]:
             return parser.parse_dict(settings)
         except ValueError as error:
             fail(f"{path}: {error}")
-    if not any(argument.partition("=")[0] in ("--train_file", "--dataset_name") for argument in sys.argv):
+    given = {argument.partition("=")[0].replace("-", "_") for argument in sys.argv}
+    if not given & {"__train_file", "__dataset_name"}:
         parser.set_defaults(**QUICK_START)
     return parser.parse_args_into_dataclasses()
 
@@ -143,7 +145,7 @@ def check_arguments(script: ScriptArguments) -> None:
         if path is not None and Path(path).stat().st_size == 0:
             fail(f"{path} is empty: give a --{name} with a header and rows")
     for name, allowed in (("exit_type", EXIT_TYPES), ("exit_policy", EXIT_POLICIES)):
-        if getattr(script, name) not in allowed:
+        if getattr(script, name) not in (None, *allowed):
             fail(f"--{name} must be one of {', '.join(allowed)}, got {getattr(script, name)!r}")
     for name in ("max_train_samples", "max_eval_samples"):
         if getattr(script, name) is not None and getattr(script, name) < 1:
@@ -255,9 +257,10 @@ def label_names(script: ScriptArguments, train) -> list[str]:
 
 def encode(script: ScriptArguments, tokenizer, rows, label2id: dict[str, int] | None = None, name: str = ""):
     """Token ids, and `labels` where `label2id` is given."""
-    names = getattr(rows.features.get(script.label_column), "names", None)
     if label2id is not None:
-        values = [names[value] if names else str(value) for value in rows[script.label_column]]
+        column, names = rows[script.label_column], getattr(rows.features[script.label_column], "names", None)
+        # Some data sets mark rows without a label with -1.
+        values = [names[value] if names and value is not None and value >= 0 else str(value) for value in column]
         are_ids = all(value.isdecimal() and int(value) < len(label2id) for value in values)
         if are_ids and not set(values) <= label2id.keys():
             label2id = {value: int(value) for value in values}
@@ -281,17 +284,25 @@ def encode(script: ScriptArguments, tokenizer, rows, label2id: dict[str, int] | 
     return rows.map(tokenize, batched=True, with_indices=True, remove_columns=rows.column_names, desc=description)
 
 
+def exit_settings(script: ScriptArguments) -> dict[str, str]:
+    """What the caller said of the exits."""
+    settings = {"exit_type": script.exit_type, "exit_policy": script.exit_policy}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def load_distillable(script: ScriptArguments, name_or_path: str):
     """A fine-tuned model to distil: FastBERT as it is, a stock classifier with students put under it."""
     from transformers import AutoConfig
 
     from fastbert_hf import FastBertForSequenceClassification
 
-    if AutoConfig.from_pretrained(name_or_path).model_type == "fastbert":
-        return FastBertForSequenceClassification.from_pretrained(name_or_path)
-    return FastBertForSequenceClassification.from_classifier(
-        name_or_path, exit_type=script.exit_type, exit_policy=script.exit_policy
-    )
+    config = AutoConfig.from_pretrained(name_or_path)
+    if config.model_type != "fastbert":
+        return FastBertForSequenceClassification.from_classifier(name_or_path, **exit_settings(script))
+    for name, value in exit_settings(script).items():
+        if value != getattr(config, name):
+            fail(f"{name_or_path} was built with --{name} {getattr(config, name)}: leave out --{name} {value}")
+    return FastBertForSequenceClassification.from_pretrained(name_or_path)
 
 
 def save_whole(model, tokenizer, folder: Path) -> None:
@@ -316,6 +327,8 @@ def train_stage(trainer, folder: Path) -> None:
     if checkpoint:
         print(f"Going on from {checkpoint}.")
     trainer.train(resume_from_checkpoint=checkpoint)
+    # Nobody removes a checkpoint that another process still reads.
+    trainer.accelerator.wait_for_everyone()
 
 
 def finish_stage(model, tokenizer, stage_folder: Path, folder: Path, is_main: bool) -> None:
@@ -338,12 +351,19 @@ def check_settings(script: ScriptArguments, stage_one: StageOneArguments, folder
         "gradient_accumulation_steps",
         "warmup_steps",
         "weight_decay",
+        "lr_scheduler_type",
+        "optim",
+        "label_smoothing_factor",
+        "load_best_model_at_end",
         "seed",
         "bf16",
+        "fp16",
     )
     reporting = ("eval_speeds", "max_eval_samples")
     settings = {name: value for name, value in asdict(script).items() if name not in reporting}
     settings.update({name: getattr(stage_one, name) for name in training})
+    files = {name: getattr(script, name) for name in ("train_file", "unlabeled_file")}
+    settings.update({f"size of {name}": os.path.getsize(path) for name, path in files.items() if path})
     path = folder / "settings.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -358,10 +378,6 @@ def check_settings(script: ScriptArguments, stage_one: StageOneArguments, folder
         part = folder / "settings.json.part"
         part.write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(part, path)
-
-
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def print_speeds(metrics: dict[str, float], speeds: list[float], num_layers: int) -> None:
@@ -380,6 +396,7 @@ def main() -> None:
     from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, pipeline, set_seed
 
     from fastbert_hf import FastBertForSequenceClassification, SelfDistillationArguments, SelfDistillationTrainer
+    from fastbert_hf.training import accuracy
 
     check_arguments(script)
     is_quick_start = script.model_name_or_path is None
@@ -404,11 +421,10 @@ def main() -> None:
                 script.model_name_or_path,
                 id2label=dict(enumerate(names)),
                 label2id={name: index for index, name in enumerate(names)},
-                exit_type=script.exit_type,
-                exit_policy=script.exit_policy,
+                **exit_settings(script),
             )
     except (OSError, ValueError) as error:
-        fail(f"{script.model_name_or_path} cannot be loaded: {str(error).splitlines()[0]}")
+        fail(f"the model cannot be loaded: {str(error).splitlines()[0]}")
     model.config.speed = script.speed
     label2id = model.config.label2id
     with stage_one.main_process_first():
@@ -446,6 +462,8 @@ def main() -> None:
         print("\nStage 2: teaching the students what the teacher says.")
         train_stage(trainer, stage_folders[1])
         finish_stage(model, tokenizer, stage_folders[1], folder, is_main)
+    else:
+        print(f"\n{folder} holds this run, finished.")
 
     metrics = trainer.evaluate()
     if not is_main:

@@ -111,6 +111,14 @@ def packed_position_ids(
         `torch.Tensor` of shape `[1, total_tokens]`.
     """
     positions = get_encoder_layout(backbone.config).positions
+    first = backbone.config.pad_token_id + 1 if positions == "after_padding" else 0
+    longest, limit = packed_batch.lengths.max().item(), backbone.config.max_position_embeddings - first
+    if longest > limit:
+        raise ValueError(
+            f"a text has {longest} tokens, but this model reads at most {limit}: let the tokenizer cut it, as in "
+            f"tokenizer(texts, truncation=True, max_length={limit}) or "
+            f"classifier(texts, truncation=True, max_length={limit})."
+        )
     if positions == "rotary":
         # The sliding window counts places, which a gap would shift: the stock encoder counts the gap in.
         last_tokens = packed_batch.first_tokens + packed_batch.lengths.to(packed_batch.first_tokens.device) - 1
@@ -120,14 +128,6 @@ def packed_position_ids(
                 "leave those tokens out of input_ids, so that zeros mark padding only."
             )
         return packed_batch.position_ids
-    first = backbone.config.pad_token_id + 1 if positions == "after_padding" else 0
-    longest, limit = packed_batch.lengths.max().item(), backbone.config.max_position_embeddings - first
-    if longest > limit:
-        raise ValueError(
-            f"a text has {longest} tokens, but this model reads at most {limit}: let the tokenizer cut it, as in "
-            f"tokenizer(texts, truncation=True, max_length={limit}) or "
-            f"classifier(texts, truncation=True, max_length={limit})."
-        )
     if positions == "after_padding" and input_ids is not None:
         padding = backbone.config.pad_token_id
         return packed_batch.pack(backbone.embeddings.create_position_ids_from_input_ids(input_ids, padding))

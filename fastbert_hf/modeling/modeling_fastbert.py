@@ -323,7 +323,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         encoder.config._attn_implementation_internal = PACKED_ATTENTION
         model.fastbert.backbone = encoder
         model.config.text_config = encoder.config
-        return model.eval()
+        return model.to(encoder.device).eval()
 
     def _freeze_students(self) -> None:
         for parameter in self.student_parameters():
@@ -411,6 +411,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 continue
             readable = self.fastbert.final_norm(hidden_states)
             logits = self.exits[depth - 1](readable, packed_batch, self.shared_pooler)  # [texts, num_labels]
+            # Where no row asks for an early exit, what the students said is nothing to the answer.
+            state = state if speeds.any() else None
             uncertainty, state = exit_uncertainty(logits, self.config.exit_policy, self.config.patience, state)
             if output_exit_logits:
                 all_exit_logits.append(logits)
@@ -422,16 +424,17 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             # The one wait for the device in each layer: how many rows go on decides the shapes of the next.
             done = uncertainty.cpu() < speeds
             if done.any():
-                device_done = done.to(logits.device)
-                answers.add(packed_batch.rows[done], logits[device_done], uncertainty[device_done], depth)
+                # Indices made on the CPU: a boolean mask on the device would wait for it again.
+                leaving = done.nonzero()[:, 0].to(logits.device)
+                answers.add(packed_batch.rows[done], logits[leaving], uncertainty[leaving], depth)
                 if done.all():
                     break
                 packed_batch, hidden_states = packed_batch.keep(~done, hidden_states)
                 speeds = speeds[~done]
-                state = state if state is None else state[~device_done]
+                state = state if state is None else state[(~done).nonzero()[:, 0].to(logits.device)]
             if state is not None:
                 # What students say is nothing to rows at speed 0, whatever the other rows ask for.
-                state[(speeds == 0).to(state.device)] = -1
+                state = state.masked_fill((speeds == 0).to(state.device)[:, None], -1)
 
         if output_hidden_states:
             all_hidden_states.append(packed_batch.unpack(readable))

@@ -34,6 +34,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        # A model that comes straight from its training would answer with dropout.
+        self.model.eval()
         model_type = self.model.config.model_type
         if model_type != "fastbert":
             raise ValueError(

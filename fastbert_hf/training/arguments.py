@@ -15,7 +15,7 @@ class SelfDistillationArguments(TrainingArguments):
     `TrainingArguments` with the paper's settings for stage 2 as defaults, and these fields of its own.
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 2e-4): Ten times that of stage 1.
+        learning_rate (`float`, *optional*, defaults to 2e-4): Ten times that of the paper's stage 1.
         num_train_epochs (`float`, *optional*, defaults to 5): Passes over the training texts.
         warmup_steps (`float`, *optional*, defaults to 0.1): Below 1 a share of all steps, else a number of steps.
         eval_speeds (`list[float]`, *optional*, defaults to `[0.1, 0.5, 0.8]`):
@@ -40,4 +40,9 @@ class SelfDistillationArguments(TrainingArguments):
     def __post_init__(self):
         for speed in self.eval_speeds:
             check_speed(speed)
+        if self.batch_eval_metrics or not self.eval_do_concat_batches:
+            raise ValueError(
+                "batch_eval_metrics=True and eval_do_concat_batches=False are not supported: the speeds are derived "
+                "from the answers to all rows. Leave both out."
+            )
         super().__post_init__()

@@ -35,8 +35,8 @@ def student_divergences(exit_logits: torch.Tensor, reverse_kl: bool = False) -> 
     return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mean(0)
 
 
-def default_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, for a trainer that was given no `compute_metrics`."""
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the rows whose best label is the gold one; what a trainer without `compute_metrics` reports."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
@@ -86,9 +86,10 @@ class SelfDistillationTrainer(Trainer):
                 "SelfDistillationTrainer(model, SelfDistillationArguments('outputs', num_train_epochs=5), "
                 "train_dataset=...)"
             )
-        freeze_all_but_students(model)
+        if model is not None or kwargs.get("model_init") is None:
+            freeze_all_but_students(model)
         super().__init__(model, args, **kwargs)
-        self.metrics_at_speed = compute_metrics or default_metrics
+        self.metrics_at_speed = compute_metrics or accuracy
         self._divergences, self._steps = 0.0, 0
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -99,7 +100,14 @@ class SelfDistillationTrainer(Trainer):
                 "FastBertForSequenceClassification.from_classifier(name)"
             )
         self._divergences, self._steps = 0.0, 0
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.model.eval()
+        return output
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        freeze_all_but_students(model)
+        return model
 
     def compute_loss(
         self,

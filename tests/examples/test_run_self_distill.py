@@ -134,7 +134,7 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
     capsys.readouterr()
     run(script, monkeypatch, *arguments, "--eval_speeds", 0.25)
     printed = capsys.readouterr().out
-    assert "Stage" not in printed and " 0.25" in printed
+    assert "Stage" not in printed and "finished" in printed and " 0.25" in printed
     assert (out / "model.safetensors").read_bytes() == before
     message = error_of(script, monkeypatch, *arguments, "--learning_rate", 0.5)
     assert "learning_rate" in message and "--output_dir" in message
@@ -233,6 +233,35 @@ def test_a_data_set_is_found_by_its_name(script, monkeypatch, tmp_path, backbone
     assert "the data set nobody/has-this cannot be loaded" in message
 
 
+def test_options_with_hyphens_do_not_start_the_quick_start(script, monkeypatch, tmp_path, backbone):
+    train = write(tmp_path / "train.csv", rows(24))
+    monkeypatch.setattr(
+        sys, "argv", ["run_self_distill.py", "--train-file", train, "--model-name-or-path", str(backbone)]
+    )
+    arguments, stage_one = script.parse_arguments()
+    assert arguments.train_file == train and arguments.validation_file is None
+    assert stage_one.output_dir == "outputs/fastbert"
+
+
+def test_rows_of_a_data_set_without_a_label_are_named(script):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    data = Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    with pytest.raises(SystemExit, match="1 rows of the training data have the label '-1'"):
+        script.encode(script.ScriptArguments(), None, data, {"no": 0, "yes": 1}, "training")
+
+
+def test_exits_of_a_model_that_has_them_cannot_be_chosen(script, monkeypatch, tmp_path, backbone):
+    fastbert_hf.FastBertForSequenceClassification.from_classifier(backbone).save_pretrained(tmp_path / "start")
+    BertTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "start")
+    train = write(tmp_path / "train.csv", rows(24))
+    arguments = ("--model_name_or_path", tmp_path / "start", "--train_file", train, "--validation_file", train)
+    arguments = (*arguments, "--distill_only", "True", "--output_dir", tmp_path / "out")
+    message = error_of(script, monkeypatch, *arguments, "--exit_type", "linear")
+    assert "was built with --exit_type attention: leave out --exit_type linear" in message
+
+
 BAD_ROWS = {
     "an empty text": ([*rows(24), ("yes", " ", "x")], "no text in 'text' .* row 24"),
     "one label": (rows(24, ("yes",)), "1 label"),
@@ -271,7 +300,7 @@ def test_bad_arguments_are_named_before_any_training(script, monkeypatch, tmp_pa
     check("correct --text_pair_column", *fine, "--text_pair_column", "second")
     check("give .csv, .tsv, .json", *model, "--train_file", SCRIPT)
     check("give the encoder to start from", "--train_file", train, "--output_dir", tmp_path / "out")
-    check("cannot be loaded", "--model_name_or_path", tmp_path, "--train_file", train, *fine[2:4])
+    check("the model cannot be loaded", "--model_name_or_path", tmp_path, "--train_file", train, *fine[2:4])
     check("--exit_policy must be one of", *fine, "--exit_policy", "luck")
     check("speed must be a number in [0, 1], got 2.0", *fine, "--eval_speeds", 2)
     check("--max_train_samples must be at least 1", *fine, "--max_train_samples", 0)

@@ -539,12 +539,14 @@ def test_padding_beyond_the_limit_is_no_obstacle(family):
 
 
 @torch.no_grad()
-def test_modernbert_reads_texts_of_any_length():
+def test_modernbert_reads_texts_as_long_as_its_config_says_and_no_longer():
     stock, model = wrapped("modernbert")
-    batch = ragged_batch((100, 3))
+    batch = ragged_batch((64, 3))
     assert_equals_stock(
         model.fastbert(**batch).last_hidden_state, stock(**batch).last_hidden_state, batch["attention_mask"]
     )
+    with pytest.raises(ValueError, match="a text has 65 tokens, but this model reads at most 64"):
+        model(**ragged_batch((65, 3)))
 
 
 def test_default_backbone_is_bert_and_fresh_models_answer():

@@ -494,3 +494,8 @@ def test_saved_pipeline_answers_alike_when_loaded_again(folder, direct):
     reloaded = pipeline("fast-text-classification", model=str(folder), device="cpu")
     assert type(reloaded) is FastTextClassificationPipeline
     assert_same_answers(reloaded(TEXTS, speed=SPEED), direct(TEXTS))
+
+
+def test_model_in_train_mode_answers_without_dropout(model, tokenizer):
+    make_pipeline(model.train(), tokenizer)
+    assert not any(module.training for module in model.modules())

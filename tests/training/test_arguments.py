@@ -70,3 +70,9 @@ def test_json_file_brings_the_arguments_back(tmp_path):
     file.write_text(json.dumps({name: saved[name] for name in names}))
     (loaded,) = HfArgumentParser(SelfDistillationArguments).parse_json_file(str(file))
     assert all(getattr(loaded, name) == getattr(args, name) for name in names)
+
+
+@pytest.mark.parametrize("setting", [{"batch_eval_metrics": True}, {"eval_do_concat_batches": False}])
+def test_evaluation_in_parts_is_refused(tmp_path, setting):
+    with pytest.raises(ValueError, match="derived from the answers to all rows"):
+        SelfDistillationArguments(str(tmp_path), use_cpu=True, **setting)

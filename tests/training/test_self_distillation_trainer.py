@@ -561,3 +561,17 @@ def test_arguments_may_be_left_out(tmp_path, monkeypatch):
     assert isinstance(trainer.args, Arguments)
     assert isinstance(trainer, Trainer)
     assert trainer.args.learning_rate == 2e-4
+
+
+def test_trained_model_answers_without_dropout(tmp_path):
+    model = tiny_model()
+    stage_two(tmp_path, model).train()
+    assert not any(module.training for module in model.modules())
+
+
+def test_model_may_come_from_model_init(tmp_path):
+    arguments = Arguments(**training_settings(tmp_path, max_steps=2))
+    trainer = SelfDistillationTrainer(args=arguments, model_init=tiny_model, train_dataset=tiny_rows(8))
+    trainer.train()
+    before = tiny_model().state_dict()
+    assert changed_parameters(trainer.model, before) == student_names(trainer.model)
