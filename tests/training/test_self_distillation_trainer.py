@@ -571,7 +571,7 @@ def test_trained_model_answers_without_dropout(tmp_path):
 
 def test_model_may_come_from_model_init(tmp_path):
     arguments = Arguments(**training_settings(tmp_path, max_steps=2))
-    trainer = SelfDistillationTrainer(args=arguments, model_init=tiny_model, train_dataset=tiny_rows(8))
+    trainer = SelfDistillationTrainer(args=arguments, model_init=lambda: tiny_model(), train_dataset=tiny_rows(8))
     trainer.train()
     before = tiny_model().state_dict()
     assert changed_parameters(trainer.model, before) == student_names(trainer.model)
