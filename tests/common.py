@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from os import PathLike
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from transformers import (
@@ -239,3 +243,13 @@ def tiny_texts(number: int = 12, seed: int = 0) -> list[str]:
     lengths = torch.randint(1, 13, (number,), generator=generator).tolist()
     words = [torch.randint(5, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
     return [" ".join(f"word{index}" for index in text) for text in words]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script outside the package as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from fastbert_hf import FastBertForSequenceClassification
 
-from ..common import assert_close
+from ..common import assert_close, load_script
 
 
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "speed_table.py"
@@ -22,11 +20,7 @@ needs_data = pytest.mark.skipif(not DATA_DIR, reason="needs the real data sets i
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("speed_table", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARK)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import json
 import re
 import subprocess
@@ -22,7 +21,7 @@ from transformers import (
 
 import fastbert_hf
 
-from ..common import spread_out
+from ..common import load_script, spread_out
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "examples" / "run_self_distill.py"
@@ -33,11 +32,7 @@ WORDS = "good bad fine poor warm cold nice dull film food room we it was the not
 @pytest.fixture(scope="module")
 def script():
     """The example as a module, so that it runs in this process."""
-    spec = importlib.util.spec_from_file_location("run_self_distill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
