@@ -411,9 +411,10 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 continue
             readable = self.fastbert.final_norm(hidden_states)
             logits = self.exits[depth - 1](readable, packed_batch, self.shared_pooler)  # [texts, num_labels]
-            # Where no row asks for an early exit, what the students said is nothing to the answer.
-            state = state if speeds.any() else None
             uncertainty, state = exit_uncertainty(logits, self.config.exit_policy, self.config.patience, state)
+            if state is not None:
+                # What students say is nothing to rows at speed 0, whatever the other rows ask for.
+                state = state.masked_fill((speeds == 0).to(state.device)[:, None], -1)
             if output_exit_logits:
                 all_exit_logits.append(logits)
             if depth == last_layer:
@@ -432,9 +433,6 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 packed_batch, hidden_states = packed_batch.keep(~done, hidden_states)
                 speeds = speeds[~done]
                 state = state if state is None else state[(~done).nonzero()[:, 0].to(logits.device)]
-            if state is not None:
-                # What students say is nothing to rows at speed 0, whatever the other rows ask for.
-                state = state.masked_fill((speeds == 0).to(state.device)[:, None], -1)
 
         if output_hidden_states:
             all_hidden_states.append(packed_batch.unpack(readable))
