@@ -20,7 +20,6 @@ goes on where its last checkpoint was when it is started again with the same set
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import os
@@ -28,8 +27,8 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NoReturn
 
+from text_data import TextDataArguments, check_data, encode, fail, label_names, load_data
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -54,30 +53,22 @@ QUICK_START_SENTENCES = (
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TextDataArguments):
     """What to train on which data."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretrained encoder; with --distill_only a fine-tuned classifier."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    train_file: str | None = field(default=None, metadata={"help": "CSV, TSV or JSON lines, also .gz."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "The same; a tenth of the training rows stands in where there is none."}
-    )
-    unlabeled_file: str | None = field(default=None, metadata={"help": "Further texts for stage 2, without labels."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label, a string or a number."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many random rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many random rows."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
     distill_only: bool = field(default=False, metadata={"help": "Only stage 2: the model is fine-tuned already."})
     distill_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage 2."})
     distill_num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of stage 2."})
     reverse_kl: bool = field(default=False, metadata={"help": "Minimise KL(student || teacher) in stage 2."})
-    exit_type: str | None = field(default=None, metadata={"help": "Structure of new exits: attention or linear."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Softens the answers that stage 2 learns; 1 as they are."}
+    )
+    exit_type: str | None = field(
+        default=None, metadata={"help": "Structure of new exits: attention, linear or linear_mean."}
+    )
     exit_policy: str | None = field(default=None, metadata={"help": "entropy, confidence, margin or patience."})
     speed: float = field(default=0.5, metadata={"help": "The speed of the saved model where a call names none."})
     eval_speeds: list[float] = field(
@@ -97,11 +88,6 @@ class StageOneArguments(TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep in each stage."})
-
-
-def fail(message: str) -> NoReturn:
-    """Ends with one line."""
-    raise SystemExit(f"run_self_distill.py: {message}")
 
 
 def parse_arguments() -> tuple[ScriptArguments, StageOneArguments]:
@@ -151,138 +137,13 @@ def check_arguments(script: ScriptArguments) -> None:
     for name in ("max_train_samples", "max_eval_samples"):
         if getattr(script, name) is not None and getattr(script, name) < 1:
             fail(f"--{name} must be at least 1, got {getattr(script, name)}")
+    if not script.temperature > 0:
+        fail(f"--temperature must be above 0, got {script.temperature}")
     try:
         for speed in (script.speed, *script.eval_speeds):
             check_speed(speed)
     except ValueError as error:
         fail(str(error))
-
-
-def load_file(path: str):
-    """A CSV, TSV or JSON file as a `Dataset` with its columns as they are."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    kind = Path(path.removesuffix(".gz")).suffix
-    if kind in (".json", ".jsonl"):
-        arguments = {"path": "json"}
-    elif kind == ".csv":
-        arguments = {"path": "csv", "keep_default_na": False}
-    elif kind == ".tsv":
-        arguments = {"path": "csv", "keep_default_na": False, "delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    else:
-        fail(f"{path} ends with {kind or 'nothing'!r}: give .csv, .tsv, .json or .jsonl, also followed by .gz")
-    try:
-        return load_dataset(**arguments, data_files={"rows": path})["rows"]
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        if "corresponds to no data" in str(error):
-            fail(f"{path} has no rows below its header")
-        reason = str(error.__cause__ or error).splitlines()[0]
-        fail(f"{path} cannot be read as {kind[1:]}: {reason}")
-
-
-def load_data(script: ScriptArguments, seed: int):
-    """The training rows, the validation rows and the further texts of stage 2 (or `None`)."""
-    if script.dataset_name:
-        from datasets import load_dataset
-
-        try:
-            splits = load_dataset(script.dataset_name, script.dataset_config_name)
-        except Exception as error:  # the library has no common class for what can go wrong on the way to a data set
-            fail(f"the data set {script.dataset_name} cannot be loaded: {str(error).splitlines()[0]}")
-        if "train" not in splits:
-            fail(f"the data set {script.dataset_name} has no split 'train', only {', '.join(splits)}")
-        train = splits["train"]
-        validation = splits.get("validation", splits.get("test"))
-        if script.validation_file:
-            validation = load_file(script.validation_file)
-    else:
-        train = load_file(script.train_file)
-        validation = load_file(script.validation_file) if script.validation_file else None
-    if validation is None:
-        if len(train) < 20:
-            fail(f"{len(train)} training rows are too few to hold out a tenth of them: give --validation_file")
-        print("No validation rows were given: a tenth of the training rows stands in for them.")
-        held_out = train.train_test_split(test_size=0.1, seed=seed)
-        train, validation = held_out["train"], held_out["test"]
-    unlabeled = load_file(script.unlabeled_file) if script.unlabeled_file else None
-    if script.max_train_samples and script.max_train_samples < len(train):
-        train = train.shuffle(seed=seed).select(range(script.max_train_samples))
-    if script.max_eval_samples and script.max_eval_samples < len(validation):
-        validation = validation.shuffle(seed=seed).select(range(script.max_eval_samples))
-    return train, validation, unlabeled
-
-
-def check_data(script: ScriptArguments, **parts) -> None:
-    """Rows, columns and texts, before any work is put into them."""
-    texts = [column for column in (script.text_column, script.text_pair_column) if column]
-    for name, rows in parts.items():
-        if rows is None:
-            continue
-        if len(rows) == 0:
-            fail(f"the {name} data has no rows")
-        options = {script.text_column: "text_column", script.text_pair_column: "text_pair_column"}
-        wanted = [*texts]
-        if name == "validation" or (name == "training" and not script.distill_only):
-            wanted.append(script.label_column)
-            options[script.label_column] = "label_column"
-        for column in wanted:
-            if column not in rows.column_names:
-                fail(
-                    f"the {name} data has no column {column!r}, only {', '.join(rows.column_names)}: "
-                    f"correct --{options[column]}"
-                )
-        for column in texts:
-            empty = [row for row, text in enumerate(rows[column]) if text is None or not str(text).strip()]
-            if empty:
-                fail(
-                    f"{len(empty)} rows of the {name} data have no text in {column!r} (the first is row {empty[0]}, "
-                    "counted from 0): remove them"
-                )
-
-
-def label_names(script: ScriptArguments, train) -> list[str]:
-    """The labels of the training rows: the names that the data set brings, else the sorted values."""
-    feature = train.features[script.label_column]
-    if getattr(feature, "names", None):
-        return feature.names
-    values = set(train[script.label_column])
-    if None in values or "" in values:
-        fail(f"the training data has rows without a label in {script.label_column!r}: remove them")
-    if any(isinstance(value, float) for value in values):
-        fail(f"the labels in {script.label_column!r} are fractions: give classes, as regression is not supported")
-    if len(values) < 2:
-        fail(f"the training data has {len(values)} label ({values.pop()!r}): give rows of at least two")
-    return [str(value) for value in sorted(values)]
-
-
-def encode(script: ScriptArguments, tokenizer, rows, label2id: dict[str, int] | None = None, name: str = ""):
-    """Token ids, and `labels` where `label2id` is given."""
-    if label2id is not None:
-        column, names = rows[script.label_column], getattr(rows.features[script.label_column], "names", None)
-        # Some data sets mark rows without a label with -1.
-        values = [names[value] if names and value is not None and value >= 0 else str(value) for value in column]
-        are_ids = all(value.isdecimal() and int(value) < len(label2id) for value in values)
-        if are_ids and not set(values) <= label2id.keys():
-            label2id = {value: int(value) for value in values}
-        unknown = sorted(set(values) - label2id.keys())
-        if unknown:
-            count, known = sum(value in unknown for value in values), ", ".join(map(repr, label2id))
-            fail(
-                f"{count} rows of the {name} data have the label {', '.join(map(repr, unknown))}, which the model "
-                f"does not learn (it knows {known}): add training rows with it, or remove these"
-            )
-
-    def tokenize(batch, indices):
-        columns = [column for column in (script.text_column, script.text_pair_column) if column]
-        texts = ([str(text) for text in batch[column]] for column in columns)
-        encoded = tokenizer(*texts, truncation=True, max_length=script.max_length)
-        if label2id is not None:
-            encoded["labels"] = [label2id[values[index]] for index in indices]
-        return encoded
-
-    description = f"Tokenizing {name} data"
-    return rows.map(tokenize, batched=True, with_indices=True, remove_columns=rows.column_names, desc=description)
 
 
 def exit_settings(script: ScriptArguments) -> dict[str, str]:
@@ -407,7 +268,8 @@ def main() -> None:
     is_main, folder = stage_one.process_index == 0, Path(stage_one.output_dir)
 
     train, validation, unlabeled = load_data(script, stage_one.seed)
-    check_data(script, training=train, validation=validation, unlabeled=unlabeled)
+    labeled = ("validation",) if script.distill_only else ("training", "validation")
+    check_data(script, labeled, training=train, validation=validation, unlabeled=unlabeled)
     stage_folders = folder / "stage1", folder / "stage2"
     fine_tuned = script.model_name_or_path if script.distill_only else stage_folders[0] / "model"
     try:
@@ -427,7 +289,8 @@ def main() -> None:
     except (OSError, ValueError) as error:
         fail(f"the model cannot be loaded: {str(error).splitlines()[0]}")
     model.config.speed = script.speed
-    label2id = model.config.label2id
+    # Some configs name their labels in this direction only.
+    label2id = {name: index for index, name in model.config.id2label.items()}
     with stage_one.main_process_first():
         validation = encode(script, tokenizer, validation, label2id, "validation")
         train = encode(script, tokenizer, train, None if script.distill_only else label2id, "training")
@@ -450,6 +313,7 @@ def main() -> None:
         num_train_epochs=script.distill_num_train_epochs,
         eval_speeds=script.eval_speeds,
         reverse_kl=script.reverse_kl,
+        temperature=script.temperature,
         metric_for_best_model="loss" if stage_one.load_best_model_at_end else None,
         greater_is_better=None,
     )

@@ -207,10 +207,12 @@ def reference_exit_logits(
     pooler = model.shared_pooler if exit_classifier.pooler is None else exit_classifier.pooler
     dense, out_proj = pooler.exit_dense, exit_classifier.out_proj
     is_teacher = depth == len(model.exits)
-    if (model.config.teacher_exit_type if is_teacher else model.config.exit_type) == "linear":
+    exit_type = model.config.teacher_exit_type if is_teacher else model.config.exit_type
+    if exit_type.startswith("linear"):
         activations = {"electra": torch.nn.functional.gelu, "distilbert": torch.relu}
         activation = activations.get(model.config.text_config.model_type, torch.tanh)
-        features = activation(linear(hidden_states[0], dense.weight, dense.bias))
+        read = hidden_states.mean(0) if exit_type == "linear_mean" else hidden_states[0]
+        features = activation(linear(read, dense.weight, dense.bias))
         return linear(features, out_proj.weight, out_proj.bias)
     narrow = torch.tanh(linear(hidden_states, pooler.exit_projection.weight, pooler.exit_projection.bias))[:, None]
     projections = (pooler.exit_query, pooler.exit_key, pooler.exit_value)
@@ -246,7 +248,9 @@ def tiny_texts(number: int = 12, seed: int = 0) -> list[str]:
 
 
 def load_script(path: Path) -> ModuleType:
-    """A script outside the package as a module."""
+    """A script outside the package as a module, which finds its neighbours as if it were run."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.

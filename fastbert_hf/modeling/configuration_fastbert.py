@@ -11,7 +11,7 @@ from .encoder_layouts import get_encoder_layout
 from .exit_policies import EXIT_POLICIES, check_max_layers, check_speed
 
 
-EXIT_TYPES = ("attention", "linear")
+EXIT_TYPES = ("attention", "linear", "linear_mean")
 
 
 @strict
@@ -26,7 +26,7 @@ class FastBertConfig(PreTrainedConfig):
         exit_type (`str`, *optional*, defaults to `"attention"`):
             Structure of the exits. `"attention"` is the paper's (section 3.1.3: project to `exit_hidden_size`, one
             self-attention, first token, one dense layer); `"linear"` is dense, activation, dropout, Linear on the
-            first token.
+            first token, `"linear_mean"` the same on the mean of all tokens.
         teacher_exit_type (`str`, *optional*, defaults to `exit_type`):
             Structure of the last exit. `from_classifier` sets it to `"linear"` to keep the stock head.
         share_exit_pooler (`bool`, *optional*, defaults to `False`):

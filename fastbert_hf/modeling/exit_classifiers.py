@@ -52,12 +52,27 @@ class LinearExitPooler(nn.Module):
         self.activation = ACT2FN[get_encoder_layout(config.text_config).head_activation]
         self.dropout = nn.Dropout(config.exit_dropout)
 
+    def read(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        """`[1, total_tokens, hidden_size]` to one vector a text, `[texts, hidden_size]`."""
+        return hidden_states[0, packed_batch.first_tokens]
+
     def forward(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-        first_tokens = hidden_states[0, packed_batch.first_tokens]  # [texts, hidden_size]
-        return self.dropout(self.activation(self.exit_dense(first_tokens)))
+        return self.dropout(self.activation(self.exit_dense(self.read(hidden_states, packed_batch))))
 
 
-EXIT_POOLERS = {"attention": AttentionExitPooler, "linear": LinearExitPooler}
+class MeanExitPooler(LinearExitPooler):
+    """The same on the mean of the text's tokens, for backbones whose lower layers put little into the first one."""
+
+    def read(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        groups = hidden_states[0].split([texts * length for texts, length in packed_batch.groups])
+        means = [
+            tokens.unflatten(0, (texts, -1)).mean(1)
+            for tokens, (texts, _) in zip(groups, packed_batch.groups, strict=True)
+        ]
+        return torch.cat(means)
+
+
+EXIT_POOLERS = {"attention": AttentionExitPooler, "linear": LinearExitPooler, "linear_mean": MeanExitPooler}
 
 
 class ExitClassifier(nn.Module):

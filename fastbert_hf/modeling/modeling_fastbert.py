@@ -9,6 +9,7 @@ from os import PathLike
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -25,7 +26,7 @@ from .encoder_layouts import (
 from .exit_classifiers import EXIT_POOLERS, ExitClassifier
 from .exit_policies import check_max_layers, exit_uncertainty, row_speeds
 from .packed_batch import INNER_ATTENTIONS, PACKED_ATTENTION, PackedBatch, pack_batch
-from .stock_checkpoints import classifier_config, load_classifier, load_encoder, split_arguments
+from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -248,6 +249,13 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         self._freeze_students()
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            # Those of the exits alone: the backbone initialises itself. Its own deviation of 0.02 would leave the
+            # logits of so narrow a stack nearly constant, and the first epoch nearly lost.
+            init.xavier_uniform_(module.weight)
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
@@ -257,7 +265,11 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
 
     @classmethod
     def from_backbone(
-        cls, name_or_path: str | PathLike | PreTrainedModel, num_labels: int | None = None, **kwargs
+        cls,
+        name_or_path: str | PathLike | PreTrainedModel,
+        num_labels: int | None = None,
+        num_hidden_layers: int | None = None,
+        **kwargs,
     ) -> FastBertForSequenceClassification:
         """
         Puts a new teacher and new students on a pretrained encoder. Then fine-tune (stage 1) and self-distil (stage
@@ -268,6 +280,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 A checkpoint of a supported family, with or without a head of its own, or a loaded model, which is
                 copied and left alone.
             num_labels (`int`, *optional*): Number of labels; that of `id2label`, or 2, unless given.
+            num_hidden_layers (`int`, *optional*): Keeps only so many of the encoder's layers, the first ones.
             kwargs:
                 Fields of [`FastBertConfig`] (`exit_type="linear"`, `id2label={...}`), and arguments of
                 `from_pretrained` (`revision`, `token`, `cache_dir`, ...). `dtype` is float32 unless given.
@@ -280,6 +293,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         """
         config_arguments, loading_arguments = split_arguments(FastBertConfig, kwargs)
         encoder = load_encoder(name_or_path, **loading_arguments)
+        if num_hidden_layers is not None:
+            keep_first_layers(encoder, num_hidden_layers)
         id2label = config_arguments.get("id2label")
         if id2label is None:
             config_arguments["num_labels"] = 2 if num_labels is None else num_labels
@@ -366,7 +381,9 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
     ) -> FastBertSequenceClassifierOutput:
         """
         Args:
-            labels (`torch.Tensor` of shape `[batch_size]`, *optional*): For the cross entropy of the answers.
+            labels (`torch.Tensor` of shape `[batch_size]`, or `[batch_size, num_labels]`, *optional*):
+                For the cross entropy of the answers: label ids, or the probabilities of another model, which this one
+                is to learn.
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row. A row leaves at the first exit whose uncertainty is below its
                 speed; the last exit always answers. 0 and `None` run every layer and evaluate no student.
@@ -442,7 +459,9 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 f"the logits of rows {uncertainty.isnan().nonzero()[:, 0].tolist()} are not finite, so there is no "
                 "answer: check the model's weights and inputs for NaN and infinity."
             )
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels.view(-1))
+        if labels is not None and not labels.is_floating_point():
+            labels = labels.view(-1)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return FastBertSequenceClassifierOutput(
             loss=loss,
             logits=logits,

@@ -150,6 +150,24 @@ def bare_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
     return encoder
 
 
+def keep_first_layers(encoder: PreTrainedModel, num_hidden_layers: int) -> None:
+    """Drops the layers above the first `num_hidden_layers`."""
+    config = encoder.config
+    if not 1 <= num_hidden_layers <= config.num_hidden_layers:
+        raise ValueError(
+            f"num_hidden_layers must be from 1 to {config.num_hidden_layers} (the layers of this encoder), got "
+            f"{num_hidden_layers}."
+        )
+    layers = encoder.get_submodule(get_encoder_layout(config).layers)
+    # ALBERT repeats a few groups of layers, by a rule that depends on how many layers there are.
+    if len(layers) != config.num_hidden_layers and len(layers) > 1:
+        raise ValueError(f"an encoder of type {config.model_type} with {len(layers)} groups of layers cannot be cut.")
+    del layers[num_hidden_layers:]
+    config.num_hidden_layers = num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_hidden_layers]
+
+
 def without_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     """A config is loaded as it is, whatever dtype the weights are wanted in."""
     return {name: value for name, value in arguments.items() if name != "dtype"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
 from ..modeling.exit_policies import check_speed
+from .objectives import OBJECTIVES
 
 
 @dataclass
@@ -23,6 +25,13 @@ class SelfDistillationArguments(TrainingArguments):
         reverse_kl (`bool`, *optional*, defaults to `False`):
             Whether the loss is KL(student || teacher), as the paper's Eq. 5 prints it, instead of KL(teacher ||
             student), as the authors' code computes it.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Divides the logits of teacher and students in the loss. The paper has none.
+        objective (`str`, *optional*, defaults to `"self_distillation"`):
+            What the exits are taught, a key of [`OBJECTIVES`]: `"self_distillation"` is FastBERT's stage 2. The others
+            are those of its rivals and learn from labels: `"frozen_cross_entropy"` (DeeBERT's second stage),
+            `"joint_cross_entropy"` (all exits and the backbone at once), `"weighted_cross_entropy"` (the same, deeper
+            exits counting more: PABEE).
     """
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of the students."})
@@ -36,10 +45,16 @@ class SelfDistillationArguments(TrainingArguments):
     reverse_kl: bool = field(
         default=False, metadata={"help": "Minimise KL(student || teacher) instead of KL(teacher || student)."}
     )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of teacher and students."})
+    objective: str = field(default="self_distillation", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
 
     def __post_init__(self):
         for speed in self.eval_speeds:
             check_speed(speed)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVES)}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number above 0, got {self.temperature}. The paper's is 1.0")
         if self.batch_eval_metrics or not self.eval_do_concat_batches:
             raise ValueError(
                 "batch_eval_metrics=True and eval_do_concat_batches=False are not supported: the speeds are derived "

@@ -1,4 +1,4 @@
-"""SelfDistillationTrainer: the students learn what the teacher says, everything else stays as it is."""
+"""SelfDistillationTrainer: the students learn what the teacher says; or what the rivals of FastBERT teach them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling.exit_policies import exit_uncertainties, first_exits
 from .arguments import SelfDistillationArguments
-
-
-def student_divergences(exit_logits: torch.Tensor, reverse_kl: bool = False) -> torch.Tensor:
-    """
-    The divergence of each student from the teacher, averaged over the rows, in float32 (FastBERT, ACL 2020, Eq. 5 and
-    6).
-
-    Args:
-        exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit; the last one is the teacher.
-        reverse_kl (`bool`): KL(student || teacher) instead of KL(teacher || student).
-
-    Returns:
-        `torch.Tensor` of shape `[L - 1]`; its sum is the loss. The teacher gets no gradient.
-    """
-    log_probabilities = exit_logits.float().log_softmax(-1)
-    students = log_probabilities[:, :-1]
-    teacher = log_probabilities[:, -1:].detach().expand_as(students)
-    wanted, given = (students, teacher) if reverse_kl else (teacher, students)
-    return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mean(0)
+from .objectives import OBJECTIVES
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -43,13 +25,14 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 class SelfDistillationTrainer(Trainer):
     """
     Stage 2 of FastBERT: freezes the backbone and the teacher (`requires_grad`), keeps both in eval mode, and teaches
-    the students to say what the teacher says. Labels are not used; unlabeled texts are welcome.
+    the students to say what the teacher says. Labels are not used; unlabeled texts are welcome. `args.objective`
+    chooses another loss, and with it what learns: the objectives of FastBERT's rivals run here, too.
 
     The evaluation makes one full-depth pass. For each of `args.eval_speeds` it reports `mean_exit_layer`, `agreement`
     with the teacher and, where there are labels, what `compute_metrics` says of the answers at that speed, as
     `eval_accuracy_speed_0.5`. `eval_loss` is the sum of the students' divergences; each of them is in the logs of
-    training and evaluation as `kl_exit_1` to `kl_exit_{L-1}`. `predict` returns the logits of every exit, `[rows, L,
-    num_labels]`.
+    training and evaluation as `kl_exit_1` to `kl_exit_{L-1}` (for another objective under its own name). `predict`
+    returns the logits of every exit, `[rows, L, num_labels]`.
 
     Args:
         model ([`FastBertForSequenceClassification`]): With a trained teacher. A PEFT model around one works, too.
@@ -86,27 +69,36 @@ class SelfDistillationTrainer(Trainer):
                 "SelfDistillationTrainer(model, SelfDistillationArguments('outputs', num_train_epochs=5), "
                 "train_dataset=...)"
             )
+        self.objective = OBJECTIVES[args.objective]
         if model is not None or kwargs.get("model_init") is None:
-            freeze_all_but_students(model)
+            self._choose_what_learns(model)
         super().__init__(model, args, **kwargs)
         self.metrics_at_speed = compute_metrics or accuracy
-        self._divergences, self._steps = 0.0, 0
+        self._losses, self._steps = 0.0, 0
+
+    def _choose_what_learns(self, model: PreTrainedModel | None) -> None:
+        if self.objective.freezes_teacher:
+            freeze_all_but_students(model)
+        else:
+            for parameter in checked_base_model(model).student_parameters():
+                parameter.requires_grad = True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        if not resume_from_checkpoint and not base_model(self.model).teacher.out_proj.bias.any():
+        has_teacher = base_model(self.model).teacher.out_proj.bias.any()
+        if self.objective.freezes_teacher and not resume_from_checkpoint and not has_teacher:
             raise ValueError(
                 "The teacher is still at its random initialisation, so there is nothing to learn from it. Fine-tune "
                 "first, with the stock Trainer, or wrap a fine-tuned classifier: "
                 "FastBertForSequenceClassification.from_classifier(name)"
             )
-        self._divergences, self._steps = 0.0, 0
+        self._losses, self._steps = 0.0, 0
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.model.eval()
         return output
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
-        freeze_all_but_students(model)
+        self._choose_what_learns(model)
         return model
 
     def compute_loss(
@@ -118,22 +110,41 @@ class SelfDistillationTrainer(Trainer):
     ):
         fastbert = base_model(self.accelerator.unwrap_model(model))
         training = model.training
-        fastbert.eval()
-        for module in fastbert.student_modules():
-            module.train(training)
+        if self.objective.freezes_teacher:
+            fastbert.eval()
+            for module in fastbert.student_modules():
+                module.train(training)
         outputs = model(**{**inputs, "labels": None}, output_exit_logits=True)
-        divergences = student_divergences(outputs.exit_logits, self.args.reverse_kl)
+        losses = self.exit_losses(outputs.exit_logits, inputs.get("labels"))
         if training:
-            self._divergences = self._divergences + divergences.detach()
+            self._losses = self._losses + losses.detach()
             self._steps += 1
-        return (divergences.sum(), outputs) if return_outputs else divergences.sum()
+        return (losses.sum(), outputs) if return_outputs else losses.sum()
+
+    def exit_losses(self, exit_logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """
+        The loss of every exit that learns; their sum is minimised.
+
+        Args:
+            exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
+            labels (`torch.Tensor` of shape `[rows]`, *optional*): Gold labels.
+        """
+        if self.objective.needs_labels and labels is None:
+            raise ValueError(
+                f"objective={self.args.objective!r} learns from labels, but the rows have none: give them a 'labels' "
+                "column, or leave out objective (self-distillation needs none)."
+            )
+        return self.objective.losses(exit_logits, labels, self.args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._steps:
-            mean = self.accelerator.reduce(self._divergences / self._steps, "mean")
-            logs.update({f"kl_exit_{depth}": value for depth, value in enumerate(mean.tolist(), start=1)})
-            self._divergences, self._steps = 0.0, 0
+            mean = self.accelerator.reduce(self._losses / self._steps, "mean")
+            logs.update(self._named(mean))
+            self._losses, self._steps = 0.0, 0
         super().log(logs, start_time)
+
+    def _named(self, losses: torch.Tensor) -> dict[str, float]:
+        return {f"{self.objective.name}_exit_{depth}": loss for depth, loss in enumerate(losses.tolist(), start=1)}
 
     def prediction_step(
         self,
@@ -173,9 +184,8 @@ class SelfDistillationTrainer(Trainer):
             exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
             label_ids (`np.ndarray` of shape `[rows]`, *optional*): Gold labels.
         """
-        divergences = student_divergences(exit_logits, self.args.reverse_kl)
-        metrics = {"loss": divergences.sum().item()}
-        metrics.update({f"kl_exit_{depth}": value for depth, value in enumerate(divergences.tolist(), start=1)})
+        losses = self.exit_losses(exit_logits, None if label_ids is None else torch.from_numpy(label_ids))
+        metrics = {"loss": losses.sum().item(), **self._named(losses)}
         config = base_model(self.model).config
         uncertainties = exit_uncertainties(exit_logits, config.exit_policy, config.patience)
         for speed in self.args.eval_speeds:
@@ -197,8 +207,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def freeze_all_but_students(model: PreTrainedModel) -> None:
-    """Leaves gradients to the students alone: `requires_grad` is off for the backbone and the teacher."""
+def checked_base_model(model: PreTrainedModel | None) -> PreTrainedModel:
+    """The same, or a `ValueError` where it has no students."""
     fastbert = base_model(model)
     if not hasattr(fastbert, "student_modules"):
         raise ValueError(
@@ -207,6 +217,12 @@ def freeze_all_but_students(model: PreTrainedModel) -> None:
         )
     if len(fastbert.students) == 0:
         raise ValueError("The backbone has one layer, so there are no students to teach.")
+    return fastbert
+
+
+def freeze_all_but_students(model: PreTrainedModel | None) -> None:
+    """Leaves gradients to the students alone: `requires_grad` is off for the backbone and the teacher."""
+    fastbert = checked_base_model(model)
     if fastbert is not model and not all(hasattr(module, "modules_to_save") for module in fastbert.student_modules()):
         names = [f"exits.{index}" for index in range(len(fastbert.exits))]
         names += ["shared_pooler"] * (len(fastbert.student_modules()) > len(fastbert.students))

@@ -308,6 +308,7 @@ def test_bad_arguments_are_named_before_any_training(script, monkeypatch, tmp_pa
 def test_help_loads_no_model_code():
     code = (
         "import runpy, sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"  # as for a script that is run
         f"sys.argv = ['run_self_distill.py', '--help']\n"
         "try:\n"
         f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"

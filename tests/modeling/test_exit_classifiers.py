@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert_hf import FastBertConfig
-from fastbert_hf.modeling.exit_classifiers import AttentionExitPooler, ExitClassifier, LinearExitPooler
+from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
+from fastbert_hf.modeling.configuration_fastbert import EXIT_TYPES
+from fastbert_hf.modeling.exit_classifiers import EXIT_POOLERS, ExitClassifier
 from fastbert_hf.modeling.packed_batch import pack_batch
 from tests.common import (
     FAMILIES,
@@ -44,8 +45,9 @@ def test_attention_exit_equals_the_papers_structure_on_each_text_alone(heads):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_linear_exit_equals_the_familys_stock_head_on_each_first_token(family):
-    model = tiny_model(family, exit_type="linear")
+@pytest.mark.parametrize("exit_type", ["linear", "linear_mean"])
+def test_linear_exit_equals_the_familys_stock_head_on_each_first_token_or_mean(family, exit_type):
+    model = tiny_model(family, exit_type=exit_type)
     _, hidden_states, packed_batch = packed_states()
     logits = model.exits[1](hidden_states, packed_batch)
     texts = texts_in_packed_order(hidden_states, packed_batch)
@@ -68,9 +70,10 @@ def test_attention_exit_has_the_papers_sizes():
     }
 
 
-def test_linear_exit_keeps_the_hidden_width():
+@pytest.mark.parametrize("exit_type", ["linear", "linear_mean"])
+def test_linear_exit_keeps_the_hidden_width(exit_type):
     config = FastBertConfig(text_config=tiny_text_config("bert"), num_labels=5)
-    shapes = {name: list(value.shape) for name, value in ExitClassifier(config, "linear").named_parameters()}
+    shapes = {name: list(value.shape) for name, value in ExitClassifier(config, exit_type).named_parameters()}
     assert shapes == {
         "pooler.exit_dense.weight": [32, 32],
         "pooler.exit_dense.bias": [32],
@@ -80,7 +83,7 @@ def test_linear_exit_keeps_the_hidden_width():
 
 
 @pytest.mark.parametrize("family", ["bert", "electra", "distilbert", "modernbert"])
-@pytest.mark.parametrize("exit_type", ["attention", "linear"])
+@pytest.mark.parametrize("exit_type", EXIT_TYPES)
 def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_type):
     config = FastBertConfig(text_config=tiny_text_config(family), num_labels=3, exit_dropout=0)
     exit_classifier = ExitClassifier(config, exit_type)
@@ -92,12 +95,12 @@ def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_
     # A softmax does not change when all its scores move by the same number.
     assert untouched <= {"pooler.exit_key.bias"}
     reached = hidden_states.grad[0].any(-1)
-    reads_all_tokens = exit_type == "attention"
+    reads_all_tokens = exit_type != "linear"
     assert reached[packed_batch.first_tokens].all()
     assert reached.all() == reads_all_tokens
 
 
-@pytest.mark.parametrize("exit_type", ["attention", "linear"])
+@pytest.mark.parametrize("exit_type", EXIT_TYPES)
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_exit_reads_nothing_but_its_own_text(exit_type, padding_side):
     model = tiny_model(exit_type=exit_type)
@@ -109,7 +112,7 @@ def test_exit_reads_nothing_but_its_own_text(exit_type, padding_side):
     assert changed.tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("exit_type", ["attention", "linear"])
+@pytest.mark.parametrize("exit_type", EXIT_TYPES)
 def test_exit_dropout_acts_in_training_only(exit_type):
     model = tiny_model(exit_type=exit_type, exit_dropout=0.5)
     _, hidden_states, packed_batch = packed_states()
@@ -123,7 +126,7 @@ def test_exit_dropout_acts_in_training_only(exit_type):
     assert (answers[True][0] - answers[False][0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("exit_type", ["attention", "linear"])
+@pytest.mark.parametrize("exit_type", EXIT_TYPES)
 def test_exit_without_dropout_answers_in_training_as_in_evaluation(exit_type):
     model = tiny_model(exit_type=exit_type, exit_dropout=0)
     _, hidden_states, packed_batch = packed_states()
@@ -131,7 +134,7 @@ def test_exit_without_dropout_answers_in_training_as_in_evaluation(exit_type):
     assert_close(in_training, model.exits[0].eval()(hidden_states, packed_batch))
 
 
-@pytest.mark.parametrize(("exit_type", "pooler"), [("attention", AttentionExitPooler), ("linear", LinearExitPooler)])
+@pytest.mark.parametrize(("exit_type", "pooler"), EXIT_POOLERS.items())
 def test_shared_pooler_serves_every_exit_and_each_keeps_its_last_linear(exit_type, pooler):
     model = tiny_model(exit_type=exit_type, share_exit_pooler=True)
     assert type(model.shared_pooler) is pooler
@@ -147,9 +150,8 @@ def test_shared_pooler_serves_every_exit_and_each_keeps_its_last_linear(exit_typ
 @pytest.mark.parametrize(("exit_type", "teacher_exit_type"), [("attention", "linear"), ("linear", "attention")])
 def test_teacher_of_another_type_keeps_a_pooler_of_its_own(exit_type, teacher_exit_type):
     model = tiny_model(exit_type=exit_type, teacher_exit_type=teacher_exit_type, share_exit_pooler=True)
-    expected = {"attention": AttentionExitPooler, "linear": LinearExitPooler}
-    assert type(model.shared_pooler) is expected[exit_type]
-    assert type(model.teacher.pooler) is expected[teacher_exit_type]
+    assert type(model.shared_pooler) is EXIT_POOLERS[exit_type]
+    assert type(model.teacher.pooler) is EXIT_POOLERS[teacher_exit_type]
     assert all(student.pooler is None for student in model.students)
     _, hidden_states, packed_batch = packed_states()
     for depth in range(1, NUM_LAYERS + 1):
@@ -164,3 +166,18 @@ def test_exit_has_one_logit_per_label(num_labels):
     _, hidden_states, packed_batch = packed_states()
     exit_classifier = spread_out(ExitClassifier(config, "attention"))
     assert exit_classifier(hidden_states, packed_batch).shape == (len(LENGTHS), num_labels)
+
+
+@pytest.mark.parametrize("config", [{}, {"exit_type": "linear_mean"}, {"share_exit_pooler": True}])
+def test_exits_start_wide_enough_for_their_logits_to_differ_and_the_backbone_as_its_family_does(config):
+    torch.manual_seed(0)
+    text_config = tiny_text_config("bert")
+    model = FastBertForSequenceClassification(FastBertConfig(text_config=text_config, num_labels=3, **config))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        is_exit = name.startswith(("exits.", "shared_pooler."))
+        expected = (2 / sum(parameter.shape)) ** 0.5 if is_exit else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.25), name
+    logits = model.eval()(**ragged_batch(LENGTHS), output_exit_logits=True).exit_logits
+    assert logits.std() > 0.05

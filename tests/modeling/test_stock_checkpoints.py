@@ -341,3 +341,40 @@ def test_wrapped_backbone_saves_a_plain_config(tmp_path, source):
     expected = stock.config.to_dict()
     changed = {name for name in expected if expected[name] != reloaded.get(name)}
     assert changed <= {"_name_or_path", "architectures", "dtype", "transformers_version"}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_first_layers_of_an_encoder_can_be_kept(family, depth):
+    stock = tiny_stock_model(family)
+    model = FastBertForSequenceClassification.from_backbone(stock, num_labels=3, num_hidden_layers=depth)
+    assert model.config.num_hidden_layers == len(model.exits) == depth
+    assert stock.config.num_hidden_layers == NUM_LAYERS
+    batch = ragged_batch(pad_token_id=pad_token_id_of(family))
+    whole = FastBertForSequenceClassification.from_backbone(stock, num_labels=3)
+    states = [
+        part(**batch, output_hidden_states=True).hidden_states[: depth + 1]
+        for part in (model.fastbert, whole.fastbert)
+    ]
+    # The last state of a pre-norm encoder is normalised.
+    for own, expected in list(zip(*states, strict=True))[:-1]:
+        assert_close(own, expected)
+
+
+def test_the_groups_of_albert_cannot_be_cut():
+    with pytest.raises(ValueError, match="an encoder of type albert with 2 groups of layers cannot be cut"):
+        FastBertForSequenceClassification.from_backbone(tiny_stock_model("albert"), num_hidden_layers=2)
+
+
+def test_a_cut_model_comes_back(tmp_path):
+    model = FastBertForSequenceClassification.from_backbone(tiny_stock_model("modernbert"), num_hidden_layers=2)
+    model.save_pretrained(tmp_path)
+    batch = ragged_batch()
+    again = FastBertForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(model(**batch).logits, again(**batch).logits)
+
+
+@pytest.mark.parametrize("depth", [0, -1, NUM_LAYERS + 1])
+def test_a_number_of_layers_that_is_not_there_is_refused(depth):
+    with pytest.raises(ValueError, match=f"num_hidden_layers must be from 1 to {NUM_LAYERS}.*got {depth}"):
+        FastBertForSequenceClassification.from_backbone(tiny_stock_model(), num_hidden_layers=depth)

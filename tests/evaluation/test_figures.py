@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from fastbert_hf.evaluation import ExitRecord, sweep_speeds
+from fastbert_hf.evaluation.figures import (
+    COLOURS,
+    plot_accuracy_by_uncertainty,
+    plot_exit_layers,
+    plot_trade_off,
+    plot_training,
+    plot_uncertainty_by_layer,
+    save_figure,
+)
+from fastbert_hf.modeling.exit_policies import exit_uncertainties, first_exits
+
+from ..common import NUM_LAYERS, tiny_model
+
+
+def record(rows: int = 200, labels: bool = True) -> ExitRecord:
+    generator = torch.Generator().manual_seed(0)
+    exit_logits = torch.randn(rows, NUM_LAYERS, 3, generator=generator) * torch.linspace(1, 3, NUM_LAYERS)[:, None]
+    gold = torch.randint(3, (rows,), generator=generator) if labels else None
+    return ExitRecord(exit_logits, torch.full((rows,), 7), gold)
+
+
+def test_trade_off_draws_each_table_in_three_panels():
+    model = tiny_model()
+    table = sweep_speeds(model, record())
+    figure = plot_trade_off({"one": table, "two": table.assign(accuracy=table["accuracy"] / 2)})
+    panels = figure.axes
+    assert len(panels) == 3
+    for panel in panels:
+        assert len(panel.lines) == 2
+    for line, factor in zip(panels[0].lines, (1, 2), strict=True):
+        assert list(line.get_ydata()) == pytest.approx(list(table["accuracy"] / factor))
+        assert list(line.get_xdata()) == list(table["speed"])
+    assert list(panels[1].lines[0].get_ydata()) == pytest.approx(list(table["paper_speed_up"]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+    assert panels[1].get_ylim()[0] == 0
+
+
+def test_trade_off_of_unlabeled_data_shows_the_agreement():
+    with pytest.warns(UserWarning, match="no labels"):
+        table = sweep_speeds(tiny_model(), record(labels=False))
+    assert plot_trade_off({"one": table}).axes[0].get_ylabel() == "Agreement"
+
+
+@pytest.mark.parametrize("number", [0, len(COLOURS) + 1])
+def test_trade_off_refuses_more_tables_than_colours(number):
+    with pytest.raises(ValueError, match=f"give 1 to {len(COLOURS)} tables, got {number}"):
+        plot_trade_off({str(index): None for index in range(number)})
+
+
+def test_accuracy_by_uncertainty_counts_the_texts_of_each_interval():
+    data = record(2000)
+    axes = plot_accuracy_by_uncertainty(data).axes[0]
+    uncertainty = exit_uncertainties(data.exit_logits, "entropy")
+    right = data.exit_logits.argmax(-1) == data.labels[:, None]
+    drawn = [line for line in axes.lines if len(line.get_xdata())]
+    for line, layer in zip(drawn, (1, 2, NUM_LAYERS), strict=True):
+        for centre, accuracy in zip(line.get_xdata(), line.get_ydata(), strict=True):
+            inside = (uncertainty[:, layer - 1] - centre).abs() <= 0.05
+            assert accuracy == pytest.approx(right[inside, layer - 1].double().mean().item(), abs=1e-6)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["student after layer 1", "student after layer 2", f"teacher (layer {NUM_LAYERS})"]
+
+
+def test_accuracy_needs_labels():
+    with pytest.raises(ValueError, match="accuracy needs labels"):
+        plot_accuracy_by_uncertainty(record(labels=False))
+
+
+def test_exit_layers_draws_the_share_of_each_layer():
+    data, speeds = record(), (0.3, 0.6)
+    axes = plot_exit_layers(data, speeds).axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    uncertainties = exit_uncertainties(data.exit_logits, "entropy")
+    for index, speed in enumerate(speeds):
+        exit_layer = first_exits(uncertainties, speed)
+        expected = [(exit_layer == layer).double().mean().item() for layer in range(1, NUM_LAYERS + 1)]
+        assert heights[index * NUM_LAYERS : (index + 1) * NUM_LAYERS] == pytest.approx(expected)
+
+
+def test_uncertainty_by_layer_shows_who_reaches_it():
+    data = record()
+    panels = plot_uncertainty_by_layer(data, speeds=(0.0, 1.0)).axes
+    uncertainties = exit_uncertainties(data.exit_logits, "entropy")
+    # Each box has a median; at speed 1 all texts leave at the first exit.
+    medians = [[line for line in panel.lines if line.get_color() == COLOURS[1]] for panel in panels]
+    assert [len(lines) for lines in medians] == [NUM_LAYERS, 1]
+    drawn = [line.get_ydata()[0] for line in medians[0]]
+    assert drawn == pytest.approx(uncertainties.quantile(0.5, dim=0).tolist(), abs=1e-6)
+
+
+FINE_TUNING = [{"loss": 1.0}, {"eval_accuracy": 0.7}, {"eval_accuracy": 0.8}]
+DISTILLATION = [{"eval_accuracy_speed_0.5": 0.78, "eval_mean_exit_layer_speed_0.5": 1.2}]
+
+
+def test_training_draws_accuracy_and_flops_of_both_stages():
+    model = tiny_model()
+    top, bottom = plot_training(model, FINE_TUNING, DISTILLATION).axes
+    assert list(top.lines[0].get_ydata()) == [0.7, 0.8, 0.78]
+    flops = list(bottom.lines[0].get_ydata())
+    assert flops[0] == flops[1] > flops[2] > 0
+    assert bottom.get_ylim()[0] == 0
+
+
+def test_training_without_an_evaluation_says_what_to_do():
+    with pytest.raises(ValueError, match=r"train with eval_strategy='epoch' and eval_speeds that include 0.3"):
+        plot_training(tiny_model(), FINE_TUNING, DISTILLATION, speed=0.3)
+
+
+def test_a_figure_is_saved_as_png_and_svg_and_nothing_else(tmp_path):
+    written = save_figure(Figure(), tmp_path / "new" / "figure.one")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["figure.one.png", "figure.one.svg"]
+    assert [path.suffix for path in written] == [".png", ".svg"]
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_figure_makes_the_same_file(tmp_path):
+    first, second = (
+        save_figure(plot_exit_layers(record()), tmp_path / name)[1].read_bytes() for name in ("first", "second")
+    )
+    assert first == second

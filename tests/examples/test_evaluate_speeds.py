@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbert_hf.evaluation import load_table
+
+from ..common import load_script, tiny_model, tiny_texts, tiny_tokenizer
+
+
+SCRIPT = Path(__file__).parent.parent.parent / "examples" / "evaluate_speeds.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(id2label={0: "no", 1: "yes", 2: "so"}, num_labels=3).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "test.tsv"
+    rows = [f"{('no', 'yes', 'so')[index % 3]}\t{text}" for index, text in enumerate(tiny_texts(40))]
+    path.write_text("\n".join(["label\ttext", *rows]) + "\n")
+    return path
+
+
+def run(script, monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["evaluate_speeds.py", *map(str, arguments)])
+    script.main()
+    return capsys.readouterr().out
+
+
+def error_of(script, monkeypatch, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["evaluate_speeds.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_the_table_is_printed_and_all_speeds_are_kept(
+    script, monkeypatch, capsys, tmp_path, model_dir, data_file, suffix
+):
+    output = tmp_path / f"speeds{suffix}"
+    arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--output", output)
+    printed = run(script, monkeypatch, capsys, *arguments, "--policies", "entropy", "margin", "--speeds", 0, 0.125)
+    table = load_table(output)
+    assert len(table) == 2 * 102  # 0.125 is not a hundredth
+    lines = [line.split() for line in printed.splitlines() if line.strip().startswith(("entropy", "margin"))]
+    assert [line[:2] for line in lines] == [
+        ["entropy", "0.000"],
+        ["entropy", "0.125"],
+        ["margin", "0.000"],
+        ["margin", "0.125"],
+    ]
+    assert float(lines[0][2]) == pytest.approx(table["accuracy"][0], abs=1e-3)
+    if suffix == ".json":
+        assert json.loads(output.read_text())["settings"]["rows"] == 40
+
+
+def test_figures_and_times_are_made_on_request(script, monkeypatch, capsys, tmp_path, model_dir, data_file):
+    figures = tmp_path / "figures"
+    arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--figures_dir", figures)
+    printed = run(script, monkeypatch, capsys, *arguments, "--time_speeds", 0.9, "--policies", "entropy", "patience")
+    assert "texts_per_second" in printed
+    assert {path.name for path in figures.glob("*.png")} == {
+        "trade_off.png",
+        "exit_layers_entropy.png",
+        "exit_layers_patience.png",
+        "uncertainty_entropy.png",
+        "uncertainty_patience.png",
+        "accuracy_entropy.png",
+    }
+    assert {path.stem for path in figures.glob("*.svg")} == {path.stem for path in figures.glob("*.png")}
+
+
+def test_data_without_labels_gives_agreement_and_says_that_accuracy_needs_them(
+    script, monkeypatch, capsys, tmp_path, model_dir
+):
+    path = tmp_path / "texts.csv"
+    path.write_text("\n".join(["text", *tiny_texts(20)]) + "\n")
+    monkeypatch.setattr(sys, "argv", ["evaluate_speeds.py", "--model_name_or_path", str(model_dir)])
+    sys.argv += ["--data_file", str(path)]
+    script.main()
+    captured = capsys.readouterr()
+    assert "The data has no column 'label': accuracy needs labels." in captured.err
+    assert "agreement" in captured.out and "accuracy" not in captured.out
+
+
+def test_max_samples_takes_some_rows(script, monkeypatch, capsys, model_dir, data_file):
+    arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--max_samples", 7)
+    assert "7 rows, 4 layers" in run(script, monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_file", "no.tsv"], "there is no file no.tsv"),
+        (["--data_file", ""], "give --data_file"),
+        (["--model_name_or_path", ""], "give --model_name_or_path"),
+        (["--model_name_or_path", "no/such/folder"], "the model cannot be loaded"),
+        (["--policies", "hope"], "--policies must be some of entropy"),
+        (["--metric", "bleu"], "--metric must be one of accuracy, f1, matthews_correlation, got 'bleu'"),
+        (["--speeds", "1.5"], r"speed must be a number in [0, 1], got 1.5"),
+        (["--time_speeds", "-1"], r"speed must be a number in [0, 1], got -1"),
+        (["--output", "table.txt"], "--output must end with .csv or .json"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--text_column", "body"], "has no column 'body', only label, text: correct --text_column"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(script, monkeypatch, model_dir, data_file, arguments, message):
+    common = ["--model_name_or_path", model_dir, "--data_file", data_file]
+    assert message in error_of(script, monkeypatch, *common, *arguments)
+
+
+def test_help_loads_no_model_code():
+    output = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--figures_dir" in output

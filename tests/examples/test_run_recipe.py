@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbert_hf.training.recipes import RECIPES
+
+from ..common import load_script, tiny_stock_model, tiny_texts, tiny_tokenizer
+
+
+SCRIPT = Path(__file__).parent.parent.parent / "examples" / "run_recipe.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbone")
+    tiny_stock_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path, backbone):
+    path = tmp_path / "train.tsv"
+    rows = [f"{('no', 'yes')[index % 2]}\t{text}" for index, text in enumerate(tiny_texts(40))]
+    path.write_text("\n".join(["label\ttext", *rows]) + "\n")
+    words = f"--model_name_or_path {backbone} --train_file {path} --validation_file {path} --use_cpu"
+    words += f" --num_train_epochs 1 --exits_num_train_epochs 1 --output_dir {tmp_path / 'out'}"
+    return words.split()
+
+
+def run(script, monkeypatch, capsys, *words) -> str:
+    monkeypatch.setattr(sys, "argv", ["run_recipe.py", *map(str, words)])
+    script.main()
+    return capsys.readouterr().out
+
+
+def test_every_recipe_runs_by_its_name_and_gets_a_line(script, monkeypatch, capsys, arguments, tmp_path):
+    printed = run(script, monkeypatch, capsys, *arguments, "--recipes", *RECIPES, "--num_hidden_layers", 2)
+    lines = [line.split() for line in printed[printed.index("accuracy on the validation rows") :].splitlines()]
+    table = {line[0]: line[1:] for line in lines if line and line[0] in RECIPES}
+    assert list(table) == list(RECIPES)
+    assert table["bert_kl"][1:5] == ["(all", "2", "of", "its"]
+    assert len(table["fastbert"]) == 5
+    assert all(cell.endswith("%") or cell == "-" for cell in table["fastbert"])
+    assert (tmp_path / "out" / "attention-fine_tuning-self_distillation" / "model" / "config.json").exists()
+
+
+def test_exits_can_be_others_than_the_recipes_own(script, monkeypatch, capsys, arguments, tmp_path):
+    run(script, monkeypatch, capsys, *arguments, "--recipes", "deebert", "--exit_type", "linear_mean")
+    assert (tmp_path / "out" / "linear_mean-fine_tuning-frozen_cross_entropy").exists()
+
+
+def test_the_list_needs_no_data(script, monkeypatch, capsys):
+    printed = run(script, monkeypatch, capsys, "--list_recipes")
+    assert [line.split()[0] for line in printed.splitlines()] == list(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipes", "magic"], f"recipe 'magic' is not known; choose one of {', '.join(RECIPES)}"),
+        (["--exit_type", "round"], "--exit_type must be one of attention, linear, linear_mean, got 'round'"),
+        (["--text_column", "body"], "has no column 'body'"),
+        (["--recipes", "bert_kl", "--num_hidden_layers", "9"], "num_hidden_layers must be from 1 to 4"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(script, monkeypatch, arguments, words, message):
+    monkeypatch.setattr(sys, "argv", ["run_recipe.py", *arguments, *words])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_loads_no_model_code():
+    output = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--list_recipes" in output

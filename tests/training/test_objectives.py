@@ -1,0 +1,178 @@
+"""The loss of each recipe on fixed logits, by hand in float64, and what learns by it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import default_data_collator
+
+from fastbert_hf import SelfDistillationArguments, SelfDistillationTrainer
+from fastbert_hf.training import OBJECTIVES, depth_weights, exit_cross_entropies, student_divergences
+
+from ..common import (
+    NUM_LAYERS,
+    assert_close,
+    changed_parameters,
+    copied_state,
+    student_names,
+    tiny_model,
+    tiny_rows,
+    training_settings,
+)
+
+
+# Two rows, three exits, two labels.
+LOGITS = torch.tensor([[[2.0, 0.0], [1.0, -1.0], [0.0, 3.0]], [[0.5, 0.5], [-1.0, 2.0], [4.0, 0.0]]])
+LABELS = torch.tensor([1, 0])
+
+
+def softmax(logits: list[float]) -> list[float]:
+    weights = [math.exp(logit) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def cross_entropies() -> list[float]:
+    """Of each exit, averaged over the two rows."""
+    rows = zip(LOGITS.tolist(), LABELS.tolist(), strict=True)
+    table = [[-math.log(softmax(exit_logits)[label]) for exit_logits in row] for row, label in rows]
+    return [sum(column) / 2 for column in zip(*table, strict=True)]
+
+
+def divergences(temperature: float) -> list[float]:
+    """KL(teacher || student) of each student, averaged over the two rows, times the squared temperature."""
+    table = []
+    for row in LOGITS.tolist():
+        *students, teacher = (softmax([logit / temperature for logit in exit_logits]) for exit_logits in row)
+        table.append([sum(p * math.log(p / q) for p, q in zip(teacher, student, strict=True)) for student in students])
+    return [temperature**2 * sum(column) / 2 for column in zip(*table, strict=True)]
+
+
+def losses(tmp_path, objective: str, **settings) -> list[float]:
+    arguments = SelfDistillationArguments(str(tmp_path), use_cpu=True, objective=objective, **settings)
+    return OBJECTIVES[objective].losses(LOGITS, LABELS, arguments).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_self_distillation_is_the_papers_equation_5(tmp_path, temperature):
+    assert losses(tmp_path, "self_distillation", temperature=temperature) == pytest.approx(divergences(temperature))
+
+
+def test_frozen_cross_entropy_leaves_out_the_last_exit(tmp_path):
+    assert losses(tmp_path, "frozen_cross_entropy") == pytest.approx(cross_entropies()[:-1])
+
+
+def test_joint_cross_entropy_is_that_of_every_exit(tmp_path):
+    assert losses(tmp_path, "joint_cross_entropy") == pytest.approx(cross_entropies())
+
+
+def test_weighted_cross_entropy_counts_exit_j_j_times(tmp_path):
+    # sum_j j L_j / sum_j j, as PABEE writes it.
+    values = losses(tmp_path, "weighted_cross_entropy")
+    assert sum(values) == pytest.approx(sum(j * loss for j, loss in enumerate(cross_entropies(), start=1)) / 6)
+
+
+def test_depth_weights_grow_and_add_up_to_one():
+    assert depth_weights(4).tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_losses_of_half_precision_logits_are_float32():
+    assert exit_cross_entropies(LOGITS.bfloat16(), LABELS).dtype == torch.float32
+    assert student_divergences(LOGITS.bfloat16(), temperature=2.0).dtype == torch.float32
+
+
+def test_temperature_keeps_the_size_of_the_gradients():
+    sizes = []
+    for temperature in (10.0, 20.0):
+        logits = LOGITS.clone().requires_grad_()
+        student_divergences(logits, temperature=temperature).sum().backward()
+        sizes.append(logits.grad.abs().max().item())
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+
+
+def trainer_for(tmp_path, model, objective: str, rows=None, **settings) -> SelfDistillationTrainer:
+    arguments = SelfDistillationArguments(**training_settings(tmp_path, objective=objective, **settings))
+    rows = tiny_rows() if rows is None else rows
+    return SelfDistillationTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+
+
+@pytest.mark.parametrize("objective", ["self_distillation", "frozen_cross_entropy"])
+def test_frozen_objectives_move_every_student_and_nothing_else(tmp_path, objective):
+    model = tiny_model()
+    before = copied_state(model)
+    trainer_for(tmp_path, model, objective, learning_rate=1e-2).train()
+    assert changed_parameters(model, before) == student_names(model)
+
+
+@pytest.mark.parametrize("config", [{}, {"exit_type": "linear", "share_exit_pooler": True}])
+@pytest.mark.parametrize("objective", ["joint_cross_entropy", "weighted_cross_entropy"])
+def test_joint_objectives_move_everything(tmp_path, objective, config):
+    model = tiny_model(**config)
+    before = copied_state(model)
+    trainer_for(tmp_path, model, objective, learning_rate=1e-2).train()
+    still = set(before) - changed_parameters(model, before)
+    # A softmax does not change when all its scores move by the same number.
+    assert all(name.endswith(("exit_key.bias", "key.bias")) for name in still), still
+
+
+def test_joint_objectives_train_with_dropout_everywhere(tmp_path):
+    model, seen = tiny_model(), []
+    model.fastbert.backbone.register_forward_pre_hook(lambda *_: None)
+    model.fastbert.layers()[0].register_forward_hook(lambda module, *_: seen.append(module.training))
+    trainer_for(tmp_path, model, "joint_cross_entropy", max_steps=1).train()
+    assert seen == [True]
+    assert not model.training
+
+
+def test_joint_objectives_need_no_trained_teacher(tmp_path):
+    model = tiny_model()
+    torch.nn.init.zeros_(model.teacher.out_proj.bias)
+    trainer_for(tmp_path, model, "joint_cross_entropy", max_steps=1).train()
+    with pytest.raises(ValueError, match="random initialisation"):
+        model = tiny_model()
+        torch.nn.init.zeros_(model.teacher.out_proj.bias)
+        trainer_for(tmp_path, model, "frozen_cross_entropy").train()
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "exits"),
+    [
+        ("self_distillation", "kl", NUM_LAYERS - 1),
+        ("frozen_cross_entropy", "cross_entropy", NUM_LAYERS - 1),
+        ("joint_cross_entropy", "cross_entropy", NUM_LAYERS),
+        ("weighted_cross_entropy", "weighted_cross_entropy", NUM_LAYERS),
+    ],
+)
+def test_losses_of_each_exit_are_logged_and_add_up(tmp_path, objective, name, exits):
+    model, rows = tiny_model(), tiny_rows()
+    trainer = trainer_for(tmp_path, model, objective, rows)
+    metrics = trainer.evaluate()
+    parts = [metrics[f"eval_{name}_exit_{depth}"] for depth in range(1, exits + 1)]
+    assert f"eval_{name}_exit_{exits + 1}" not in metrics
+    assert metrics["eval_loss"] == pytest.approx(sum(parts), rel=1e-5)
+    batch = default_data_collator(rows)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        exit_logits = model(**batch, output_exit_logits=True).exit_logits
+    expected = OBJECTIVES[objective].losses(exit_logits, labels, trainer.args)
+    assert_close(torch.tensor(parts), expected, 1e-4)
+    trainer.train()
+    assert f"{name}_exit_{exits}" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("objective", [name for name, objective in OBJECTIVES.items() if objective.needs_labels])
+def test_objectives_that_need_labels_say_so(tmp_path, objective):
+    with pytest.raises(ValueError, match=f"objective='{objective}' learns from labels, but the rows have none"):
+        trainer_for(tmp_path, tiny_model(), objective, tiny_rows(labels=False)).train()
+
+
+def test_unknown_objective_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=f"objective='hope' is not known; choose one of {', '.join(OBJECTIVES)}"):
+        SelfDistillationArguments(str(tmp_path), use_cpu=True, objective="hope")
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_impossible_temperatures_are_refused(tmp_path, temperature):
+    with pytest.raises(ValueError, match="temperature must be a number above 0"):
+        SelfDistillationArguments(str(tmp_path), use_cpu=True, temperature=temperature)
