@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,7 +19,7 @@ from paper_runs import (
 )
 
 from fastbert_hf import FastBertForSequenceClassification
-from fastbert_hf.evaluation import ExitRecord, at_speed_up, figures
+from fastbert_hf.evaluation import ExitRecord, at_speed_up, figures, paper_flops
 from fastbert_hf.evaluation.speed_sweep import write_whole
 
 
@@ -84,16 +83,19 @@ class Results:
         return points
 
     def best_variant(self, recipe: str, variants: tuple[str, ...] | None) -> str | None:
-        """The exits that are best on dev, over all sets and seeds that have run, at 2x and 3x."""
+        """The exits that are best on dev at 2x and 3x, over the sets and seeds that have run with all of them."""
         if variants is None:
             return None
-        scores = {}
-        for variant in variants:
-            runs = [self.reached(name, recipe, variant, seed) for name in RIVAL_SETS for seed in RIVAL_SEEDS]
-            points = [run[speed_up] for run in runs if run for speed_up in (2.0, 3.0) if run[speed_up]]
-            if points:
-                scores[variant] = mean(point["dev"] for point in points)
-        return max(scores, key=scores.get, default=variants[0])
+        scores = {variant: [] for variant in variants}
+        for name in RIVAL_SETS:
+            for seed in RIVAL_SEEDS:
+                found = {variant: self.reached(name, recipe, variant, seed) for variant in variants}
+                for speed_up in (2.0, 3.0):
+                    # Only where all of them can be compared.
+                    if all(points and points[speed_up] for points in found.values()):
+                        for variant, points in found.items():
+                            scores[variant].append(points[speed_up]["dev"])
+        return max(variants, key=lambda variant: mean(scores[variant]) if scores[variant] else 0)
 
 
 def settings(points: dict[str, dict], policy: str) -> pd.DataFrame:
@@ -196,10 +198,11 @@ def table_3(results: Results) -> str:
                 row = points[points["speed"] == speed].iloc[0]
                 rows.append([name, label, f"speed {speed}", percent(row["accuracy"]), f"{row['paper_speed_up']:.2f}x"])
             if recipe == "fastbert":
-                depths = pd.DataFrame(result["test"]["depth"])
+                model = FastBertForSequenceClassification.from_backbone(MODEL_DIR)
+                full = paper_flops(model, torch.tensor(len(model.exits)), students=False)
                 for depth in (3, 1):
-                    row = depths.iloc[depth - 1]
-                    cells = [percent(row["accuracy"]), f"{row['paper_speed_up']:.2f}x"]
+                    speed_up = (full / paper_flops(model, torch.tensor(depth))).item()
+                    cells = [percent(result["test"]["depth"]["accuracy"][depth - 1]), f"{speed_up:.2f}x"]
                     rows.append([name, "without adaptive inference", f"layer {depth}", *cells])
     return markdown(["data set", "model", "setting", "accuracy", "speed-up (paper count)"], rows)
 
@@ -210,8 +213,9 @@ def rivals(results: Results) -> str:
         variant = results.best_variant(recipe, variants)
         for name in RIVAL_SETS:
             found = [results.reached(name, recipe, variant, seed) for seed in RIVAL_SEEDS]
-            full = [results.get(name, "fastbert", seed, RIVAL_ROWS) for seed in RIVAL_SEEDS]
-            found, full = [part for part in found if part], [part for part in full if part]
+            found = [part for part in found if part]
+            has_dial = variant is not None
+            own = [results.get(name, recipe, seed, RIVAL_ROWS, variant) for seed in RIVAL_SEEDS if has_dial]
             label_here = label + (" (mean of the tokens)" if variant == "mean" else "")
             if not found:
                 blocks.append([name, label_here, NOT_YET, "", "", "", ""])
@@ -222,10 +226,7 @@ def rivals(results: Results) -> str:
                 cells.append(spread(values) if values else "not reached")
                 if values:
                     averages.setdefault(label_here, {}).setdefault(speed_up, {})[name] = values
-            depth = [r["test"]["depth"]["accuracy"][-1] for r in full] if recipe == "fastbert" else []
-            own = results.get(name, recipe, 1, RIVAL_ROWS, variant) if variant is not None else None
-            if own and not depth:
-                depth = [own["test"]["depth"]["accuracy"][-1]]
+            depth = [result["test"]["depth"]["accuracy"][-1] for result in own if result]
             blocks.append([name, label_here, str(len(found)), spread(depth) if depth else "", *cells])
     blocks.sort(key=lambda cells: RIVAL_SETS.index(cells[0]))
     header = ["data set", "recipe", "seeds", "full depth", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)]
@@ -299,8 +300,11 @@ def settings_table(results: Results) -> str:
     rows = []
     for max_rows, names in ((None, TABLE_2_SETS), (RIVAL_ROWS, RIVAL_SETS)):
         for name in names:
-            whole_model, exits_alone = map(asdict, Run(name, "fastbert", 1, max_rows).settings())
-            cells = [f"{part['learning_rate']:g}, {part['num_train_epochs']:g}" for part in (whole_model, exits_alone)]
+            result = results.get(name, "fastbert", 1, max_rows)
+            if result is None:
+                continue
+            parts = [result["settings"][part] for part in ("whole_model", "exits_alone")]
+            cells = [f"{part['learning_rate']:g}, {part['num_train_epochs']:g}" for part in parts]
             rows.append([name, "all" if max_rows is None else f"{max_rows:,} at most", *cells])
     return markdown(["data set", "training rows", "backbone and teacher", "students alone"], rows)
 

@@ -55,7 +55,7 @@ EXITS_ALONE = {
     "banking77": (StageSettings(1e-3, 6), StageSettings(1e-3, 8)),
 }
 DEFAULT_EXITS_ALONE = StageSettings(1e-3, 5)
-# One teacher for every recipe that starts from fine-tuning, so that only what is compared differs.
+# One fine-tuned teacher for every recipe that starts from it, so that only what is compared differs.
 SHARED_TEACHER = {"teacher_exit_type": "attention"}
 VARIANTS = {
     "": {},
@@ -217,7 +217,9 @@ def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
     names = raw["train"].features["label"].names
     whole_model, exits_alone = run.settings()
     recipe = RECIPES[run.recipe]
-    config = {**recipe.config, **VARIANTS[run.variant], **SHARED_TEACHER}
+    config = {**recipe.config, **VARIANTS[run.variant]}
+    if recipe.stages[0] == "fine_tuning":
+        config.update(SHARED_TEACHER)
     if recipe.fixed_depth:
         config["exit_type"] = SHARED_TEACHER["teacher_exit_type"]
     rows = "all" if run.max_rows is None else str(run.max_rows)

@@ -53,6 +53,10 @@ def main() -> None:
         if not Path(arguments.data_dir, "en").is_dir():
             raise SystemExit(f"no folder 'en' in {arguments.data_dir!r}: set FASTBERT_DATA or give --data_dir")
         runs = [run for part in arguments.only for run in paper_runs.PARTS[part]()]
+        unknown = sorted(set(arguments.sets) - {run.set for run in runs})
+        if unknown:
+            known = ", ".join(dict.fromkeys(run.set for run in runs))
+            raise SystemExit(f"no runs of {', '.join(unknown)} in these parts; choose from {known}")
         runs = [run for run in runs if not arguments.sets or run.set in arguments.sets]
         runs = [run for run in runs if not arguments.seeds or run.seed in arguments.seeds]
         for number, run in enumerate(runs, start=1):

@@ -3,13 +3,14 @@ What each speed of a saved model costs and gives on your data: a table to choose
 
     python examples/evaluate_speeds.py --model_name_or_path outputs/quick_start --data_file examples/data/test.tsv
 
-    # compare policies by Matthews correlation, measure wall-clock, keep everything
+    # compare policies by Matthews correlation, measure wall-clock, keep all speeds and draw figures
     python examples/evaluate_speeds.py --model_name_or_path outputs/quick_start --data_file examples/data/test.tsv \\
         --policies entropy margin --metric matthews_correlation --time_speeds 0.3 0.5 \\
         --output speeds.csv --figures_dir figures
 
 One full-depth pass answers for all speeds. Data without labels gives the agreement with the full model instead of an
-accuracy. `--output` keeps speeds 0.00 to 1.00, as .csv or .json; the printed table is shorter.
+accuracy. `--output` keeps speeds 0.00 to 1.00 as .csv, or with the measured times as .json; the printed table is
+shorter.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ScriptArguments(TextColumns):
     )
     metric: str = field(default="accuracy", metadata={"help": "accuracy, f1 or matthews_correlation."})
     batch_size: int = field(default=32, metadata={"help": "Rows in a batch."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone."})
     speeds: list[float] = field(
         default_factory=lambda: [step / 10 for step in range(11)], metadata={"help": "Speeds of the printed table."}
     )
@@ -72,6 +74,7 @@ def main() -> None:
     (script,) = parser.parse_args_into_dataclasses()
     check_arguments(script)
 
+    import torch
     from transformers import AutoTokenizer, DataCollatorWithPadding
 
     from fastbert_hf import FastBertForSequenceClassification
@@ -91,6 +94,8 @@ def main() -> None:
     except (OSError, ValueError) as error:
         fail(f"the model cannot be loaded: {str(error).splitlines()[0]}")
     label2id = {name: index for index, name in model.config.id2label.items()} if has_labels else None
+    if torch.cuda.is_available() and not script.use_cpu:
+        model.to("cuda")
     rows = encode(script, tokenizer, rows, label2id, "evaluation")
     collator = DataCollatorWithPadding(tokenizer)
 

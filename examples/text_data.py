@@ -39,6 +39,20 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
 
 
+def check_files(script: TextDataArguments) -> None:
+    """Which data, before a look into them."""
+    if script.train_file and script.dataset_name:
+        fail("give --train_file or --dataset_name, not both")
+    if not script.train_file and not script.dataset_name and (script.validation_file or script.unlabeled_file):
+        fail("give --train_file or --dataset_name, too")
+    for name in ("train_file", "validation_file", "unlabeled_file"):
+        path = getattr(script, name)
+        if path is not None and not Path(path).is_file():
+            fail(f"there is no file {path}: correct --{name}")
+        if path is not None and Path(path).stat().st_size == 0:
+            fail(f"{path} is empty: give a --{name} with a header and rows")
+
+
 def load_file(path: str):
     """A CSV, TSV or JSON file as a `Dataset` with its columns as they are."""
     from datasets import load_dataset

@@ -78,6 +78,11 @@ def record_exits(
         for rows in order.split(batch_size):
             batch = dict(data_collator([dataset[row] for row in rows.tolist()]))
             gold = batch.pop("labels", None)
+            if gold is not None and (gold.min() < 0 or gold.max() >= model.config.num_labels):
+                raise ValueError(
+                    f"labels must be from 0 to {model.config.num_labels - 1}, got {gold.min()} to {gold.max()}: for "
+                    "data without gold labels leave out the column 'labels'."
+                )
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             exit_logits.append(model(**inputs, output_exit_logits=True).exit_logits.float().cpu())
             labels.append(gold)

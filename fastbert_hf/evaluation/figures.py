@@ -146,6 +146,7 @@ def plot_exit_layers(
         policy (`str`): One of `EXIT_POLICIES`.
         patience (`int`): Of the patience policy.
     """
+    _check_number_of_speeds(speeds)
     uncertainties = exit_uncertainties(record.exit_logits, policy, patience)
     layers = np.arange(1, record.num_exits + 1)
     width = 0.8 / len(speeds)
@@ -176,6 +177,7 @@ def plot_uncertainty_by_layer(
 
     Arguments as in [`plot_exit_layers`].
     """
+    _check_number_of_speeds(speeds)
     uncertainties = exit_uncertainties(record.exit_logits, policy, patience)
     with rc_context(STYLE):
         figure = Figure(figsize=(max(9, 0.9 * record.num_exits), 3.3), layout="constrained")
@@ -220,39 +222,42 @@ def plot_training(
     Args:
         model ([`FastBertForSequenceClassification`]): Its shape counts.
         fine_tuning, distillation (sequences of `dict`): `trainer.state.log_history` of the two stages.
-        speed (`float`): One of the `eval_speeds` of the second stage.
+        speed (`float`): One of the `eval_speeds` of the second stage, above 0.
     """
+    if not speed > 0:
+        raise ValueError(f"speed must be above 0, where texts leave early, got {speed}. Example: speed=0.5")
     key = f"eval_accuracy_speed_{speed:g}"
-    tuned = [entry for entry in fine_tuning if "eval_accuracy" in entry]
-    distilled = [entry for entry in distillation if key in entry]
+    # By their epochs: an evaluation after the last one repeats it.
+    tuned = {entry["epoch"]: entry for entry in fine_tuning if "eval_accuracy" in entry}
+    distilled = {entry["epoch"]: entry for entry in distillation if key in entry}
     if not tuned or not distilled:
         raise ValueError(
             f"the logs have no eval_accuracy after fine-tuning or no {key} after distillation: train with "
             f"eval_strategy='epoch' and eval_speeds that include {speed:g}."
         )
-    num_layers = len(model.exits)
+    num_layers, last = len(model.exits), max(tuned)
     full = paper_flops(model, torch.tensor(num_layers), students=False).item()
-    # At any speed above 0 a layer costs as much as the next: the mean exit layer tells the mean cost.
+    # Above speed 0 a layer with its exit costs as much as the next: the mean exit layer tells the mean cost.
     per_layer = paper_flops(model, torch.tensor(1)).item()
-    epochs = [*range(1, len(tuned) + len(distilled) + 1)]
-    accuracy = [entry["eval_accuracy"] for entry in tuned] + [entry[key] for entry in distilled]
+    epochs = [*tuned, *(last + epoch for epoch in distilled)]
+    accuracy = [entry["eval_accuracy"] for entry in tuned.values()] + [entry[key] for entry in distilled.values()]
     flops = [full] * len(tuned)
-    flops += [entry[f"eval_mean_exit_layer_speed_{speed:g}"] * per_layer for entry in distilled]
+    flops += [entry[f"eval_mean_exit_layer_speed_{speed:g}"] * per_layer for entry in distilled.values()]
     with rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.4), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
         for axes, values, colour, marker in ((top, accuracy, 0, "o"), (bottom, np.array(flops) / 1e9, 1, "s")):
             axes.plot(epochs, values, color=COLOURS[colour], marker=marker)
-            axes.axvspan(len(tuned) + 0.5, epochs[-1] + 0.5, color="#F2F2F2", zorder=0)
-            axes.set_xlim(0.5, epochs[-1] + 0.5)
+            axes.axvspan(last + 0.5, epochs[-1] + 0.5, color="#F2F2F2", zorder=0)
+            axes.set_xlim(min(epochs) - 0.5, epochs[-1] + 0.5)
         top.set(ylabel="Accuracy")
         top.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         bottom.set(ylabel="GFLOPs per text (paper count)", xlabel="Epoch")
         bottom.set_ylim(bottom=0)
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         place = {"transform": top.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9}
-        top.text((len(tuned) + 1) / 2, 1.02, "fine-tuning (all layers)", **place)
-        top.text((len(tuned) + epochs[-1] + 1) / 2, 1.02, f"self-distillation (speed {speed:g})", **place)
+        top.text((min(epochs) + last) / 2, 1.02, "fine-tuning (all layers)", **place)
+        top.text((last + 1 + epochs[-1]) / 2, 1.02, f"self-distillation (speed {speed:g})", **place)
     return figure
 
 
@@ -277,6 +282,11 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> list[Path]:
             os.replace(part, target)
             written.append(target)
     return written
+
+
+def _check_number_of_speeds(speeds: Sequence[float]) -> None:
+    if not 1 <= len(speeds) <= len(COLOURS):
+        raise ValueError(f"give 1 to {len(COLOURS)} speeds, got {len(speeds)}.")
 
 
 def _title(column: str) -> str:

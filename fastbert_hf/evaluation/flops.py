@@ -21,8 +21,9 @@ def paper_flops(
     sequence_length: int = 128,
 ) -> torch.Tensor:
     """
-    The count of FastBERT (ACL 2020, Table 1): the linear layers alone, every text padded to one length, without the
-    attention products and the last Linear of an exit.
+    The count of FastBERT (ACL 2020, Tables 2 and 3): the linear layers alone, every text padded to one length, without
+    the attention products and the last Linear of an exit. An exit's 128 x 128 layer counts once, as the authors' code
+    runs it; the paper's Table 1 counts it for every token.
 
     For BERT-base it gives the paper's numbers: 21,785,247,744 for all layers and the teacher, 11,123,490,816 for a
     text that leaves after six layers, 3,707,830,272 after two (Table 3).
@@ -36,8 +37,9 @@ def paper_flops(
         sequence_length (`int`): Tokens of every padded text.
 
     Returns:
-        `torch.Tensor`: long, shaped as `exit_layer`.
+        `torch.Tensor`: long, shaped as `exit_layer`, on the CPU.
     """
+    exit_layer = exit_layer.cpu()
     layers = [sequence_length * 2 * linear_weights(layer) for layer in model.fastbert.layers()]
     exits = [_paper_exit_flops(model, exit_classifier, sequence_length) for exit_classifier in model.exits]
     per_text = torch.tensor(layers).cumsum(0) + _exits_up_to(torch.tensor(exits), students)
@@ -61,9 +63,9 @@ def executed_flops(
         students (`bool`): As in [`paper_flops`].
 
     Returns:
-        `torch.Tensor`: long of shape `[rows]`.
+        `torch.Tensor`: long of shape `[rows]`, on the CPU.
     """
-    tokens = lengths[:, None].long()  # [rows, 1]
+    exit_layer, tokens = exit_layer.cpu(), lengths.cpu()[:, None].long()  # [rows, 1]
     weights = torch.tensor([linear_weights(layer) for layer in model.fastbert.layers()])
     # Scores and their weighted sum: two products of every token with every other, over the whole hidden size.
     layers = 2 * tokens * weights + 4 * tokens**2 * model.config.hidden_size  # [rows, L]

@@ -1,8 +1,8 @@
 """
 Metrics of exits as `evaluate.Metric` classes, which need no hub: create one and call `compute`.
 
-All take `predictions`, probabilities or logits of shape `[rows, num_labels]`. Rows that sum to 1 and hold nothing
-negative are taken for probabilities, others for logits.
+All take `predictions`, probabilities or logits of shape `[rows, num_labels]`. Where nothing is negative and every row
+sums to 1 within a hundredth, they are taken for probabilities (rounded ones and half precision too), else for logits.
 """
 
 from __future__ import annotations
@@ -133,8 +133,7 @@ def _checked(predictions, references) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"references must be labels from 0 to {scores.shape[1] - 1}, got {labels.min()} to {labels.max()}."
         )
-    are_probabilities = (scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-4)
+    are_probabilities = (scores >= 0).all() and np.allclose(scores.sum(-1), 1, rtol=0, atol=1e-2)
     if not are_probabilities:
         scores = np.exp(scores - scores.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-    return scores, labels
+    return scores / scores.sum(-1, keepdims=True), labels

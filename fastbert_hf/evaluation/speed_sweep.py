@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,15 +26,13 @@ from .flops import executed_flops, paper_flops
 SPEEDS = tuple(step / 100 for step in range(101))
 
 
-def _f1(labels: torch.Tensor, answers: torch.Tensor) -> float:
-    two_classes = max(int(labels.max()), int(answers.max())) < 2
-    return f1_score(labels, answers, average="binary" if two_classes else "macro", zero_division=0)
-
-
-TASK_METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
-    "accuracy": accuracy_score,
-    "f1": _f1,
-    "matthews_correlation": matthews_corrcoef,
+# From gold labels, answers and the number of labels to a number.
+TASK_METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], float]] = {
+    "accuracy": lambda labels, answers, num_labels: accuracy_score(labels, answers),
+    "f1": lambda labels, answers, num_labels: f1_score(
+        labels, answers, average="binary" if num_labels == 2 else "macro", zero_division=0
+    ),
+    "matthews_correlation": lambda labels, answers, num_labels: matthews_corrcoef(labels, answers),
 }
 
 
@@ -71,7 +68,7 @@ def sweep_speeds(
         `pandas.DataFrame`: it prints as a table; [`save_table`] keeps it.
     """
     describe = _Describer(model, record, metric)
-    policies = [model.config.exit_policy] if policies is None else policies
+    speeds, policies = list(speeds), [model.config.exit_policy] if policies is None else policies
     rows = []
     for policy in policies:
         uncertainties = exit_uncertainties(record.exit_logits, policy, model.config.patience)
@@ -85,9 +82,9 @@ def sweep_depths(
     model: FastBertForSequenceClassification, record: ExitRecord, metric: str = "accuracy"
 ) -> pd.DataFrame:
     """
-    One row for every depth at which all texts leave together, as with `max_layers` at speed 0 (the paper's "without
-    adaptive inference"). Only the exit that answers is evaluated. Arguments and columns as in [`sweep_speeds`], with
-    `max_layers` in place of policy and speed.
+    One row for every depth at which all texts leave together, as with `max_layers` at speed 0. Only the exit that
+    answers is evaluated and counted (in the paper's "without adaptive inference" those below count, too). Arguments
+    and columns as in [`sweep_speeds`], with `max_layers` in place of policy and speed.
     """
     describe = _Describer(model, record, metric)
     depths = range(1, record.num_exits + 1)
@@ -124,6 +121,9 @@ class _Describer:
         executed = executed_flops(self.model, exit_layer, self.record.lengths, students)
         return paper.double().mean().item(), executed.double().mean().item()
 
+    def _of_the_task(self, labels: torch.Tensor, answers: torch.Tensor) -> float:
+        return float(TASK_METRICS[self.metric](labels, answers, self.record.exit_logits.shape[-1]))
+
     def __call__(self, exit_layer: torch.Tensor, students: bool) -> dict[str, float]:
         num_exits, labels = self.record.num_exits, self.record.labels
         answers = self.answers.gather(1, (exit_layer - 1)[:, None])[:, 0]
@@ -131,7 +131,7 @@ class _Describer:
         mean_exit_layer = exit_layer.double().mean().item()
         shares = torch.bincount(exit_layer, minlength=num_exits + 1)[1:].double() / len(exit_layer)
         return {
-            **({} if labels is None else {self.metric: float(TASK_METRICS[self.metric](labels, answers))}),
+            **({} if labels is None else {self.metric: self._of_the_task(labels, answers)}),
             "agreement": (answers == self.answers[:, -1]).double().mean().item(),
             "mean_exit_layer": mean_exit_layer,
             "layer_speed_up": num_exits / mean_exit_layer,
@@ -212,13 +212,13 @@ def at_speed_up(
     """
     What a dial gives at exactly one speed-up, so that dials with fine and coarse steps can be compared: the two
     neighbouring settings are found on dev data, and texts are split between them by chance, so that dev data reaches
-    the speed-up.
+    the speed-up. The expected accuracy is reported, or that of another mean over the texts.
 
     Args:
         chosen_on (`pandas.DataFrame`): The settings on dev data, from [`sweep_speeds`] or [`sweep_depths`].
         reported_on (`pandas.DataFrame`): The same settings, row by row, on test data.
         speed_up (`float`): At least 1.
-        metric (`str`): Column of the result; its expectation is reported.
+        metric (`str`): Column of the result, a mean over the texts such as accuracy or agreement.
         column (`str`): Column of the speed-up.
 
     Returns:
@@ -266,6 +266,6 @@ def load_table(path: str | os.PathLike) -> pd.DataFrame:
 def write_whole(path: Path, text: str) -> None:
     """Writes under a temporary name and moves into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -45,7 +45,9 @@ def exit_cross_entropies(exit_logits: torch.Tensor, labels: torch.Tensor) -> tor
         `torch.Tensor` of shape `[exits]`.
     """
     labels = labels.view(-1, 1).expand(exit_logits.shape[:2])
-    return nn.functional.cross_entropy(exit_logits.float().transpose(1, 2), labels, reduction="none").mean(0)
+    losses = nn.functional.cross_entropy(exit_logits.float().transpose(1, 2), labels, reduction="none")
+    # As in the stock models, rows with the label -100 do not count.
+    return losses.sum(0) / (labels[:, 0] != -100).sum()
 
 
 def depth_weights(num_exits: int, device: torch.device | None = None) -> torch.Tensor:

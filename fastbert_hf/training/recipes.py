@@ -4,10 +4,10 @@ FastBERT and its rivals as settings: which exits, what is taught in which order,
 | recipe | exits | stages | policy |
 |---|---|---|---|
 | `fastbert` | attention | fine-tuning, self-distillation | entropy |
-| `fastbert_joint_first` | attention | all exits and the backbone at once, then self-distillation | entropy |
+| `fastbert_joint_first` | attention | the objective of PABEE, then self-distillation | entropy |
 | `fastbert_without_self_distillation` | attention | all exits and the backbone at once | entropy |
 | `deebert` | linear | fine-tuning, cross entropy of the students | entropy |
-| `pabee` | linear, one shared pooler | all exits and the backbone at once, deeper exits counting more | patience |
+| `pabee` | linear, one shared pooler | all exits and the backbone at once (weighted: deeper ones more) | patience |
 | `bert_kl` | the last one alone | fine-tuning of the first k layers | none |
 | `distilled_kl` | the last one alone | fine-tuning of all layers, whose answers the first k then learn | none |
 
@@ -16,9 +16,10 @@ FastBERT without adaptive inference (a fixed depth) is the model of `fastbert`, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from ..evaluation.exit_record import record_exits
+from ..evaluation.speed_sweep import write_whole
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from .arguments import SelfDistillationArguments
 from .objectives import OBJECTIVES
@@ -53,15 +55,17 @@ class Recipe:
         """The structure of the exits that learned up to this stage, as a part of its folder's name."""
         students = self.config.get("exit_type", "attention")
         teacher = self.config.get("teacher_exit_type", students)
-        if stage in ("fine_tuning", "distillation"):
-            return teacher
         shared = "_shared" * self.config.get("share_exit_pooler", False)
+        if stage in ("fine_tuning", "distillation"):
+            return teacher + (shared if teacher == students else "")
         return students + shared + (f"_under_{teacher}" if teacher != students else "")
 
 
 RECIPES = {
     "fastbert": Recipe(("fine_tuning", "self_distillation")),
-    "fastbert_joint_first": Recipe(("weighted_cross_entropy", "self_distillation")),
+    "fastbert_joint_first": Recipe(
+        ("weighted_cross_entropy", "self_distillation"), source="FastBERT after the joint training of PABEE"
+    ),
     "fastbert_without_self_distillation": Recipe(("joint_cross_entropy",), source="FastBERT, ACL 2020, Table 3"),
     "deebert": Recipe(("fine_tuning", "frozen_cross_entropy"), {"exit_type": "linear"}, source="DeeBERT, ACL 2020"),
     "pabee": Recipe(
@@ -77,6 +81,11 @@ RECIPES = {
         "FastBERT, ACL 2020, Table 2: the part of DistilBERT",
     ),
 }
+
+
+# What is in the name of a stage's folder, and what leaves no trace in its model.
+NAMED_BY_THE_FOLDER = ("exit_type", "teacher_exit_type", "share_exit_pooler", "exit_policy")
+WITHOUT_EFFECT = ("use_cpu", "report_to", "logging_steps", "disable_tqdm", "per_device_eval_batch_size")
 
 
 def get_recipe(name: str) -> Recipe:
@@ -132,12 +141,13 @@ def train_recipe(
         training_arguments: Further fields of `TrainingArguments`, for every stage.
 
     Returns:
-        [`FastBertForSequenceClassification`], reloaded from its folder, in eval mode.
+        [`FastBertForSequenceClassification`], reloaded from its folder, in eval mode, on the device of the training.
     """
     if recipe.fixed_depth != (num_hidden_layers is not None):
         wanted = "num_hidden_layers=k, the layers that it keeps" if recipe.fixed_depth else "no num_hidden_layers"
         raise ValueError(f"this recipe takes {wanted}; got num_hidden_layers={num_hidden_layers}.")
     label2id = {name: index for index, name in id2label.items()}
+    device = TrainingArguments(str(output_dir), **training_arguments).device
     model = None
     for stage, folder in zip(recipe.stages, stage_folders(recipe, output_dir, num_hidden_layers), strict=True):
         depth = num_hidden_layers if stage == recipe.stages[-1] else None
@@ -146,12 +156,22 @@ def train_recipe(
         rows = train_dataset
         if stage == "self_distillation" and unlabeled_dataset is not None:
             rows = concatenate_datasets([train_dataset.remove_columns("labels"), unlabeled_dataset])
-        named = ("exit_type", "teacher_exit_type", "share_exit_pooler", "exit_policy")
-        further = {name: value for name, value in recipe.config.items() if name not in named}
-        _check_settings(folder, {**asdict(settings), **training_arguments, **further, "rows": len(rows)})
+        _check_settings(
+            folder,
+            {
+                "backbone": str(backbone),
+                "labels": list(id2label.values()),
+                "data": _digest(rows),
+                "learning_rate": settings.learning_rate,
+                "num_train_epochs": settings.num_train_epochs,
+                **({"temperature": settings.temperature} if stage == "self_distillation" else {}),
+                **{name: value for name, value in recipe.config.items() if name not in NAMED_BY_THE_FOLDER},
+                **{name: value for name, value in training_arguments.items() if name not in WITHOUT_EFFECT},
+            },
+        )
         if not (folder / "model").exists():
             if stage == "distillation":
-                rows = _with_answers_of(model, train_dataset, tokenizer)
+                rows = _with_answers_of(model.to(device), train_dataset, tokenizer)
             set_seed(training_arguments.get("seed", 42))
             student = FastBertForSequenceClassification.from_backbone(
                 backbone, num_hidden_layers=depth, id2label=id2label, label2id=label2id, **recipe.config
@@ -162,7 +182,7 @@ def train_recipe(
         model = FastBertForSequenceClassification.from_pretrained(folder / "model")
     # The stage may have been trained for another recipe, which lets texts leave by another policy.
     model.config.exit_policy = recipe.config.get("exit_policy", "entropy")
-    return model
+    return model.to(device)
 
 
 def stage_folders(recipe: Recipe, output_dir: str | os.PathLike, num_hidden_layers: int | None = None) -> list[Path]:
@@ -225,8 +245,18 @@ def _train_stage(
     trainer.train()
     part = folder / "part"
     trainer.save_model(str(part))
-    (part / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    os.replace(part, folder / "model")
+    if trainer.is_world_process_zero():
+        (part / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        os.replace(part, folder / "model")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _digest(rows: Dataset) -> str:
+    """What tells these rows from others."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row["input_ids"], row.get("labels"))).encode())
+    return digest.hexdigest()[:16]
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -234,8 +264,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if not (folder / "model").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
         return
     before = json.loads(path.read_text())
     names = sorted({*before, *settings})

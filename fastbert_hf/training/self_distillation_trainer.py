@@ -79,9 +79,18 @@ class SelfDistillationTrainer(Trainer):
     def _choose_what_learns(self, model: PreTrainedModel | None) -> None:
         if self.objective.freezes_teacher:
             freeze_all_but_students(model)
-        else:
-            for parameter in checked_base_model(model).student_parameters():
-                parameter.requires_grad = True
+            return
+        fastbert = checked_base_model(model)
+        parts = (fastbert.fastbert, fastbert.teacher)
+        learns = all(any(parameter.requires_grad for parameter in part.parameters()) for part in parts)
+        if fastbert is not model or not learns:
+            reason = "the model is wrapped by PEFT" if fastbert is not model else "one of them asks for no gradients"
+            raise ValueError(
+                f"This objective trains the backbone and the teacher, too, but {reason}. Give a model that can learn "
+                "as a whole: model.requires_grad_(True)"
+            )
+        for parameter in fastbert.student_parameters():
+            parameter.requires_grad = True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         has_teacher = base_model(self.model).teacher.out_proj.bias.any()
@@ -115,6 +124,8 @@ class SelfDistillationTrainer(Trainer):
             for module in fastbert.student_modules():
                 module.train(training)
         outputs = model(**{**inputs, "labels": None}, output_exit_logits=True)
+        if not training and self.objective.needs_labels and inputs.get("labels") is None:
+            return (None, outputs) if return_outputs else None
         losses = self.exit_losses(outputs.exit_logits, inputs.get("labels"))
         if training:
             self._losses = self._losses + losses.detach()
@@ -184,8 +195,10 @@ class SelfDistillationTrainer(Trainer):
             exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
             label_ids (`np.ndarray` of shape `[rows]`, *optional*): Gold labels.
         """
-        losses = self.exit_losses(exit_logits, None if label_ids is None else torch.from_numpy(label_ids))
-        metrics = {"loss": losses.sum().item(), **self._named(losses)}
+        metrics = {}
+        if label_ids is not None or not self.objective.needs_labels:
+            losses = self.exit_losses(exit_logits, None if label_ids is None else torch.from_numpy(label_ids))
+            metrics = {"loss": losses.sum().item(), **self._named(losses)}
         config = base_model(self.model).config
         uncertainties = exit_uncertainties(exit_logits, config.exit_policy, config.patience)
         for speed in self.args.eval_speeds:

@@ -113,6 +113,9 @@ def test_dev_chooses_between_the_exits_of_a_rival(report, runs, tmp_path):
     runs.keep(better_on_dev, runs.Run("trec", "deebert", 1, 3000, ""), tmp_path)
     runs.keep(better_on_test, runs.Run("trec", "deebert", 1, 3000, "mean"), tmp_path)
     assert report.Results(tmp_path).best_variant("deebert", ("mean", "")) == ""
+    # A set that only the other one has run on, and where all is easy, says nothing.
+    runs.keep(result(None, [1.0] * 5, [1.0] * 5), runs.Run("sst2", "deebert", 1, 3000, "mean"), tmp_path)
+    assert report.Results(tmp_path).best_variant("deebert", ("mean", "")) == ""
 
 
 def test_rivals_are_averaged_over_the_sets_that_all_of_them_have(report, runs, tmp_path):
@@ -172,6 +175,7 @@ def test_a_folder_without_the_set_is_refused(runs, tmp_path):
 
 
 def start(tables, monkeypatch, tmp_path, *words: str) -> None:
+    (tmp_path / "en").mkdir(exist_ok=True)
     folders = ["--docs_dir", str(tmp_path / "docs"), "--work_dir", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["paper_tables.py", "--data_dir", str(tmp_path), *folders, *words])
     tables.main()
@@ -217,6 +221,7 @@ def test_an_interrupted_table_goes_on_and_loses_no_finished_row(tables, runs, re
     [
         (["--only", "table_9"], "unknown parts table_9; choose from table_2"),
         (["--data_dir", "no/such/folder"], "set FASTBERT_DATA or give --data_dir"),
+        (["--sets", "sst3"], "no runs of sst3 in these parts; choose from sst2, "),
     ],
 )
 def test_wrong_arguments_end_with_one_line(tables, monkeypatch, tmp_path, words, message):

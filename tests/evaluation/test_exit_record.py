@@ -55,6 +55,13 @@ def test_selection_keeps_rows_together():
         assert chosen.labels.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("label", [-1, -100, 3])
+def test_labels_that_the_model_does_not_have_are_refused(label):
+    rows = [{**row, "labels": label} for row in encoded_rows(False)]
+    with pytest.raises(ValueError, match=f"labels must be from 0 to 2, got {label} to {label}.*leave out the column"):
+        record_exits(tiny_model(), rows, DataCollatorWithPadding(tiny_tokenizer()), progress=False)
+
+
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="the data set has no rows"):
         record_exits(tiny_model(), [], DataCollatorWithPadding(tiny_tokenizer()))

@@ -95,13 +95,19 @@ def test_uncertainty_by_layer_shows_who_reaches_it():
     assert drawn == pytest.approx(uncertainties.quantile(0.5, dim=0).tolist(), abs=1e-6)
 
 
-FINE_TUNING = [{"loss": 1.0}, {"eval_accuracy": 0.7}, {"eval_accuracy": 0.8}]
-DISTILLATION = [{"eval_accuracy_speed_0.5": 0.78, "eval_mean_exit_layer_speed_0.5": 1.2}]
+FINE_TUNING = [
+    {"loss": 1.0, "epoch": 0.5},
+    {"eval_accuracy": 0.7, "epoch": 1.0},
+    {"eval_accuracy": 0.8, "epoch": 2.0},
+    {"eval_accuracy": 0.8, "epoch": 2.0},  # evaluated once more
+]
+DISTILLATION = [{"eval_accuracy_speed_0.5": 0.78, "eval_mean_exit_layer_speed_0.5": 1.2, "epoch": 1.0}]
 
 
 def test_training_draws_accuracy_and_flops_of_both_stages():
     model = tiny_model()
     top, bottom = plot_training(model, FINE_TUNING, DISTILLATION).axes
+    assert list(top.lines[0].get_xdata()) == [1, 2, 3]
     assert list(top.lines[0].get_ydata()) == [0.7, 0.8, 0.78]
     flops = list(bottom.lines[0].get_ydata())
     assert flops[0] == flops[1] > flops[2] > 0
@@ -111,6 +117,18 @@ def test_training_draws_accuracy_and_flops_of_both_stages():
 def test_training_without_an_evaluation_says_what_to_do():
     with pytest.raises(ValueError, match=r"train with eval_strategy='epoch' and eval_speeds that include 0.3"):
         plot_training(tiny_model(), FINE_TUNING, DISTILLATION, speed=0.3)
+
+
+def test_training_has_no_cost_at_speed_0():
+    with pytest.raises(ValueError, match="speed must be above 0"):
+        plot_training(tiny_model(), FINE_TUNING, DISTILLATION, speed=0)
+
+
+@pytest.mark.parametrize("plot", [plot_exit_layers, plot_uncertainty_by_layer])
+@pytest.mark.parametrize("number", [0, len(COLOURS) + 1])
+def test_more_speeds_than_colours_are_refused(plot, number):
+    with pytest.raises(ValueError, match=f"give 1 to {len(COLOURS)} speeds, got {number}"):
+        plot(record(), speeds=[0.5] * number)
 
 
 def test_a_figure_is_saved_as_png_and_svg_and_nothing_else(tmp_path):

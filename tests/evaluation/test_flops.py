@@ -84,6 +84,12 @@ def test_executed_count_of_a_fixed_depth_has_one_exit():
         assert executed_flops(model, exit_layer, batch["attention_mask"].sum(1), students=False).sum() == total
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_counts_take_answers_from_a_device():
+    exit_layer = torch.tensor([1, 2])
+    assert torch.equal(paper_flops(tiny_model(), exit_layer.cuda()), paper_flops(tiny_model(), exit_layer))
+
+
 def test_executed_count_does_not_depend_on_the_kernel():
     model, batch = tiny_model(), ragged_batch()
     model.set_attn_implementation("eager")

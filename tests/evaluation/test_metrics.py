@@ -88,6 +88,16 @@ def test_logits_and_their_probabilities_are_the_same_answers(metric):
     assert metric(logits, references) == pytest.approx(metric(logits.softmax(-1), references), abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_of_half_precision_are_probabilities(dtype):
+    probabilities = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    references = torch.randint(4, (60,), generator=torch.Generator().manual_seed(1))
+    rounded = probabilities.to(dtype).float()
+    assert calibration_error(rounded, references) == pytest.approx(
+        calibration_error(probabilities, references), abs=0.03
+    )
+
+
 def test_agreement_counts_equal_answers():
     early, full = [[1.0, 2.0], [3.0, 1.0], [0.0, 5.0]], [[0.4, 0.6], [0.3, 0.7], [0.1, 0.9]]
     assert agreement(early, full) == pytest.approx(2 / 3)

@@ -123,6 +123,19 @@ def test_f1_of_two_labels_is_that_of_label_one():
     assert table["f1"][0] == pytest.approx(2 * 0.5 * 1 / 1.5)
 
 
+def test_f1_of_three_labels_is_macro_even_where_one_is_absent():
+    exit_logits = torch.eye(3)[torch.tensor([0, 1, 1, 0])][:, None].repeat(1, NUM_LAYERS, 1)
+    labels = torch.tensor([0, 1, 0, 0])
+    table = sweep_depths(tiny_model(), ExitRecord(exit_logits, torch.full((4,), 3), labels), metric="f1")
+    assert table["f1"][0] == pytest.approx(f1_score(labels, [0, 1, 1, 0], average="macro"))
+
+
+def test_speeds_may_be_a_generator():
+    model = tiny_model()
+    table = sweep_speeds(model, recorded(model), (speed for speed in SPEEDS), policies=["entropy", "margin"])
+    assert len(table) == 2 * len(SPEEDS)
+
+
 def test_data_without_labels_gives_agreement_and_says_what_is_missing():
     model = tiny_model()
     with pytest.warns(UserWarning, match="no labels, so there is no accuracy"):
@@ -169,6 +182,9 @@ def test_a_saved_table_comes_back(tmp_path, suffix):
     pd.testing.assert_frame_equal(back, table, check_dtype=False)
     assert back.attrs == (table.attrs if suffix == ".json" else {})
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+    reference = tmp_path / "reference"
+    reference.touch()
+    assert path.stat().st_mode == reference.stat().st_mode
 
 
 def test_a_table_of_another_kind_of_file_is_refused(tmp_path):
@@ -178,8 +194,12 @@ def test_a_table_of_another_kind_of_file_is_refused(tmp_path):
 
 def test_times_are_measured_for_every_speed_beside_full_depth():
     model, collator = tiny_model(), DataCollatorWithPadding(tiny_tokenizer())
+    calls = []
+    model.register_forward_pre_hook(lambda _, __, inputs: calls.append(inputs["speed"]), with_kwargs=True)
     table = time_speeds(model, rows(), collator, speeds=(0.8, 1.0), batch_size=16, repeats=3, progress=False)
     assert table["speed"].tolist() == [0.0, 0.8, 1.0]
+    # Three batches for each speed, one round that does not count, and the speeds take turns.
+    assert calls == [speed for _ in range(4) for speed in (0.0, 0.8, 1.0) for _ in range(3)]
     assert (table["texts_per_second"] > 0).all()
     assert table["time_speed_up"][0] == 1
     assert (table["time_speed_up_min"] <= table["time_speed_up"]).all()

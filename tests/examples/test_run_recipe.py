@@ -70,7 +70,11 @@ def test_the_list_needs_no_data(script, monkeypatch, capsys):
         (["--recipes", "magic"], f"recipe 'magic' is not known; choose one of {', '.join(RECIPES)}"),
         (["--exit_type", "round"], "--exit_type must be one of attention, linear, linear_mean, got 'round'"),
         (["--text_column", "body"], "has no column 'body'"),
-        (["--recipes", "bert_kl", "--num_hidden_layers", "9"], "num_hidden_layers must be from 1 to 4"),
+        (["--num_hidden_layers", "9"], "--num_hidden_layers must be from 1 to 4, got 9"),
+        (["--temperature", "0"], "--temperature must be above 0, got 0.0"),
+        (["--dataset_name", "org/data"], "give --train_file or --dataset_name, not both"),
+        (["--validation_file", "no.tsv"], "there is no file no.tsv: correct --validation_file"),
+        (["--model_name_or_path", "no/such/folder"], "the model cannot be loaded"),
     ],
 )
 def test_wrong_arguments_end_with_one_line(script, monkeypatch, arguments, words, message):

@@ -117,12 +117,49 @@ def test_joint_objectives_move_everything(tmp_path, objective, config):
 
 
 def test_joint_objectives_train_with_dropout_everywhere(tmp_path):
-    model, seen = tiny_model(), []
-    model.fastbert.backbone.register_forward_pre_hook(lambda *_: None)
-    model.fastbert.layers()[0].register_forward_hook(lambda module, *_: seen.append(module.training))
+    model, seen = tiny_model(exit_type="linear"), []
+    for module in [*model.fastbert.layers(), *model.exits]:
+        module.register_forward_hook(lambda module, *_: seen.append({part.training for part in module.modules()}))
     trainer_for(tmp_path, model, "joint_cross_entropy", max_steps=1).train()
-    assert seen == [True]
+    assert seen == [{True}] * 2 * NUM_LAYERS
     assert not model.training
+
+
+@pytest.mark.parametrize("part", ["backbone", "teacher"])
+def test_joint_objectives_refuse_a_model_that_cannot_learn_as_a_whole(tmp_path, part):
+    model = tiny_model()
+    (model.fastbert if part == "backbone" else model.teacher).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"asks for no gradients.*model\.requires_grad_\(True\)"):
+        trainer_for(tmp_path, model, "joint_cross_entropy")
+
+
+def test_a_few_frozen_parameters_stay_frozen_in_joint_training(tmp_path):
+    model = tiny_model()
+    model.fastbert.backbone.embeddings.requires_grad_(False)
+    before = copied_state(model)
+    trainer_for(tmp_path, model, "joint_cross_entropy", learning_rate=1e-2).train()
+    assert not any(".embeddings." in name for name in changed_parameters(model, before))
+
+
+def test_joint_objectives_refuse_an_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    names = [f"exits.{index}" for index in range(NUM_LAYERS)]
+    adapter = peft.LoraConfig(target_modules=["query"], modules_to_save=names)
+    with pytest.raises(ValueError, match="the model is wrapped by PEFT"):
+        trainer_for(tmp_path, peft.get_peft_model(tiny_model(), adapter), "weighted_cross_entropy")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_unlabeled_rows_can_be_predicted_whatever_was_taught(tmp_path, objective):
+    rows = tiny_rows(labels=False)
+    trainer = trainer_for(tmp_path, tiny_model(), objective, rows)
+    assert trainer.predict(rows).predictions.shape == (len(rows), NUM_LAYERS, 3)
+    assert ("eval_loss" in trainer.evaluate()) == (objective == "self_distillation")
+
+
+def test_rows_without_a_label_do_not_count():
+    expected = exit_cross_entropies(LOGITS[:1], LABELS[:1])
+    assert_close(exit_cross_entropies(LOGITS, torch.tensor([1, -100])), expected)
 
 
 def test_joint_objectives_need_no_trained_teacher(tmp_path):

@@ -251,6 +251,21 @@ def test_a_folder_of_other_settings_is_refused(backbone, tmp_path):
         train(RECIPES["fastbert"], backbone, tmp_path, whole_model=StageSettings(0.5, 2))
 
 
+def test_another_backbone_other_labels_or_other_data_are_other_settings(backbone, tmp_path):
+    recipe = RECIPES["fastbert"]
+    train(recipe, backbone, tmp_path)
+    other = rows(seed=5)
+    assert len(other) == len(rows())
+    with pytest.raises(ValueError, match="data was"):
+        train(recipe, backbone, tmp_path, train_dataset=other)
+    elsewhere = tmp_path / "backbone"
+    tiny_stock_model(seed=1).save_pretrained(elsewhere)
+    with pytest.raises(ValueError, match="backbone was"):
+        train(recipe, elsewhere, tmp_path)
+    # What leaves no trace in the model may change.
+    train(recipe, backbone, tmp_path, args={"logging_steps": 7, "per_device_eval_batch_size": 3})
+
+
 def test_exits_of_another_width_are_other_settings(backbone, tmp_path):
     train(RECIPES["fastbert"], backbone, tmp_path)
     wider = dataclasses.replace(RECIPES["fastbert"], config={"exit_hidden_size": 64})
@@ -271,6 +286,15 @@ def test_students_under_another_teacher_have_a_folder_of_their_own(tmp_path):
         "attention-fine_tuning",
         "linear_under_attention-fine_tuning-frozen_cross_entropy",
     ]
+
+
+def test_exits_that_share_a_pooler_have_a_fine_tuned_model_of_their_own(backbone, tmp_path):
+    shared = {"share_exit_pooler": True}
+    recipe = dataclasses.replace(RECIPES["fastbert"], config=shared)
+    assert [folder.name.partition("-")[0] for folder in stage_folders(recipe, tmp_path)] == ["attention_shared"] * 2
+    train(RECIPES["fastbert"], backbone, tmp_path)
+    model = train(recipe, backbone, tmp_path)
+    assert model.shared_pooler is not None
 
 
 def test_unlabeled_rows_join_self_distillation(backbone, tmp_path, monkeypatch):
