@@ -171,8 +171,8 @@ def speeds_to_choose(results: Results) -> str:
         for speed_up in (2.0, 3.0):
             point = at_speed_up(dev, test, speed_up)
             index = (dev["layer_speed_up"] >= speed_up).idxmax()
-            cells.append(f"{percent(point['accuracy'])} (speed {dev['speed'][index]:.2f})" if point else "not reached")
-        cells += [f"{chosen['speed']:.2f}", f"{chosen['layer_speed_up']:.2f}x", percent(chosen["lost"])]
+            cells.append(f"{percent(point['accuracy'])} (speed {dev['speed'][index]:g})" if point else "not reached")
+        cells += [f"{chosen['speed']:g}", f"{chosen['layer_speed_up']:.2f}x", percent(chosen["lost"])]
         speed_ups.append(chosen["layer_speed_up"])
         losses.append(chosen["lost"])
         rows.append(cells)
@@ -286,7 +286,7 @@ def tried(results: Results) -> str:
         ("PABEE, mean of the tokens", "pabee", "mean"),
         ("PABEE, first token", "pabee", ""),
     ):
-        for name in ("sst2", "trec"):
+        for name in ("sst2", "trec", "mrpc") if recipe.startswith("fastbert") else ("sst2", "trec"):
             points = results.reached(name, recipe, variant, 1)
             if points is None:
                 rows.append([name, label, *[NOT_YET] * len(SPEED_UPS)])

@@ -9,7 +9,7 @@ What each speed of a saved model costs and gives on your data: a table to choose
         --output speeds.csv --figures_dir figures
 
 One full-depth pass answers for all speeds. Data without labels gives the agreement with the full model instead of an
-accuracy. `--output` keeps speeds 0.00 to 1.00 as .csv, or with the measured times as .json; the printed table is
+accuracy. `--output` keeps 191 speeds from 0 to 1 as .csv, or with the measured times as .json; the printed table is
 shorter.
 """
 

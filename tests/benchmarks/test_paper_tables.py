@@ -208,7 +208,7 @@ def test_an_interrupted_table_goes_on_and_loses_no_finished_row(tables, runs, re
     assert kept["rows"] == {"train": 54, "dev": 6, "test": 10}
     assert kept["unseen_rows"] < 10 and kept["unseen"] is not None
     table = pd.DataFrame(kept["test"]["entropy"])
-    assert table["speed"].tolist() == runs.SPEEDS
+    assert table["speed"].tolist() == list(runs.SPEEDS)
     # The two share one fine-tuned model.
     other = json.loads((tmp_path / "docs" / "results" / f"{wanted[1].name}.json").read_text())
     assert other["test"]["depth"]["accuracy"][-1] == kept["test"]["depth"]["accuracy"][-1]

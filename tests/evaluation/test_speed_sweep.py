@@ -94,10 +94,11 @@ def test_several_policies_stand_below_each_other():
     pd.testing.assert_frame_equal(table.iloc[len(SPEEDS) :].reset_index(drop=True), alone)
 
 
-def test_the_default_sweep_has_a_hundred_and_one_speeds():
+def test_the_default_sweep_goes_from_0_to_1_and_is_finer_near_0():
     model = tiny_model()
     table = sweep_speeds(model, recorded(model))
-    assert table["speed"].tolist() == [step / 100 for step in range(101)]
+    expected = [step / 1000 for step in range(101)] + [step / 100 for step in range(11, 101)]
+    assert table["speed"].tolist() == expected
     assert table["mean_exit_layer"].is_monotonic_decreasing
 
 
