@@ -60,7 +60,10 @@ VARIANTS = {
     "mean": {"exit_type": "linear_mean"},
     "linear": {"exit_type": "linear"},
     "attention": {"exit_type": "attention", "share_exit_pooler": False},
+    # Self-distillation also on training texts beyond max_rows, whose labels nobody sees.
+    "unlabeled": {},
 }
+UNLABELED_ROWS = 6000
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Run:
         recipe (`str`): A key of `RECIPES`.
         seed (`int`): Of everything but the choice of rows.
         max_rows (`int`, *optional*): At most so many training rows, always the same ones.
-        variant (`str`): A key of `VARIANTS`: other exits than the recipe's own.
+        variant (`str`): A key of `VARIANTS`: other exits than the recipe's own, or further texts without labels.
         depth (`int`, *optional*): k, for recipes of a fixed depth.
     """
 
@@ -139,9 +142,10 @@ def crossed_runs() -> list[Run]:
 
 
 def tried_runs() -> list[Run]:
-    """What was tried beside: joint training before the distillation, and PABEE on the first token."""
-    runs = [Run(name, "pabee", 1, RIVAL_ROWS) for name in ("sst2", "trec")]
-    return runs + [Run(name, "fastbert_joint_first", 1, RIVAL_ROWS) for name in ("sst2", "trec", "mrpc")]
+    """What was tried beside: unlabeled texts, joint training before the distillation, PABEE on the first token."""
+    runs = [Run(name, "fastbert", 1, RIVAL_ROWS, "unlabeled") for name in RIVAL_SETS]
+    runs += [Run(name, "fastbert_joint_first", 1, RIVAL_ROWS) for name in ("sst2", "trec", "mrpc")]
+    return runs + [Run(name, "pabee", 1, RIVAL_ROWS) for name in ("sst2", "trec")]
 
 
 PARTS = {
@@ -156,7 +160,8 @@ PARTS = {
 def load_splits(folder: Path, max_rows: int | None = None) -> DatasetDict:
     """
     The splits of a data set as they are in the folder. A tenth of train stands in for a missing dev, and dev for a
-    missing test; both are the same for every seed. So are the `max_rows` training rows.
+    missing test; both are the same for every seed. So are the `max_rows` training rows, and the `unlabeled` ones that
+    they leave.
     """
     files = {path.name.removesuffix(".tsv.gz"): str(path) for path in folder.glob("*.tsv.gz")}
     if "train" not in files:
@@ -171,6 +176,7 @@ def load_splits(folder: Path, max_rows: int | None = None) -> DatasetDict:
     if max_rows is not None and max_rows < len(splits["train"]):
         chosen = splits["train"].train_test_split(train_size=max_rows, seed=0, stratify_by_column="label")
         splits["train"] = chosen["train"]
+        splits["unlabeled"] = chosen["test"].select(range(min(UNLABELED_ROWS, len(chosen["test"]))))
     return splits
 
 
@@ -233,6 +239,7 @@ def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
         exits_alone,
         dict(enumerate(names)),
         num_hidden_layers=run.depth,
+        unlabeled_dataset=splits["unlabeled"].remove_columns("labels") if run.variant == "unlabeled" else None,
         per_device_train_batch_size=64 if run.set == "sst2" and run.max_rows is None else 32,
         per_device_eval_batch_size=64,
         weight_decay=0.01,
@@ -261,7 +268,7 @@ def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
         "unseen": points(model, records["test"].select(new)) if not new.all() else None,
         "logs": [
             json.loads((stage / "model" / "log.json").read_text())
-            for stage in stage_folders(recipe, folder, run.depth)
+            for stage in stage_folders(recipe, folder, run.depth, run.variant == "unlabeled")
         ],
     }
 

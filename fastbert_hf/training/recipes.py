@@ -148,8 +148,8 @@ def train_recipe(
         raise ValueError(f"this recipe takes {wanted}; got num_hidden_layers={num_hidden_layers}.")
     label2id = {name: index for index, name in id2label.items()}
     device = TrainingArguments(str(output_dir), **training_arguments).device
-    model = None
-    for stage, folder in zip(recipe.stages, stage_folders(recipe, output_dir, num_hidden_layers), strict=True):
+    model, folders = None, stage_folders(recipe, output_dir, num_hidden_layers, unlabeled_dataset is not None)
+    for stage, folder in zip(recipe.stages, folders, strict=True):
         depth = num_hidden_layers if stage == recipe.stages[-1] else None
         alone = stage in OBJECTIVES and OBJECTIVES[stage].freezes_teacher
         settings = exits_alone if alone else whole_model
@@ -185,12 +185,17 @@ def train_recipe(
     return model.to(device)
 
 
-def stage_folders(recipe: Recipe, output_dir: str | os.PathLike, num_hidden_layers: int | None = None) -> list[Path]:
+def stage_folders(
+    recipe: Recipe, output_dir: str | os.PathLike, num_hidden_layers: int | None = None, unlabeled: bool = False
+) -> list[Path]:
     """Where [`train_recipe`] keeps each stage: its model in `model/`, with `log.json`, and its `settings.json`."""
     folders, done = [], []
     for stage in recipe.stages:
-        is_cut = num_hidden_layers is not None and stage == recipe.stages[-1]
-        done.append(f"{stage}_{num_hidden_layers}" if is_cut else stage)
+        if num_hidden_layers is not None and stage == recipe.stages[-1]:
+            stage_name = f"{stage}_{num_hidden_layers}"
+        else:
+            stage_name = stage + "_unlabeled" * (unlabeled and stage == "self_distillation")
+        done.append(stage_name)
         folders.append(Path(output_dir) / "-".join([recipe.exits_that_matter(stage), *done]))
     return folders
 

@@ -153,7 +153,9 @@ def write_set(folder: Path, rows: int = 60) -> None:
 def test_splits_are_the_same_for_every_seed_and_know_the_unseen_rows(runs, tmp_path):
     write_set(tmp_path / "en" / "toy")
     splits, again = (runs.load_splits(tmp_path / "en" / "toy", max_rows=20) for _ in range(2))
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 20, "dev": 6, "test": 10}
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    assert sizes == {"train": 20, "unlabeled": 34, "dev": 6, "test": 10}
+    assert not set(splits["train"]["text_a"]) & set(splits["unlabeled"]["text_a"])
     assert splits["train"]["text_a"] == again["train"]["text_a"]
     assert not set(splits["train"]["text_a"]) & set(splits["dev"]["text_a"])
     new = runs.unseen(splits["train"], splits["test"])

@@ -308,6 +308,7 @@ def test_unlabeled_rows_join_self_distillation(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "_train_stage", remember)
     unlabeled = rows(10, seed=3).remove_columns("labels")
     train(RECIPES["fastbert"], backbone, tmp_path, unlabeled_dataset=unlabeled)
+    assert (tmp_path / "attention-fine_tuning-self_distillation_unlabeled" / "model").exists()
     assert len(seen["fine_tuning"]) == 24
     assert len(seen["self_distillation"]) == 34
     assert "labels" not in seen["self_distillation"].column_names
