@@ -66,8 +66,8 @@ def plot_trade_off(tables: Mapping[str, pd.DataFrame], speed_up: str = "paper_sp
             line = {
                 "color": COLOURS[index],
                 "marker": MARKERS[index],
-                # A marker on each of a hundred points would be a band.
-                "markevery": (index % 5, max(1, len(table) // 8)),
+                # Evenly along the line: a marker on each of two hundred points would be a band.
+                "markevery": (0.02 * (index % 6), 0.12),
             }
             by_speed.plot(table["speed"], table[metric], label=name, **line)
             speed_ups.plot(table["speed"], table[speed_up], **line)
