@@ -19,7 +19,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from ..modeling.exit_policies import exit_uncertainties, first_exits
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
@@ -156,7 +156,7 @@ def plot_exit_layers(
         for index, speed in enumerate(speeds):
             exit_layer = first_exits(uncertainties, speed)
             share = torch.bincount(exit_layer, minlength=record.num_exits + 1)[1:] / len(exit_layer)
-            label = f"speed {speed:g} (mean {exit_layer.double().mean().item():.2f})"
+            label = f"{speed:g} ({exit_layer.double().mean().item():.2f})"
             places = layers + (index - (len(speeds) - 1) / 2) * width
             axes.bar(places, share.numpy(), width * 0.92, color=COLOURS[index], label=label)
         axes.set(xlabel="Layers executed", ylabel="Share of the texts", title="Where texts leave")
@@ -164,7 +164,7 @@ def plot_exit_layers(
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         # Below the axes: any place among the bars can be taken.
-        figure.legend(loc="outside lower center", ncols=len(speeds))
+        figure.legend(loc="outside lower center", ncols=min(len(speeds), 4), title="Speed (mean layers executed)")
     return figure
 
 
@@ -250,9 +250,11 @@ def plot_training(
             axes.plot(epochs, values, color=COLOURS[colour], marker=marker)
             axes.axvspan(last + 0.5, epochs[-1] + 0.5, color="#F2F2F2", zorder=0)
             axes.set_xlim(min(epochs) - 0.5, epochs[-1] + 0.5)
-        top.set(ylabel="Accuracy")
-        top.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-        bottom.set(ylabel="GFLOPs per text (paper count)", xlabel="Epoch")
+        # At least five points below, so that a small loss does not look like a large one.
+        top.set(ylabel="Accuracy", ylim=(max(0, min(accuracy) - 0.05), min(1, max(accuracy) + 0.02)))
+        top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        top.yaxis.set_major_locator(MultipleLocator(0.02 if max(accuracy) - min(accuracy) < 0.1 else 0.1))
+        bottom.set(ylabel="GFLOPs per text\n(paper count)", xlabel="Epoch")
         bottom.set_ylim(bottom=0)
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         place = {"transform": top.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9}
