@@ -78,10 +78,11 @@ def test_every_run_has_its_own_name_and_a_known_recipe(runs):
 def test_a_speed_is_chosen_on_dev_and_reported_on_test(report):
     # On dev the third speed loses 0.4 points and the fourth 0.6; on test both lose more.
     parts = result(None, [0.9, 0.899, 0.896, 0.894, 0.8], [0.8, 0.79, 0.78, 0.7, 0.6])
-    chosen = report.chosen_speed(parts)
+    chosen = report.chosen_speed(parts, 0.005)
     assert chosen["speed"] == 0.5
     assert chosen["layer_speed_up"] == 2
     assert chosen["lost"] == pytest.approx(0.02)
+    assert report.chosen_speed(parts, 0.0)["speed"] == 0
 
 
 def test_the_dial_of_patience_goes_on_with_fixed_depths(report):
