@@ -6,7 +6,7 @@ What each speed of a saved model costs and gives on your data: a table to choose
     # compare policies by Matthews correlation, measure wall-clock, keep all speeds and draw figures
     python examples/evaluate_speeds.py --model_name_or_path outputs/quick_start --data_file examples/data/test.tsv \\
         --policies entropy margin --metric matthews_correlation --time_speeds 0.3 0.5 \\
-        --output speeds.csv --figures_dir figures
+        --output outputs/speeds.csv --figures_dir outputs/figures
 
 One full-depth pass answers for all speeds. Data without labels gives the agreement with the full model instead of an
 accuracy. `--output` keeps 191 speeds from 0 to 1 as .csv, or with the measured times as .json; the printed table is
