@@ -35,7 +35,7 @@ COLUMNS = (
     "executed_speed_up",
 )
 
-# Learning rate and epochs of the stages that train the backbone, on all rows and on at most RIVAL_ROWS. Chosen on dev.
+# Learning rate and epochs of the stages that train the backbone, on all rows and on at most RIVAL_ROWS.
 WHOLE_MODEL = {
     "sst2": (StageSettings(1e-4, 2), StageSettings(1e-4, 4)),
     "ag_news": (StageSettings(1e-4, 3), None),
