@@ -6,11 +6,15 @@ import copy
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from .checkpoint_checks import check_raw_config
 from .encoder_layouts import get_encoder_layout
 from .exit_policies import EXIT_POLICIES, check_max_layers, check_speed
 
 
+# Written by `save_with_code`.
+CODE_FIELDS = ("auto_map", "custom_pipelines")
 EXIT_TYPES = ("attention", "linear", "linear_mean")
 
 
@@ -105,6 +109,10 @@ class FastBertConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            # The installed classes need no code beside the weights, so neither trust is asked for nor a save points
+            # to it. Loaded as such code itself, this class keeps what says where it is.
+            config_dict = {name: value for name, value in config_dict.items() if name not in CODE_FIELDS}
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -112,6 +120,7 @@ class FastBertConfig(PreTrainedConfig):
                 "would leave every weight random. Wrap it: FastBertForSequenceClassification.from_backbone(name, "
                 "num_labels=...) for a pretrained encoder, or .from_classifier(name) for a fine-tuned classifier."
             )
+        check_raw_config(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     @property

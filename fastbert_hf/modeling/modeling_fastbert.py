@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -25,38 +26,14 @@ from .encoder_layouts import (
 )
 from .exit_classifiers import EXIT_POOLERS, ExitClassifier
 from .exit_policies import check_max_layers, exit_uncertainty, row_speeds
-from .packed_batch import INNER_ATTENTIONS, PACKED_ATTENTION, PackedBatch, pack_batch
+from .packed_batch import PACKED_ATTENTION, PackedBatch, pack_batch
+from .pretrained_fastbert import FastBertPreTrainedModel
 from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
 
 
-class FastBertPreTrainedModel(PreTrainedModel):
-    """Loading, saving and attention settings that the FastBERT models share."""
-
-    config_class = FastBertConfig
-    base_model_prefix = "fastbert"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    # The forward takes no loss keywords, so gradient accumulation averages the micro-batches.
-    accepts_loss_kwargs = False
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        requested_attention = requested_attention or INNER_ATTENTIONS[0]
-        if requested_attention not in INNER_ATTENTIONS:
-            raise ValueError(
-                f"attn_implementation={requested_attention!r} is not available inside packed batches; "
-                f"choose one of {', '.join(INNER_ATTENTIONS)}."
-            )
-        return requested_attention
-
-    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
-        """
-        Chooses the kernel that attends inside each text, `"sdpa"` or `"eager"`. The backbone itself keeps the packed
-        attention: with a stock one the texts of a batch would read each other.
-        """
-        if isinstance(attn_implementation, dict):
-            given = attn_implementation
-            attn_implementation = given.get("", given.get("text_config", self.config._attn_implementation))
-        self.config._attn_implementation_internal = self.get_correct_attn_implementation(attn_implementation)
+if TYPE_CHECKING:
+    # Code beside weights is copied as far as its imports go, and the pipeline must go with it.
+    from .pipeline_fastbert import FastTextClassificationPipeline  # noqa: F401
 
 
 class FastBertModel(FastBertPreTrainedModel):

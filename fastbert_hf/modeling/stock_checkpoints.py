@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from os import PathLike
 from typing import Any
 
@@ -25,6 +26,8 @@ LOADING_ARGUMENTS = (
     "trust_remote_code",
     "use_safetensors",
 )
+# The packed attention takes the place of any other, and one that a checkpoint names may be code on the Hub.
+LOADING_DEFAULTS = {"dtype": torch.float32, "attn_implementation": "eager"}
 
 
 def split_arguments(
@@ -58,7 +61,7 @@ def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> Pr
     config = AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs))
     refuse_wrapped(config)
     arguments = {"add_pooling_layer": False} if get_encoder_layout(config).has_pooler else {}
-    return bare_encoder(AutoModel.from_pretrained(name_or_path, **{"dtype": torch.float32, **kwargs}, **arguments))
+    return bare_encoder(AutoModel.from_pretrained(name_or_path, **{**LOADING_DEFAULTS, **kwargs}, **arguments))
 
 
 def load_classifier(
@@ -81,7 +84,7 @@ def load_classifier(
     else:
         names = head_names(AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs)))
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
+            name_or_path, output_loading_info=True, **{**LOADING_DEFAULTS, **kwargs}
         )
         missing = [key for key in info["missing_keys"] if key.rpartition(".")[0] in names]
     if missing:
@@ -143,6 +146,9 @@ def bare_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
     """The encoder without the pooler that no exit reads, and without chunks of its feed-forward layers."""
     if get_encoder_layout(encoder.config).has_pooler:
         encoder.pooler = None
+    # A name on the Hub tells where the model came from; a folder means nothing on another machine.
+    if os.path.isdir(encoder.config._name_or_path):
+        encoder.config._name_or_path = ""
     # Chunks must divide the number of tokens, which no packed batch can promise.
     for module in [encoder.config, *encoder.modules()]:
         if hasattr(module, "chunk_size_feed_forward"):

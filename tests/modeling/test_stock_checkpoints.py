@@ -378,3 +378,17 @@ def test_a_cut_model_comes_back(tmp_path):
 def test_a_number_of_layers_that_is_not_there_is_refused(depth):
     with pytest.raises(ValueError, match=f"num_hidden_layers must be from 1 to {NUM_LAYERS}.*got {depth}"):
         FastBertForSequenceClassification.from_backbone(tiny_stock_model(), num_hidden_layers=depth)
+
+
+def test_a_backbone_in_a_folder_leaves_no_path_in_what_is_saved(tmp_path):
+    tiny_stock_model().save_pretrained(tmp_path / "backbone")
+    FastBertForSequenceClassification.from_backbone(tmp_path / "backbone").save_pretrained(tmp_path / "model")
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+
+
+def test_the_name_of_a_backbone_on_the_hub_is_kept(tmp_path):
+    backbone = tiny_stock_model()
+    backbone.config._name_or_path = "google-bert/bert-base-uncased"
+    FastBertForSequenceClassification.from_backbone(backbone).save_pretrained(tmp_path)
+    loaded = FastBertForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.text_config._name_or_path == "google-bert/bert-base-uncased"

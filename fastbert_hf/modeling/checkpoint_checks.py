@@ -1,0 +1,258 @@
+"""
+What a checkpoint claims, checked before anything is built from it: its raw config, and what its weights are.
+
+A file that cannot be trusted then costs one clear error, not gigabytes or minutes. The numbers inside the weights are
+not read: a model whose logits are not finite refuses to answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .encoder_layouts import ENCODER_LAYOUTS, get_encoder_layout
+from .exit_policies import check_max_layers, check_speed
+from .packed_batch import INNER_ATTENTIONS
+
+
+# The largest value of every number that sizes a model; the smallest is 1. No BERT-like encoder comes near them.
+LARGEST_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_hidden_groups", "inner_group_num"), 1_000),
+    **dict.fromkeys(("hidden_size", "dim", "embedding_size", "exit_hidden_size"), 65_536),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "exit_num_attention_heads"), 65_536),
+    **dict.fromkeys(("intermediate_size", "hidden_dim"), 1_048_576),
+    **dict.fromkeys(("type_vocab_size", "task_type_vocab_size", "global_attn_every_n_layers", "patience"), 1_000),
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 1_000_000,
+    "num_labels": 100_000,
+}
+# Sizes that are each allowed must not multiply to a terabyte. This is 80 GB in float32.
+MOST_PARAMETERS = 20_000_000_000
+# What a config may ask for beyond twice what its weights hold: the exits of a checkpoint that brings none.
+SPARE_PARAMETERS = 10_000_000
+DEEPEST_NESTING = 8
+WEIGHTS_FILE = r"[\w.-]+\.safetensors"
+# What a file says may be of any length and depth, a message not.
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+shortened = SHORT.repr
+
+
+def check_raw_config(config: dict[str, Any]) -> None:
+    """
+    Raises a `ValueError` unless the model of a config can be built in bounded time and memory.
+
+    Args:
+        config (`dict`): What config.json says.
+    """
+    text_config = config.get("text_config")
+    if isinstance(text_config, PreTrainedConfig):
+        text_config = text_config.to_dict()
+    text_config = {} if text_config is None else text_config
+    if not isinstance(text_config, dict):
+        raise ValueError(
+            f"the config says text_config={shortened(text_config)}, but it must hold the backbone's own config, as in "
+            '{"model_type": "bert", "num_hidden_layers": 12}.'
+        )
+    model_type = text_config.get("model_type", "bert")
+    if not isinstance(model_type, str) or model_type not in ENCODER_LAYOUTS:
+        raise ValueError(
+            f"the config says text_config.model_type={shortened(model_type)}: such a backbone is not supported. "
+            f"Supported are: {', '.join(ENCODER_LAYOUTS)}."
+        )
+    check_speed(config.get("speed", 0))
+    for prefix, part in (("", config), ("text_config.", text_config)):
+        check_values(part, prefix)
+        check_sizes(part, prefix)
+        check_labels(part, prefix)
+        kernel = part.get("attn_implementation")
+        if kernel not in (None, *INNER_ATTENTIONS):
+            # Transformers would fetch and run what it does not know from the Hub.
+            raise ValueError(
+                f"the config says {prefix}attn_implementation={shortened(kernel)}, but a checkpoint may ask for "
+                f"{' or '.join(INNER_ATTENTIONS)} only: leave it out."
+            )
+    dropout = config.get("exit_dropout", 0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"exit_dropout must be a number in [0, 1), got {shortened(dropout)}.")
+    check_max_layers(config.get("max_layers"), backbone_size(text_config, "num_hidden_layers"))
+    parameters = estimated_parameters({**config, "text_config": text_config})
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(
+            f"the config describes a model of about {parameters:,} parameters, but at most {MOST_PARAMETERS:,} are "
+            "allowed: lower hidden_size, num_hidden_layers, intermediate_size, vocab_size or the number of labels."
+        )
+    check_other_files(config)
+
+
+def check_values(config: dict[str, Any], prefix: str) -> None:
+    """Raises at a number that is not finite, and at nesting that no config has."""
+    waiting = [(prefix + str(key), value, 1) for key, value in config.items()]
+    while waiting:
+        name, value, depth = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"the config says {shortened(name)}={value}, but every number must be finite.")
+        if depth > DEEPEST_NESTING:
+            raise ValueError(
+                f"the config is nested more than {DEEPEST_NESTING} levels deep, in {shortened(name)}: the backbone's "
+                "config holds plain values."
+            )
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        waiting.extend((f"{name}.{key}", child, depth + 1) for key, child in children)
+
+
+def check_sizes(config: dict[str, Any], prefix: str) -> None:
+    """Raises unless everything that sizes the model is a whole number, none of them absurd."""
+    for name, largest in LARGEST_SIZES.items():
+        # Not isinstance, for which True is a whole number.
+        if name in config and (type(config[name]) is not int or not 1 <= config[name] <= largest):
+            raise ValueError(
+                f"the config says {prefix}{name}={shortened(config[name])}, but it must be a whole number from 1 to "
+                f"{largest:,}."
+            )
+    if config.get("per_layer_config"):
+        raise ValueError(f"the config says {prefix}per_layer_config, but all layers have equal sizes: leave it out.")
+
+
+def check_labels(config: dict[str, Any], prefix: str) -> None:
+    """Raises unless the ids of the labels are whole numbers from 0, and not too many."""
+    largest = LARGEST_SIZES["num_labels"]
+    for name, example in (("id2label", '{"0": "bad", "1": "good"}'), ("label2id", '{"bad": 0, "good": 1}')):
+        labels = config.get(name)
+        if labels is None:
+            continue
+        if not isinstance(labels, dict) or not 1 <= len(labels) <= largest:
+            raise ValueError(
+                f"the config says {prefix}{name}={shortened(labels)}, but it must name 1 to {largest:,} labels, as in "
+                f"{example}."
+            )
+        for index in labels if name == "id2label" else labels.values():
+            if type(index) not in (int, str) or not re.fullmatch(r"\d{1,9}", str(index)):
+                raise ValueError(
+                    f"the config gives a label the id {shortened(index)} in {prefix}{name}, but ids are whole numbers "
+                    f"from 0, as in {example}."
+                )
+
+
+def check_other_files(config: dict[str, Any]) -> None:
+    """Raises at what would make Transformers build or read something that these checks never see."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or any(name in transformers.__all__ for name in architectures):
+        # A pipeline goes on to these classes when the model does not load.
+        raise ValueError(
+            f"the config says architectures={shortened(architectures)}, which is no FastBERT model: write "
+            '["FastBertForSequenceClassification"].'
+        )
+    weights = config.get("transformers_weights")
+    if weights is not None and not re.fullmatch(rf"{WEIGHTS_FILE}(\.index\.json)?", str(weights)):
+        raise ValueError(
+            f"the config says transformers_weights={shortened(weights)}, but it must name a safetensors file beside "
+            'it, as in "model.safetensors".'
+        )
+
+
+def backbone_size(text_config: dict[str, Any], name: str) -> int:
+    """One size of a backbone under its common name: its family's default unless given, 0 for what it does not have."""
+    family = CONFIG_MAPPING[text_config.get("model_type", "bert")]
+    own = {"intermediate_size": "hidden_dim", **family.attribute_map}.get(name, name)
+    own = name if hasattr(family, name) else own
+    # Where a family has a name of its own, Transformers reads either.
+    given = [text_config[key] for key in {name, own} & text_config.keys()]
+    return max(given, default=getattr(family, own, 0))
+
+
+def estimated_parameters(config: dict[str, Any]) -> int:
+    """About how many parameters the model of a raw config has, in all matrices that any family may have."""
+    text_config = config.get("text_config") or {}
+    hidden, layers = (backbone_size(text_config, name) for name in ("hidden_size", "num_hidden_layers"))
+    # ALBERT repeats a few groups of layers; the other families have neither number.
+    groups = backbone_size(text_config, "num_hidden_groups") * backbone_size(text_config, "inner_group_num")
+    # Four of the attention, and three of a gated feed-forward layer.
+    backbone = (groups or layers) * (4 * hidden**2 + 3 * hidden * backbone_size(text_config, "intermediate_size"))
+    tables = ["vocab_size", "type_vocab_size", "task_type_vocab_size", "max_position_embeddings"]
+    if ENCODER_LAYOUTS[text_config.get("model_type", "bert")].positions == "rotary":
+        tables.remove("max_position_embeddings")
+    rows = sum(backbone_size(text_config, name) for name in tables)
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    width = config.get("exit_hidden_size", 128)
+    if config.get("exit_type", "attention") == "attention":
+        exits = layers * (hidden * width + 5 * width**2 + width * labels)
+    else:
+        exits = layers * (hidden**2 + hidden * labels)
+    return backbone + rows * (backbone_size(text_config, "embedding_size") or hidden) + exits
+
+
+def check_weights(
+    shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, check_names: bool = True, check_shapes: bool = True
+) -> None:
+    """
+    Raises a `ValueError` unless the weights are those of the model that the config describes, as far as it is told by
+    their number, the numbering of layers and exits, and the shapes of the exits.
+
+    Args:
+        shapes (`dict`): Shape of every tensor in the files.
+        config (`FastBertConfig`): The checkpoint's config.
+        check_names (`bool`): Whether the weights have the names that the model gives them.
+        check_shapes (`bool`): Whether they have its shapes.
+    """
+    parameters = estimated_parameters({**config.to_dict(), "num_labels": config.num_labels})
+    # Quantised weights are packed, up to eight into one number.
+    held = sum(map(math.prod, shapes.values())) * (1 if check_shapes else 8)
+    if parameters > 2 * held + SPARE_PARAMETERS:
+        raise ValueError(
+            f"the config describes a model of about {parameters:,} parameters, but the weights hold {held:,}: load "
+            "the config that was saved with them."
+        )
+    if not check_names:
+        return
+    text_config, num_layers = config.text_config, config.num_hidden_layers
+    layers = rf"(?:fastbert\.)?backbone\.{re.escape(get_encoder_layout(text_config).layers)}\.(\d{{1,9}})\."
+    check_numbering(shapes, layers, getattr(text_config, "num_hidden_groups", num_layers), "backbone layers")
+    if any(name.startswith("exits.") for name in shapes):
+        check_numbering(shapes, r"exits\.(\d{1,9})\.", num_layers, "exits")
+        for name, shape in exit_shapes(config).items():
+            if name not in shapes or (check_shapes and shapes[name] != shape):
+                raise ValueError(
+                    f"the config asks for {name} of shape {list(shape)}, but the weights hold "
+                    f"{shortened(list(shapes[name])) if name in shapes else 'none'}: num_labels={config.num_labels}, "
+                    f"hidden_size={config.hidden_size}, exit_hidden_size={config.exit_hidden_size} and "
+                    f"exit_type={config.exit_type!r} must be those that the weights were saved with."
+                )
+
+
+def check_numbering(shapes: dict[str, tuple[int, ...]], pattern: str, number: int, what: str) -> None:
+    """Raises unless the weights hold the parts 0 to `number - 1`."""
+    found = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
+    if found != set(range(number)):
+        missing = sorted(set(range(number)) - found)
+        fault = f"not number {missing[0]}" if missing else f"also number {max(found)}"
+        raise ValueError(
+            f"the config asks for {number} {what}, numbered from 0, but the weights hold {len(found)}, {fault}: load "
+            "the config that was saved with them."
+        )
+
+
+def exit_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of the exits."""
+    hidden, width = config.hidden_size, config.exit_hidden_size
+    square = ("exit_query", "exit_key", "exit_value", "exit_output", "exit_dense")
+    poolers = {
+        "attention": {"exit_projection": (width, hidden), **dict.fromkeys(square, (width, width))},
+        "linear": {"exit_dense": (hidden, hidden)},
+        "linear_mean": {"exit_dense": (hidden, hidden)},
+    }
+    linears = {}
+    if config.share_exit_pooler:
+        linears.update({f"shared_pooler.{name}": shape for name, shape in poolers[config.exit_type].items()})
+    for index in range(config.num_hidden_layers):
+        exit_type = config.teacher_exit_type if index == config.num_hidden_layers - 1 else config.exit_type
+        if not config.share_exit_pooler or exit_type != config.exit_type:
+            linears.update({f"exits.{index}.pooler.{name}": shape for name, shape in poolers[exit_type].items()})
+        linears[f"exits.{index}.out_proj"] = (config.num_labels, width if exit_type == "attention" else hidden)
+    biases = {f"{name}.bias": shape[:1] for name, shape in linears.items()}
+    return {**{f"{name}.weight": shape for name, shape in linears.items()}, **biases}

@@ -1,0 +1,217 @@
+"""FastBertPreTrainedModel: how the FastBERT models are loaded, and their attention settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import maybe_load_adapters
+
+# A modeling file does not import safetensors itself; this is its reader.
+from transformers.modeling_utils import safe_open
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    has_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
+
+from .checkpoint_checks import WEIGHTS_FILE, check_weights, shortened
+from .configuration_fastbert import FastBertConfig
+from .packed_batch import INNER_ATTENTIONS
+
+
+# Bytes, in all files: a model of 1,000 layers with its exits needs 4 MB, and reading takes up to 20 times as much.
+LARGEST_HEADERS = 5_000_000
+DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class FastBertPreTrainedModel(PreTrainedModel):
+    """Loading and attention settings that the FastBERT models share."""
+
+    config_class = FastBertConfig
+    base_model_prefix = "fastbert"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # The forward takes no loss keywords, so gradient accumulation averages the micro-batches.
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+        """
+        As [`PreTrainedModel.from_pretrained`], from safetensors only. The config and the headers of the weights are
+        checked before the model is built, so that a broken or hostile checkpoint costs one error.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `PathLike`): A folder, or the id of a repository.
+            kwargs: As in Transformers, without `use_safetensors=False`.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "FastBERT checkpoints are safetensors only, as a .bin can run code when it is opened: leave out "
+                "use_safetensors=False."
+            )
+        # Without a name the weights are given as state_dict.
+        if pretrained_model_name_or_path is not None and not kwargs.get("gguf_file"):
+            kwargs = cls._check_checkpoint(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def _check_checkpoint(cls, name_or_path: str | os.PathLike, kwargs: dict) -> dict:
+        """Checks the files that `from_pretrained` is about to load, and returns its keywords for these very files."""
+        download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        _, base, _ = maybe_load_adapters(name_or_path, download, **(kwargs.get("adapter_kwargs") or {}))
+        if base == name_or_path:
+            places = {name: download.get(name) for name in ("token", "cache_dir")}
+            offline = bool(download.get("local_files_only"))
+            revision = resolve_revision(base, download.get("revision"), local_files_only=offline, **places)
+            download["revision"] = kwargs["revision"] = revision
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            names = {*cls.config_class.__dataclass_fields__, "num_labels"} - {"dtype"}
+            fields = {name: value for name, value in kwargs.items() if name in names}
+            config = cls.config_class.from_pretrained(config or base, **download, **fields)
+        weights_name = getattr(config, "transformers_weights", None)
+        files = find_weights(base, weights_name, kwargs.get("variant"), **download)
+        # Quantised weights are packed in a way of their own.
+        quantized = getattr(config, "quantization_config", None)
+        has_own_shapes = bool(quantized) and AutoHfQuantizer.supports_quant_method(quantized)
+        check_shapes = not has_own_shapes and not kwargs.get("ignore_mismatched_sizes")
+        check_weights(read_shapes(files), config, not kwargs.get("key_mapping"), check_shapes)
+        # The files were just downloaded.
+        return {**kwargs, "force_download": False}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        requested_attention = requested_attention or INNER_ATTENTIONS[0]
+        if requested_attention not in INNER_ATTENTIONS:
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} is not available inside packed batches; "
+                f"choose one of {', '.join(INNER_ATTENTIONS)}."
+            )
+        return requested_attention
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
+        """
+        Chooses the kernel that attends inside each text, `"sdpa"` or `"eager"`. The backbone itself keeps the packed
+        attention: with a stock one the texts of a batch would read each other.
+        """
+        if isinstance(attn_implementation, dict):
+            given = attn_implementation
+            attn_implementation = given.get("", given.get("text_config", self.config._attn_implementation))
+        self.config._attn_implementation_internal = self.get_correct_attn_implementation(attn_implementation)
+
+
+def find_weights(
+    name_or_path: str | os.PathLike, filename: str | None = None, variant: str | None = None, **download
+) -> list[str]:
+    """
+    The safetensors files of a checkpoint, downloaded to the cache where they are not on this machine.
+
+    Args:
+        name_or_path (`str` or `PathLike`): A folder, a safetensors file, or the id of a repository.
+        filename (`str`, *optional*): What the config names in place of model.safetensors.
+        variant (`str`, *optional*): As in `from_pretrained`.
+        download: Those arguments of `from_pretrained` that say where files are.
+
+    Returns:
+        `list`: Paths.
+    """
+    subfolder = download.get("subfolder") or ""
+    folder = os.path.join(name_or_path, subfolder)
+    if os.path.isfile(name_or_path):
+        if not str(name_or_path).endswith(".safetensors"):
+            raise ValueError(f"{name_or_path} is not a safetensors file: give the folder of a checkpoint.")
+        return [str(name_or_path)]
+    if any(Path(folder).glob("shard-*-model-*.safetensors")):
+        raise ValueError(
+            f"{folder} is a distributed checkpoint (shard-*-model-*.safetensors), which FastBERT does not read: save "
+            "it with model.save_pretrained(folder)."
+        )
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    if variant is not None:  # model.fp16.safetensors, model.safetensors.index.fp16.json
+        names = [f".{variant}.".join(name.rsplit(".", 1)) for name in names]
+    for name in [filename] if filename else names:
+        path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **download)
+        if path is not None and name.endswith(".json"):
+            check_index(path)
+            files, _ = get_checkpoint_shard_files(name_or_path, path, **download)
+            for file in files:
+                if not os.path.isfile(file):
+                    raise OSError(f"{path} names {file}, which does not exist: download or save the checkpoint again.")
+            return files
+        if path is not None:
+            return [path]
+    places = {name: download.get(name) for name in ("revision", "proxies", "token", "cache_dir")}
+    offline = bool(download.get("local_files_only"))
+    for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if has_file(name_or_path, os.path.join(subfolder, name), local_files_only=offline, **places):
+            raise OSError(lines_that_convert(name_or_path, subfolder, name))
+    raise OSError(
+        f"{folder} has no {' and no '.join([filename] if filename else names)}: give a folder that "
+        "model.save_pretrained(folder) wrote, or the id of such a repository."
+    )
+
+
+def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in safetensors files, from headers that were checked against the files' sizes."""
+    shapes, bytes_left = {}, LARGEST_HEADERS
+    for file in files:
+        with open(file, "rb") as weights:
+            length = int.from_bytes(weights.read(8), "little")
+        if length > os.path.getsize(file) - 8 or length > bytes_left:
+            raise OSError(
+                f"{file} says that its header has {length:,} bytes, but the file has {os.path.getsize(file):,}, and "
+                f"the headers of a checkpoint at most {LARGEST_HEADERS:,}: it was cut off, or is no safetensors file. "
+                "Download or save it again."
+            )
+        bytes_left -= length
+        try:
+            # NumPy's mapping of the file takes no memory, PyTorch's asks for all of it.
+            with safe_open(file, framework="np") as weights:
+                shapes.update({name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()})
+        except Exception as error:  # the library's own class of error has no name outside it
+            raise OSError(f"{file} is no whole safetensors file ({error}). Download or save it again.") from error
+    return shapes
+
+
+def check_index(path: str) -> None:
+    """Raises unless an index maps weights to safetensors files in its own folder."""
+    try:
+        if os.path.getsize(path) > LARGEST_HEADERS:
+            raise ValueError(f"more than {LARGEST_HEADERS:,} bytes")
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
+        files, has_metadata = set(index["weight_map"].values()), isinstance(index["metadata"], dict)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(f"{path} is no index of weights ({shortened(error)}): save the checkpoint again.") from error
+    strange = [name for name in files if not re.fullmatch(WEIGHTS_FILE, str(name))]
+    if strange or not files or not has_metadata:
+        raise ValueError(
+            f"{path} names {shortened(strange or files)} where only safetensors files of its own folder may be, as in "
+            '"model-00001-of-00002.safetensors": save the checkpoint again with model.save_pretrained(folder).'
+        )
+
+
+def lines_that_convert(name_or_path: str | os.PathLike, subfolder: str, name: str) -> str:
+    """Says why a .bin is not read, and how to convert it."""
+    is_local = os.path.isdir(name_or_path)
+    download = "" if is_local else "from huggingface_hub import snapshot_download\n"
+    folder = repr(str(name_or_path)) if is_local else f"snapshot_download({str(name_or_path)!r})"
+    return (
+        f"{os.path.join(name_or_path, subfolder)} has its weights in {name} alone. FastBERT checkpoints are "
+        "safetensors only, as a .bin can run code when it is opened. Convert it once, and load that folder:\n\n"
+        f"from pathlib import Path\nimport torch\nfrom safetensors.torch import save_file\n{download}"
+        f"folder, weights = Path({folder}, {subfolder!r}), {{}}\n"
+        'for file in folder.glob("pytorch_model*.bin"):\n'
+        "    weights.update(torch.load(file, weights_only=True))\n"
+        f'save_file(weights, folder / "{SAFE_WEIGHTS_NAME}", metadata={{"format": "pt"}})\n'
+    )
+
+
+__all__ = ["FastBertPreTrainedModel"]
