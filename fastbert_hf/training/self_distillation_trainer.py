@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling.exit_policies import exit_uncertainties, first_exits
+from ..sharing.model_card import Measured, write_model_card
 from .arguments import SelfDistillationArguments
 from .objectives import OBJECTIVES
 
@@ -101,6 +105,7 @@ class SelfDistillationTrainer(Trainer):
                 "FastBertForSequenceClassification.from_classifier(name)"
             )
         self._losses, self._steps = 0.0, 0
+        base_model(self.model).measured = None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.model.eval()
         return output
@@ -201,7 +206,8 @@ class SelfDistillationTrainer(Trainer):
             metrics = {"loss": losses.sum().item(), **self._named(losses)}
         config = base_model(self.model).config
         uncertainties = exit_uncertainties(exit_logits, config.exit_policy, config.patience)
-        for speed in self.args.eval_speeds:
+        speeds = []
+        for speed in sorted({0.0, *self.args.eval_speeds}):
             exit_layer = first_exits(uncertainties, speed)
             logits = exit_logits[torch.arange(len(exit_layer)), exit_layer - 1]  # [rows, num_labels]
             agreement = logits.argmax(-1) == exit_logits[:, -1].argmax(-1)
@@ -211,8 +217,45 @@ class SelfDistillationTrainer(Trainer):
             }
             if label_ids is not None:
                 at_speed.update(self.metrics_at_speed(EvalPrediction(logits.numpy(), label_ids)))
-            metrics.update({f"{name}_speed_{speed:g}": value for name, value in at_speed.items()})
+            if speed in self.args.eval_speeds:
+                metrics.update({f"{name}_speed_{speed:g}": value for name, value in at_speed.items()})
+            speeds.append(
+                {"speed": speed, **at_speed, "layer_speed_up": config.num_hidden_layers / at_speed["mean_exit_layer"]}
+            )
+        base_model(self.model).measured = Measured(speeds, rows=len(exit_logits))
         return metrics
+
+    def create_model_card(self, **kwargs) -> None:
+        """
+        Writes the model card into `args.output_dir`: what the last evaluation measured at each speed, and the settings
+        of this training. Arguments as in `Trainer`, by name.
+        """
+        fastbert = base_model(self.model)
+        if fastbert is not self.model:  # the card of an adapter is PEFT's
+            super().create_model_card(**kwargs)
+            return
+        if not self.is_world_process_zero():
+            return
+        summary = TrainingSummary.from_trainer(self, **kwargs)
+        datasets = [summary.dataset] if isinstance(summary.dataset, str) else list(summary.dataset or ())
+        backbone = getattr(fastbert.config.text_config, "_name_or_path", "")
+        measured = getattr(fastbert, "measured", None)
+        settings = {"objective": self.args.objective, "temperature": self.args.temperature, **summary.hyperparameters}
+        # In the summary this is a sentence.
+        settings["optimizer"] = str(self.args.optim.value)
+        write_model_card(
+            self.args.output_dir,
+            fastbert,
+            measured and replace(measured, dataset=datasets[0] if datasets else None),
+            model_name=summary.model_name,
+            repo_id=self.hub_model_id,
+            base_model=summary.finetuned_from or (None if Path(backbone).exists() else backbone),
+            datasets=datasets,
+            language=summary.language,
+            license=summary.license,
+            tags=summary.tags,
+            training=settings,
+        )
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

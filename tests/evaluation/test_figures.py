@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -9,10 +11,12 @@ from fastbert_hf.evaluation.figures import (
     COLOURS,
     plot_accuracy_by_uncertainty,
     plot_exit_layers,
+    plot_speeds,
     plot_trade_off,
     plot_training,
     plot_uncertainty_by_layer,
     save_figure,
+    save_png,
 )
 from fastbert_hf.modeling.exit_policies import exit_uncertainties, first_exits
 
@@ -52,6 +56,24 @@ def test_trade_off_of_unlabeled_data_shows_the_agreement():
 def test_trade_off_refuses_more_tables_than_colours(number):
     with pytest.raises(ValueError, match=f"give 1 to {len(COLOURS)} tables, got {number}"):
         plot_trade_off({str(index): None for index in range(number)})
+
+
+def test_the_plot_of_a_card_marks_its_speeds_and_names_those_that_are_apart(tmp_path):
+    table = sweep_speeds(tiny_model(), record()).to_dict("records")
+    marked = [row for row in table if row["speed"] in (0, 0.005, 0.5, 0.8, 1)]
+    figure = plot_speeds(table, marked, "accuracy", NUM_LAYERS)
+    line, *marks = figure.axes[0].lines
+    assert list(line.get_xdata()) == sorted(row["mean_exit_layer"] for row in table)
+    assert set(zip(line.get_xdata(), line.get_ydata(), strict=True)) == {
+        (row["mean_exit_layer"], row["accuracy"]) for row in table
+    }
+    assert sorted((mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks) == sorted(
+        (row["mean_exit_layer"], row["accuracy"]) for row in marked
+    )
+    places = [text.xy[0] for text in figure.axes[0].texts]
+    assert len(places) >= 3 and min(later - earlier for earlier, later in pairwise(places)) > 0.2
+    save_png(figure, tmp_path / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
 
 
 def test_accuracy_by_uncertainty_counts_the_texts_of_each_interval():

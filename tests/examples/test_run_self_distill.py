@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -107,6 +108,10 @@ def test_both_stages_leave_a_model_that_answers(script, monkeypatch, capsys, tmp
     )
     assert classifier("good film")[0].keys() == {"label", "score", "exit_layer"}
     assert not list(out.rglob("checkpoint-*")) and not list(out.rglob("part"))
+    card = ModelCard.load(out / "README.md")
+    for speed, accuracy, *_ in table:
+        assert re.search(rf"^\| {float(speed):g} \| {accuracy} ", card.text, re.MULTILINE)
+    assert str(tmp_path) not in str(card)
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
@@ -214,6 +219,107 @@ def test_pairs_unlabeled_texts_and_a_json_file(script, monkeypatch, tmp_path, ba
     (texts,) = seen
     assert len(texts) == 16 + 40 and "labels" not in texts.column_names
     assert all(1 in row for row in texts["token_type_ids"])
+
+
+def parsed(script, monkeypatch, tmp_path, settings, *options: str):
+    """The arguments that the script makes of a JSON file and of options after it."""
+    path = tmp_path / "settings.json"
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["run_self_distill.py", str(path), *options])
+    return script.parse_arguments()
+
+
+def test_options_win_over_a_json_file(script, monkeypatch, tmp_path):
+    settings = {"train_file": "a.tsv", "validation_file": "b.tsv", "learning_rate": 1e-3, "num_train_epochs": 2}
+    settings |= {"eval_speeds": [0, 0.5], "load_best_model_at_end": True, "report_to": ["none"]}
+    settings |= {"lr_scheduler_kwargs": {"num_cycles": 2}, "save_total_limit": None}
+    arguments, stage_one = parsed(script, monkeypatch, tmp_path, settings)
+    assert (arguments.train_file, arguments.eval_speeds) == ("a.tsv", [0, 0.5])
+    assert (stage_one.learning_rate, stage_one.num_train_epochs, stage_one.load_best_model_at_end) == (1e-3, 2, True)
+    assert (stage_one.lr_scheduler_kwargs, stage_one.save_total_limit) == ({"num_cycles": 2}, None)
+
+    options = "--learning-rate 0.5 --eval_speeds 0.2 --load_best_model_at_end False --max_steps 2".split()
+    arguments, stage_one = parsed(script, monkeypatch, tmp_path, settings, *options)
+    assert (arguments.train_file, arguments.validation_file, arguments.eval_speeds) == ("a.tsv", "b.tsv", [0.2])
+    assert (stage_one.learning_rate, stage_one.num_train_epochs, stage_one.load_best_model_at_end) == (0.5, 2, False)
+    assert stage_one.max_steps == 2
+
+
+def test_data_in_options_takes_the_place_of_a_json_files(script, monkeypatch, tmp_path):
+    files = {"train_file": "a.tsv", "validation_file": "b.tsv", "unlabeled_file": "c.tsv"}
+    arguments, _ = parsed(script, monkeypatch, tmp_path, files, "--dataset_name", "org/data")
+    assert arguments.dataset_name == "org/data" and {getattr(arguments, name) for name in files} == {None}
+    hub = {"dataset_name": "org/data", "dataset_config_name": "zh"}
+    arguments, _ = parsed(script, monkeypatch, tmp_path, hub, "--train_file", "a.tsv")
+    assert arguments.train_file == "a.tsv" and {getattr(arguments, name) for name in hub} == {None}
+    arguments, _ = parsed(script, monkeypatch, tmp_path, files, "--train_file", "other.tsv")
+    assert (arguments.train_file, arguments.validation_file) == ("other.tsv", "b.tsv")
+
+
+BAD_SETTINGS = {
+    "not JSON": ("{", "settings.json is not JSON"),
+    "no object": ([1], "settings.json must hold an object"),
+    "an unknown argument": ({"learning_rat": 1}, "there is no argument 'learning_rat'; did you mean 'learning_rate'?"),
+    "a word for a number": ({"max_length": "long"}, "'max_length' must be int, got \"long\""),
+    "a number in a string": ({"learning_rate": "2e-5"}, "'learning_rate' must be float, got \"2e-5\""),
+    "a fraction for a whole number": ({"max_steps": 1.5}, "'max_steps' must be int, got 1.5"),
+    "a number for a switch": ({"distill_only": 1}, "'distill_only' must be bool, got 1"),
+    "a word in a list of numbers": ({"eval_speeds": [0, "x"]}, "'eval_speeds' must be list[float], got [0, \"x\"]"),
+    "nothing for a number": ({"max_length": None}, "'max_length' must be int, got null"),
+    "an unknown strategy": ({"eval_strategy": "daily"}, "daily"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_settings_in_a_json_file_are_named(script, monkeypatch, tmp_path, name):
+    settings, expected = BAD_SETTINGS[name]
+    with pytest.raises(SystemExit) as error:
+        parsed(script, monkeypatch, tmp_path, settings)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--lerning_rate", "1"], "unrecognized arguments: --lerning_rate 1; --help lists all arguments"),
+        (["--max_steps", "two"], "--max_steps/--max-steps: invalid int value: 'two'"),
+        (["--eval_strategy", "daily"], "daily"),
+    ],
+)
+def test_bad_options_after_a_json_file_are_named(script, monkeypatch, tmp_path, options, expected):
+    with pytest.raises(SystemExit) as error:
+        parsed(script, monkeypatch, tmp_path, {"train_file": "a.tsv"}, *options)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_files_are_found_below_the_folder_of_the_data(script, monkeypatch, tmp_path, by):
+    (tmp_path / "data" / "zh").mkdir(parents=True)
+    train = write(tmp_path / "data" / "zh" / "train.tsv.gz", rows(24))
+    here = write(tmp_path / "here.tsv", rows(4))
+    arguments = script.ScriptArguments(train_file="zh/train.tsv.gz", validation_file=here)
+    monkeypatch.setenv("FASTBERT_DATA", str(tmp_path / "data" if by == "variable" else tmp_path))
+    if by == "option":
+        arguments.data_dir = str(tmp_path / "data")
+    script.check_files(arguments)
+    assert (arguments.train_file, arguments.validation_file) == (train, here)
+
+
+def test_a_file_that_is_nowhere_is_named_with_the_option(script, monkeypatch, tmp_path):
+    def error_of_files(**settings) -> str:
+        with pytest.raises(SystemExit) as error:
+            script.check_files(script.ScriptArguments(**settings))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    monkeypatch.delenv("FASTBERT_DATA", raising=False)
+    expected = "no file zh/train.tsv: correct --train_file, or name its folder with --data_dir or FASTBERT_DATA"
+    assert expected in error_of_files(train_file="zh/train.tsv")
+    monkeypatch.setenv("FASTBERT_DATA", str(tmp_path))
+    expected = f"correct --train_file, or --data_dir, as it is not below {tmp_path} either"
+    assert expected in error_of_files(train_file="zh/train.tsv")
+    assert error_of_files(train_file="/no/train.tsv").endswith("no file /no/train.tsv: correct --train_file")
+    assert "there is no folder 'no/data': correct --data_dir" in error_of_files(train_file="a.tsv", data_dir="no/data")
 
 
 def test_a_data_set_is_found_by_its_name(script, monkeypatch, tmp_path, backbone):

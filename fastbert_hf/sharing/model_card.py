@@ -1,0 +1,235 @@
+"""Model cards that say what was measured, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+TEMPLATE = Path(__file__).parent / "model_card_template.md"
+PLOT = "speed_accuracy.png"
+EXAMPLE = "I would go there again."
+TAGS = ("fastbert", "early-exit", "adaptive-inference", "self-distillation")
+# Columns of a table of speeds that are not a metric of the task, in the order in which a card shows them.
+COST_COLUMNS = {
+    "speed": "speed",
+    "agreement": "agreement",
+    "mean_exit_layer": "layers",
+    "layer_speed_up": "fewer layers",
+    "executed_speed_up": "fewer FLOPs",
+}
+HIDDEN_COLUMNS = ("policy", "paper_flops", "paper_speed_up", "executed_flops")
+SHARES = ("accuracy", "agreement", "f1", "precision", "recall")
+
+
+@dataclass
+class Measured:
+    """
+    What a run measured of a model, for its card.
+
+    Args:
+        speeds (`list[dict[str, float]]`):
+            A row for each speed: `speed`, `mean_exit_layer`, `agreement` and the metrics of the task, as in the table
+            of [`sweep_speeds`].
+        rows (`int`, *optional*): Number of texts.
+        dataset (`str`, *optional*): Their data set, as the Hub calls it.
+        split (`str`, *optional*): Which part of it.
+        curve (`list[dict[str, float]]`, *optional*): More speeds, for the plot alone.
+    """
+
+    speeds: list[dict[str, float]]
+    rows: int | None = None
+    dataset: str | None = None
+    split: str | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.speeds, self.curve = as_rows(self.speeds), as_rows(self.curve)
+        for row in (*self.speeds, *self.curve):
+            missing = [name for name in ("speed", "mean_exit_layer") if name not in row]
+            if missing:
+                raise ValueError(
+                    f"a row of speeds lacks {', '.join(missing)}: it has {', '.join(row)}. Give a table of "
+                    "sweep_speeds(model, record)."
+                )
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of the task, the first one being that of the plot."""
+        names = dict.fromkeys(name for row in self.speeds for name in row)
+        return [
+            name for name in names if name not in (*COST_COLUMNS, *HIDDEN_COLUMNS) and not name.startswith("exit_")
+        ]
+
+
+def as_rows(table: Any) -> list[dict[str, float]]:
+    """A table of pandas or an iterable of rows as a list of dicts."""
+    if hasattr(table, "to_dict"):
+        return table.to_dict("records")
+    return [dict(row) for row in table]
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    model: PreTrainedModel,
+    measured: Measured | None = None,
+    *,
+    model_name: str | None = None,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    language: str | Sequence[str] | None = None,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+    training: Mapping[str, Any] | None = None,
+    notes: str | None = None,
+    example: str = EXAMPLE,
+) -> ModelCard:
+    """
+    Writes `README.md` into the folder of a saved model, and where speeds were measured a plot of them (for which the
+    extra `evaluation` must be installed).
+
+    Args:
+        folder (`str` or `PathLike`): Of the model. Code that [`save_with_code`] put there is mentioned.
+        model ([`FastBertForSequenceClassification`] or [`FastBertModel`]): The model.
+        measured ([`Measured`], *optional*): Every number of the card that is not a setting. `model.measured` unless
+            given, which [`SelfDistillationTrainer`] sets when it evaluates.
+        model_name (`str`, *optional*): Title; the end of `repo_id` or the folder's name unless given.
+        repo_id (`str`, *optional*):
+            What `from_pretrained` is called with; the model's name unless given. Empty for the pipeline's default.
+        base_model (`str`, *optional*): The pretrained encoder, as the Hub calls it.
+        datasets, language, license, tags: Metadata of the Hub.
+        training (mapping, *optional*): Settings, in the order in which they are listed.
+        notes (`str`, *optional*): Markdown below the table.
+        example (`str`): A text for the code blocks.
+
+    Returns:
+        `huggingface_hub.ModelCard`
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = getattr(model, "measured", None) if measured is None else measured
+    model_name = model_name or (repo_id or folder.resolve().name).rpartition("/")[-1]
+    repo_id, config = model_name if repo_id is None else repo_id, model.config
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets or ())
+    if measured is not None and measured.dataset and measured.dataset not in datasets:
+        datasets.append(measured.dataset)
+    plot = measured is not None and write_plot(folder / PLOT, measured, config.num_hidden_layers)
+    data = ModelCardData(
+        model_name=model_name,
+        library_name="fastbert_hf",
+        pipeline_tag="text-classification",
+        base_model=base_model,
+        datasets=datasets or None,
+        metrics=(measured.metrics or None) if measured else None,
+        language=language,
+        license=license,
+        tags=list(dict.fromkeys([*TAGS, *tags])),
+        eval_results=eval_results(measured, config.speed) if measured else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model_name=model_name,
+        repo_id=repo_id,
+        description=describe(model, base_model),
+        example=example,
+        speed=config.speed,
+        labels=", ".join(config.id2label.values()),
+        num_layers=config.num_hidden_layers,
+        with_code=(folder / "modeling_fastbert.py").exists(),
+        measured_on=describe_data(measured) if measured else None,
+        table=speed_table(measured) if measured else None,
+        plot=PLOT if plot else None,
+        plot_title=f"{title(measured.metrics[0])} by layers executed" if plot else None,
+        training=markdown_table(("setting", "value"), training.items()) if training else None,
+        notes=notes,
+    )
+    part = folder / "README.md.part"
+    card.save(part)
+    os.replace(part, folder / "README.md")
+    return card
+
+
+def describe(model: PreTrainedModel, base_model: str | None) -> str:
+    config = model.config
+    backbone = f"`{base_model}`" if base_model else f"a {config.text_config.model_type} encoder"
+    return f"{backbone} ({config.num_hidden_layers} layers) with an {config.exit_type} exit after each layer."
+
+
+def describe_data(measured: Measured) -> str:
+    rows = f"{measured.rows:,} texts" if measured.rows else "texts"
+    where = " ".join(filter(None, [measured.dataset, measured.split and f"({measured.split})"]))
+    return f"Measured on {rows}{f' of {where}' if where else ''}, from one full-depth pass."
+
+
+def speed_table(measured: Measured) -> str:
+    """The measured rows as Markdown."""
+    columns = {"speed": "speed", **{name: title(name) for name in measured.metrics}}
+    columns.update(
+        {name: header for name, header in COST_COLUMNS.items() if any(name in row for row in measured.speeds)}
+    )
+    rows = [[cell(name, row[name]) if name in row else "" for name in columns] for row in measured.speeds]
+    return markdown_table(columns.values(), rows)
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def cell(name: str, value: float) -> str:
+    if name in SHARES:
+        return f"{value:.1%}"
+    if name.endswith("speed_up"):
+        return f"{value:.2f}x"
+    return f"{value:g}" if name == "speed" else f"{value:.4g}"
+
+
+def title(name: str) -> str:
+    return {"f1": "F1", "matthews_correlation": "Matthews correlation"}.get(name, name.replace("_", " "))
+
+
+def eval_results(measured: Measured, default_speed: float) -> list[EvalResult] | None:
+    """The metrics at full depth and at the default speed, for the card's `model-index`."""
+    shown = [row for row in measured.speeds if row["speed"] in (0, default_speed)]
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=measured.dataset or "unknown",
+            dataset_name=measured.dataset or "unknown",
+            dataset_split=measured.split,
+            metric_type=name,
+            metric_name=f"{title(name)} at speed {row['speed']:g}",
+            metric_value=row[name],
+        )
+        for row in shown
+        for name in measured.metrics
+        if name in row
+    ]
+    return results or None
+
+
+def write_plot(path: Path, measured: Measured, num_layers: int) -> bool:
+    """Draws the first metric over the layers executed; whether it could."""
+    rows = measured.curve or measured.speeds
+    if len(rows) < 2 or not measured.metrics:
+        return False
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "pandas", "sklearn")):
+        logger.warning('the card has no plot: it needs an extra, pip install "fastbert-hf[evaluation]".')
+        return False
+    from ..evaluation.figures import plot_speeds, save_png
+
+    save_png(plot_speeds(rows, measured.speeds, measured.metrics[0], num_layers), path)
+    return True

@@ -1,0 +1,223 @@
+"""Model cards: what they say, that they say nothing that was not measured, and that they survive a reload."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import DataCollatorWithPadding, Trainer
+
+from fastbert_hf import SelfDistillationArguments, SelfDistillationTrainer, write_model_card
+from fastbert_hf.evaluation import record_exits, sweep_speeds
+from fastbert_hf.sharing.model_card import Measured
+from fastbert_hf.sharing.with_code import write_code
+
+from ..common import tiny_model, tiny_texts, tiny_tokenizer
+
+
+SPEEDS = [
+    {"speed": 0, "accuracy": 0.9, "agreement": 1.0, "mean_exit_layer": 4.0, "layer_speed_up": 1.0},
+    {"speed": 0.5, "accuracy": 0.875, "agreement": 0.95, "mean_exit_layer": 1.6, "layer_speed_up": 2.5},
+]
+
+
+@pytest.fixture
+def trainer(tmp_path) -> SelfDistillationTrainer:
+    tokenizer = tiny_tokenizer()
+    rows = [{**tokenizer(text), "labels": row % 3} for row, text in enumerate(tiny_texts(24))]
+    arguments = SelfDistillationArguments(
+        str(tmp_path / "run"), max_steps=2, eval_speeds=[0.5, 0.9], use_cpu=True, seed=7, temperature=2.0
+    )
+    return SelfDistillationTrainer(
+        tiny_model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+
+
+def numbers(text: str) -> set[str]:
+    """Every number with a fraction or a percentage, as printed."""
+    return set(re.findall(r"\d+\.\d+%?x?", text))
+
+
+def table_of(card: ModelCard) -> list[list[str]]:
+    lines = [line for line in card.text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_metadata_and_table_say_what_was_measured(tmp_path):
+    model = tiny_model(speed=0.5, id2label={0: "bad", 1: "fair", 2: "good"})
+    card = write_model_card(
+        tmp_path,
+        model,
+        Measured(SPEEDS, rows=1234, dataset="stanfordnlp/sst2", split="test"),
+        repo_id="org/fastbert-test",
+        base_model="org/backbone",
+        datasets=["stanfordnlp/imdb"],
+        language="en",
+        license="apache-2.0",
+        tags=["sentiment"],
+        training={"learning rate": 1e-4, "epochs": 3},
+        notes="A note of mine.",
+        example="Lovely.",
+    )
+    data = card.data.to_dict()
+    assert data["library_name"] == "fastbert_hf"
+    assert data["pipeline_tag"] == "text-classification"
+    assert data["base_model"] == "org/backbone"
+    assert data["datasets"] == ["stanfordnlp/imdb", "stanfordnlp/sst2"]
+    assert data["metrics"] == ["accuracy"]
+    assert (data["language"], data["license"]) == ("en", "apache-2.0")
+    assert {"fastbert", "early-exit", "sentiment"} <= set(data["tags"])
+    (results,) = data["model-index"]
+    assert results["name"] == "fastbert-test"
+    (result,) = results["results"]
+    assert result["dataset"] == {"name": "stanfordnlp/sst2", "type": "stanfordnlp/sst2", "split": "test"}
+    assert [(metric["type"], metric["name"], metric["value"]) for metric in result["metrics"]] == [
+        ("accuracy", "accuracy at speed 0", 0.9),
+        ("accuracy", "accuracy at speed 0.5", 0.875),
+    ]
+    assert table_of(card)[:4] == [
+        ["speed", "accuracy", "agreement", "layers", "fewer layers"],
+        ["---"] * 5,
+        ["0", "90.0%", "100.0%", "4", "1.00x"],
+        ["0.5", "87.5%", "95.0%", "1.6", "2.50x"],
+    ]
+    for part in (
+        "Measured on 1,234 texts of stanfordnlp/sst2 (test)",
+        'pipeline("fast-text-classification", model="org/fastbert-test")',
+        'classifier("Lovely.", speed=0.5)',
+        "Labels: bad, fair, good.",
+        "| learning rate | 0.0001 |",
+        "A note of mine.",
+        "## Limits",
+        "max_layers",
+        "liu-etal-2020-fastbert",
+    ):
+        assert part in card.text
+    with Image.open(tmp_path / "speed_accuracy.png") as plot:
+        assert plot.size[0] > 400
+    assert "(speed_accuracy.png)" in card.text
+
+
+def test_a_card_survives_a_reload(tmp_path):
+    written = write_model_card(tmp_path, tiny_model(), Measured(SPEEDS, dataset="a/b"), language="en", license="mit")
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.to_dict() == written.data.to_dict()
+    assert loaded.text == written.text
+    loaded.save(tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_bytes() == (tmp_path / "README.md").read_bytes()
+
+
+def test_without_a_measurement_a_card_has_no_numbers_of_its_own(tmp_path):
+    card = write_model_card(tmp_path, tiny_model(speed=0.25))
+    assert "Nothing was measured for this card." in card.text
+    assert "model-index" not in card.data.to_dict() and "metrics" not in card.data.to_dict()
+    assert table_of(card) == []
+    assert not (tmp_path / "speed_accuracy.png").exists()
+    assert "speed_accuracy.png" not in card.text
+    assert numbers(card.text) == {"0.25"} | numbers("2020.acl-main.537")
+
+
+def test_code_is_mentioned_where_it_is(tmp_path):
+    model = tiny_model()
+    assert "trust_remote_code" not in write_model_card(tmp_path, model).text
+    model.save_pretrained(tmp_path)
+    write_code(tmp_path)
+    assert (
+        'pipeline(model="org/name", trust_remote_code=True)'
+        in write_model_card(tmp_path, model, repo_id="org/name").text
+    )
+
+
+def test_a_table_of_sweep_speeds_is_taken_as_it_is(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    rows = [{**tokenizer(text), "labels": row % 3} for row, text in enumerate(tiny_texts(12))]
+    record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), progress=False)
+    table = sweep_speeds(model, record, [0, 0.3, 0.9], metric="f1")
+    card = write_model_card(
+        tmp_path, model, Measured(table, rows=len(rows), curve=sweep_speeds(model, record, metric="f1"))
+    )
+    header, _, *lines = table_of(card)
+    assert header == ["speed", "F1", "agreement", "layers", "fewer layers", "fewer FLOPs"]
+    for line, row in zip(lines, table.to_dict("records"), strict=True):
+        assert line == [
+            f"{row['speed']:g}",
+            f"{row['f1']:.1%}",
+            f"{row['agreement']:.1%}",
+            f"{row['mean_exit_layer']:.4g}",
+            f"{row['layer_speed_up']:.2f}x",
+            f"{row['executed_speed_up']:.2f}x",
+        ]
+
+
+def test_texts_without_labels_have_no_metric_and_no_plot(tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "accuracy"} for row in SPEEDS]
+    card = write_model_card(tmp_path, tiny_model(), Measured(rows))
+    assert table_of(card)[0] == ["speed", "agreement", "layers", "fewer layers"]
+    assert "model-index" not in card.data.to_dict()
+    assert not (tmp_path / "speed_accuracy.png").exists()
+
+
+def test_a_row_without_its_layers_is_refused():
+    with pytest.raises(
+        ValueError, match=r"lacks mean_exit_layer: it has speed, accuracy\. Give a table of sweep_speeds"
+    ):
+        Measured([{"speed": 0, "accuracy": 1.0}])
+
+
+def test_the_trainer_writes_what_it_measured(trainer, tmp_path):
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.create_model_card(language="en", dataset="org/data", finetuned_from="org/backbone")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    header, _, *lines = table_of(card)[:5]
+    assert header == ["speed", "accuracy", "agreement", "layers", "fewer layers"]
+    assert [line[0] for line in lines] == ["0", "0.5", "0.9"]
+    for line in lines[1:]:
+        speed = line[0]
+        layers = metrics[f"eval_mean_exit_layer_speed_{speed}"]
+        assert line[1:] == [
+            f"{metrics[f'eval_accuracy_speed_{speed}']:.1%}",
+            f"{metrics[f'eval_agreement_speed_{speed}']:.1%}",
+            f"{layers:.4g}",
+            f"{4 / layers:.2f}x",
+        ]
+    with torch.no_grad():
+        predictions = trainer.predict(trainer.eval_dataset)
+    full = (predictions.predictions[:, -1].argmax(-1) == predictions.label_ids).mean()
+    assert lines[0][1] == f"{full:.1%}"
+    for part in (
+        "| seed | 7 |",
+        "| temperature | 2.0 |",
+        "| training_steps | 2 |",
+        "Measured on 24 texts of org/data",
+    ):
+        assert part in card.text
+    assert card.data.base_model == "org/backbone" and card.data.datasets == ["org/data"]
+    assert (tmp_path / "run" / "speed_accuracy.png").exists()
+
+
+def test_training_again_forgets_what_was_measured(trainer, tmp_path):
+    trainer.evaluate()
+    assert trainer.model.measured.rows == 24
+    trainer.train()
+    trainer.create_model_card()
+    assert "Nothing was measured" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_backbone_on_disk_is_not_named(trainer, tmp_path):
+    trainer.model.config.text_config._name_or_path = str(tmp_path)
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "base_model" not in text and str(tmp_path) not in text
+    trainer.model.config.text_config._name_or_path = "google-bert/bert-base-uncased"
+    trainer.create_model_card()
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.base_model == "google-bert/bert-base-uncased"
+
+
+def test_stage_one_with_the_stock_trainer_still_writes_its_own_card(tmp_path):
+    trainer = Trainer(tiny_model(), args=SelfDistillationArguments(str(tmp_path), use_cpu=True))
+    trainer.create_model_card()
+    assert "generated_from_trainer" in ModelCard.load(tmp_path / "README.md").data.tags
