@@ -371,7 +371,8 @@ def main() -> None:
         output_dir=str(stage_folders[1]),
         learning_rate=script.distill_learning_rate,
         num_train_epochs=script.distill_num_train_epochs,
-        eval_speeds=script.eval_speeds,
+        # The card tells what the default costs and gives, too.
+        eval_speeds=sorted({*script.eval_speeds, script.speed}),
         reverse_kl=script.reverse_kl,
         temperature=script.temperature,
         metric_for_best_model="loss" if stage_one.load_best_model_at_end else None,

@@ -358,7 +358,7 @@ def run_with_hub(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     result = json.loads(finished.stdout.splitlines()[-1])

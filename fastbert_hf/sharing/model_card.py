@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 
@@ -19,7 +20,7 @@ logger = logging.get_logger(__name__)
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PLOT = "speed_accuracy.png"
 EXAMPLE = "I would go there again."
-TAGS = ("fastbert", "early-exit", "adaptive-inference", "self-distillation")
+TAGS = ("fastbert", "early-exit", "adaptive-inference")
 # Columns of a table of speeds that are not a metric of the task, in the order in which a card shows them.
 COST_COLUMNS = {
     "speed": "speed",
@@ -65,24 +66,30 @@ class Measured:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the task, the first one being that of the plot."""
-        names = dict.fromkeys(name for row in self.speeds for name in row)
+        """The metrics of the task that every row has, the first one being that of the plot."""
+        others = (*COST_COLUMNS, *HIDDEN_COLUMNS)
         return [
-            name for name in names if name not in (*COST_COLUMNS, *HIDDEN_COLUMNS) and not name.startswith("exit_")
+            name
+            for name in self.speeds[0]
+            if name not in others and not name.startswith("exit_") and all(name in row for row in self.speeds)
         ]
 
 
 def as_rows(table: Any) -> list[dict[str, float]]:
-    """A table of pandas or an iterable of rows as a list of dicts."""
-    if hasattr(table, "to_dict"):
-        return table.to_dict("records")
-    return [dict(row) for row in table]
+    """A table of pandas or an iterable of rows as dicts of plain numbers, one for each speed."""
+    rows = {}
+    for row in table.to_dict("records") if hasattr(table, "to_dict") else table:
+        # Metrics come as numbers of NumPy or PyTorch, too, which YAML cannot write; what is no number has no place.
+        values = {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in row.items()}
+        values = {name: value for name, value in values.items() if type(value) in (int, float)}
+        rows.setdefault(values.get("speed"), values)
+    return list(rows.values())
 
 
 def write_model_card(
     folder: str | os.PathLike,
     model: PreTrainedModel,
-    measured: Measured | None = None,
+    measured: Measured | Any = None,
     *,
     model_name: str | None = None,
     repo_id: str | None = None,
@@ -90,7 +97,7 @@ def write_model_card(
     datasets: str | Sequence[str] | None = None,
     language: str | Sequence[str] | None = None,
     license: str | None = None,
-    tags: Iterable[str] = (),
+    tags: str | Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
     notes: str | None = None,
     example: str = EXAMPLE,
@@ -102,12 +109,14 @@ def write_model_card(
     Args:
         folder (`str` or `PathLike`): Of the model. Code that [`save_with_code`] put there is mentioned.
         model ([`FastBertForSequenceClassification`] or [`FastBertModel`]): The model.
-        measured ([`Measured`], *optional*): Every number of the card that is not a setting. `model.measured` unless
-            given, which [`SelfDistillationTrainer`] sets when it evaluates.
+        measured ([`Measured`] or a table of [`sweep_speeds`], *optional*):
+            Every number of the card that is not a setting. `model.measured` unless given, which
+            [`SelfDistillationTrainer`] sets when it evaluates.
         model_name (`str`, *optional*): Title; the end of `repo_id` or the folder's name unless given.
         repo_id (`str`, *optional*):
             What `from_pretrained` is called with; the model's name unless given. Empty for the pipeline's default.
-        base_model (`str`, *optional*): The pretrained encoder, as the Hub calls it.
+        base_model (`str`, *optional*):
+            The pretrained encoder, as the Hub calls it; the one that the config names unless given.
         datasets, language, license, tags: Metadata of the Hub.
         training (mapping, *optional*): Settings, in the order in which they are listed.
         notes (`str`, *optional*): Markdown below the table.
@@ -119,9 +128,14 @@ def write_model_card(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     measured = getattr(model, "measured", None) if measured is None else measured
+    if measured is not None and not isinstance(measured, Measured):
+        measured = Measured(measured)
+    if measured is not None and not measured.speeds:
+        measured = None
     model_name = model_name or (repo_id or folder.resolve().name).rpartition("/")[-1]
     repo_id, config = model_name if repo_id is None else repo_id, model.config
-    datasets = [datasets] if isinstance(datasets, str) else list(datasets or ())
+    base_model = base_model or backbone_on_hub(config)
+    datasets = as_list(datasets)
     if measured is not None and measured.dataset and measured.dataset not in datasets:
         datasets.append(measured.dataset)
     plot = measured is not None and write_plot(folder / PLOT, measured, config.num_hidden_layers)
@@ -134,20 +148,19 @@ def write_model_card(
         metrics=(measured.metrics or None) if measured else None,
         language=language,
         license=license,
-        tags=list(dict.fromkeys([*TAGS, *tags])),
+        tags=list(dict.fromkeys([*TAGS, *as_list(tags)])),
         eval_results=eval_results(measured, config.speed) if measured else None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         model_name=model_name,
-        repo_id=repo_id,
-        description=describe(model, base_model),
-        example=example,
-        speed=config.speed,
-        labels=", ".join(config.id2label.values()),
-        num_layers=config.num_hidden_layers,
-        with_code=(folder / "modeling_fastbert.py").exists(),
+        repo_id=as_python(repo_id) if repo_id else "",
+        backbone=f"`{base_model}`" if base_model else f"a {config.text_config.model_type} encoder",
+        config=config,
+        example=as_python(example),
+        labels=", ".join(map(in_one_line, config.id2label.values())),
+        with_code=has_code(folder),
         measured_on=describe_data(measured) if measured else None,
         table=speed_table(measured) if measured else None,
         plot=PLOT if plot else None,
@@ -161,10 +174,29 @@ def write_model_card(
     return card
 
 
-def describe(model: PreTrainedModel, base_model: str | None) -> str:
-    config = model.config
-    backbone = f"`{base_model}`" if base_model else f"a {config.text_config.model_type} encoder"
-    return f"{backbone} ({config.num_hidden_layers} layers) with an {config.exit_type} exit after each layer."
+def as_list(value: str | Iterable[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def as_python(text: str) -> str:
+    """A text as it is written in a program."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def in_one_line(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def backbone_on_hub(config: PreTrainedConfig) -> str | None:
+    """The pretrained encoder's name, unless it was a folder."""
+    name = getattr(config.text_config, "_name_or_path", None)
+    return None if not name or os.path.exists(name) else name
+
+
+def has_code(folder: Path) -> bool:
+    """Whether the model in a folder brings its code."""
+    config = folder / "config.json"
+    return config.exists() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def describe_data(measured: Measured) -> str:
@@ -186,11 +218,13 @@ def speed_table(measured: Measured) -> str:
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(in_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def cell(name: str, value: float) -> str:
-    if name in SHARES:
+    if name in SHARES and 0 <= value <= 1:
         return f"{value:.1%}"
     if name.endswith("speed_up"):
         return f"{value:.2f}x"
@@ -224,7 +258,7 @@ def eval_results(measured: Measured, default_speed: float) -> list[EvalResult] |
 def write_plot(path: Path, measured: Measured, num_layers: int) -> bool:
     """Draws the first metric over the layers executed; whether it could."""
     rows = measured.curve or measured.speeds
-    if len(rows) < 2 or not measured.metrics:
+    if len(rows) < 2 or not measured.metrics or any(measured.metrics[0] not in row for row in rows):
         return False
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "pandas", "sklearn")):
         logger.warning('the card has no plot: it needs an extra, pip install "fastbert-hf[evaluation]".')

@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from .model_card import write_model_card
+from .model_card import as_list, write_model_card
 from .with_code import write_code
 
 
@@ -26,11 +26,11 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
 ) -> CommitInfo:
     """
-    Uploads the model to the Hub in one commit, with a model card: of what was measured since it was loaded or trained,
-    else the one that the repository has, else one without numbers.
+    Uploads the model to the Hub in one commit, with a model card: the one that the repository has already, else one of
+    what [`SelfDistillationTrainer`] measured when it last evaluated this model, else one without numbers.
 
     Args:
         repo_id (`str`): As in `from_pretrained`; the repository is made where there is none.
@@ -46,20 +46,20 @@ def push_to_hub(
     tokenizer = tokenizer or getattr(self, "tokenizer", None)
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if with_code:
             write_code(Path(folder))
-        card = None if getattr(model, "measured", None) else card_on_hub(repo_id, token)
+        card = card_on_hub(repo_id, revision, token)
         if card is None:
             write_model_card(folder, model, repo_id=repo_id, tags=tags or ())
-        else:
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *(tags or ())])) or None
+        elif tags:
+            card.data.tags = list(dict.fromkeys([*as_list(card.data.tags), *as_list(tags)]))
             card.save(Path(folder, "README.md"))
-        if revision is not None and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -71,9 +71,9 @@ def push_to_hub(
         )
 
 
-def card_on_hub(repo_id: str, token: bool | str | None) -> ModelCard | None:
+def card_on_hub(repo_id: str, revision: str | None, token: bool | str | None) -> ModelCard | None:
     """The card that the repository has."""
     try:
-        return ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
+        return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
+    except RemoteEntryNotFoundError:
         return None

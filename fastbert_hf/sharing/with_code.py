@@ -7,9 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import modeling
+from ..modeling.pretrained_fastbert import FastBertPreTrainedModel
 from .model_card import write_model_card
 
 
@@ -32,12 +33,10 @@ CODE_FIELDS = {
 
 
 def save_with_code(
-    model: PreTrainedModel,
+    model: FastBertPreTrainedModel,
     folder: str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    push_to_hub: bool = False,
-    repo_id: str | None = None,
-    **kwargs,
+    max_shard_size: int | str = "50GB",
 ) -> None:
     """
     Saves a model with the code that it needs, so that it also loads where this package is not installed, by those who
@@ -48,33 +47,29 @@ def save_with_code(
         model ([`FastBertForSequenceClassification`] or [`FastBertModel`]): The model.
         folder (`str` or `PathLike`): Where to save. A model card that is there already stays.
         tokenizer (*optional*): Saved beside it; the pipeline needs one.
-        push_to_hub (`bool`): Whether to upload the folder, too.
-        repo_id (`str`, *optional*): Where to; the folder's name unless given.
-        kwargs: As in `PreTrainedModel.save_pretrained`, and with `push_to_hub=True` as in `push_to_hub`.
+        max_shard_size (`int` or `str`): As in `PreTrainedModel.save_pretrained`.
 
     Example:
 
     ```python
-    >>> save_with_code(model, "outputs/shared", tokenizer=tokenizer)
+    >>> save_with_code(model, "outputs/shared", tokenizer=tokenizer)  # or model.push_to_hub(..., with_code=True)
     >>> # elsewhere, without fastbert_hf
     >>> classifier = pipeline(model="outputs/shared", trust_remote_code=True, speed=0.5)
     ```
     """
     folder = Path(folder)
-    if getattr(getattr(model, "config", None), "model_type", None) != "fastbert":
+    if not isinstance(model, FastBertPreTrainedModel):
         raise TypeError(
-            f"save_with_code saves FastBERT models, got {type(model).__name__}. Wrap yours first: "
-            "FastBertForSequenceClassification.from_classifier(name)"
+            f"save_with_code saves FastBERT models, got {type(model).__name__}. Wrap a stock classifier first: "
+            "FastBertForSequenceClassification.from_classifier(name); for an adapter give model.merge_and_unload()."
         )
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file: give a folder, as in save_with_code(model, 'outputs/shared').")
-    if push_to_hub:
-        model.push_to_hub(repo_id or folder.name, with_code=True, tokenizer=tokenizer, **kwargs)
-    model.save_pretrained(folder, max_shard_size=kwargs.get("max_shard_size", "50GB"))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_code(folder)
-    if not (folder / "README.md").exists():
+    if hasattr(model, "exits") and not (folder / "README.md").exists():
         write_model_card(folder, model)
 
 

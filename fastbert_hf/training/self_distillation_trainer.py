@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling.exit_policies import exit_uncertainties, first_exits
-from ..sharing.model_card import Measured, write_model_card
+from ..sharing.model_card import Measured, as_list, write_model_card
 from .arguments import SelfDistillationArguments
 from .objectives import OBJECTIVES
 
@@ -78,6 +77,7 @@ class SelfDistillationTrainer(Trainer):
             self._choose_what_learns(model)
         super().__init__(model, args, **kwargs)
         self.metrics_at_speed = compute_metrics or accuracy
+        self._has_own_optimizer = any(part is not None for part in kwargs.get("optimizers", ()))
         self._losses, self._steps = 0.0, 0
 
     def _choose_what_learns(self, model: PreTrainedModel | None) -> None:
@@ -107,6 +107,8 @@ class SelfDistillationTrainer(Trainer):
         self._losses, self._steps = 0.0, 0
         base_model(self.model).measured = None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.load_best_model_at_end:  # what was measured last may be another checkpoint
+            base_model(self.model).measured = None
         self.model.eval()
         return output
 
@@ -188,13 +190,20 @@ class SelfDistillationTrainer(Trainer):
         prediction_loss_only = self.args.prediction_loss_only
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if output.predictions is not None:
-            metrics = self.speed_metrics(torch.from_numpy(output.predictions), output.label_ids)
+            exit_logits = torch.from_numpy(output.predictions)
+            metrics, speeds = self.speed_metrics(exit_logits, output.label_ids)
+            if metric_key_prefix.startswith("eval"):  # with a prefix for each of several data sets
+                split = metric_key_prefix.removeprefix("eval").removeprefix("_") or None
+                base_model(self.model).measured = Measured(speeds, rows=len(exit_logits), split=split)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    def speed_metrics(self, exit_logits: torch.Tensor, label_ids: np.ndarray | None) -> dict[str, float]:
+    def speed_metrics(
+        self, exit_logits: torch.Tensor, label_ids: np.ndarray | None
+    ) -> tuple[dict[str, float], list[dict[str, float]]]:
         """
-        What one full-depth pass says of the students and of every speed in `args.eval_speeds`.
+        What one full-depth pass says of the students and of every speed in `args.eval_speeds`; and a row for each of
+        these speeds and for full depth, as the model card shows them.
 
         Args:
             exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
@@ -207,7 +216,7 @@ class SelfDistillationTrainer(Trainer):
         config = base_model(self.model).config
         uncertainties = exit_uncertainties(exit_logits, config.exit_policy, config.patience)
         speeds = []
-        for speed in sorted({0.0, *self.args.eval_speeds}):
+        for speed in dict.fromkeys([*self.args.eval_speeds, 0.0]):
             exit_layer = first_exits(uncertainties, speed)
             logits = exit_logits[torch.arange(len(exit_layer)), exit_layer - 1]  # [rows, num_labels]
             agreement = logits.argmax(-1) == exit_logits[:, -1].argmax(-1)
@@ -215,47 +224,66 @@ class SelfDistillationTrainer(Trainer):
                 "mean_exit_layer": exit_layer.float().mean().item(),
                 "agreement": agreement.float().mean().item(),
             }
+            of_task = {}
             if label_ids is not None:
-                at_speed.update(self.metrics_at_speed(EvalPrediction(logits.numpy(), label_ids)))
+                of_task = self.metrics_at_speed(EvalPrediction(logits.numpy(), label_ids))
             if speed in self.args.eval_speeds:
-                metrics.update({f"{name}_speed_{speed:g}": value for name, value in at_speed.items()})
-            speeds.append(
-                {"speed": speed, **at_speed, "layer_speed_up": config.num_hidden_layers / at_speed["mean_exit_layer"]}
-            )
-        base_model(self.model).measured = Measured(speeds, rows=len(exit_logits))
-        return metrics
+                at_this = {**at_speed, **of_task}
+                metrics.update({f"{name}_speed_{speed:g}": value for name, value in at_this.items()})
+            speed_up = config.num_hidden_layers / at_speed["mean_exit_layer"]
+            speeds.append({**of_task, "speed": speed, **at_speed, "layer_speed_up": speed_up})
+        return metrics, sorted(speeds, key=lambda row: row["speed"])
 
-    def create_model_card(self, **kwargs) -> None:
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
         """
         Writes the model card into `args.output_dir`: what the last evaluation measured at each speed, and the settings
-        of this training. Arguments as in `Trainer`, by name.
+        of this training. Arguments as in `Trainer`. The card of an adapter is PEFT's own.
         """
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         fastbert = base_model(self.model)
-        if fastbert is not self.model:  # the card of an adapter is PEFT's
-            super().create_model_card(**kwargs)
+        if fastbert is not self.model:
+            super().create_model_card(**given)
             return
         if not self.is_world_process_zero():
             return
-        summary = TrainingSummary.from_trainer(self, **kwargs)
-        datasets = [summary.dataset] if isinstance(summary.dataset, str) else list(summary.dataset or ())
-        backbone = getattr(fastbert.config.text_config, "_name_or_path", "")
+        summary = TrainingSummary.from_trainer(self, **given)
+        datasets = as_list(summary.dataset_tags or summary.dataset)
         measured = getattr(fastbert, "measured", None)
-        settings = {"objective": self.args.objective, "temperature": self.args.temperature, **summary.hyperparameters}
-        # In the summary this is a sentence.
-        settings["optimizer"] = str(self.args.optim.value)
         write_model_card(
             self.args.output_dir,
             fastbert,
             measured and replace(measured, dataset=datasets[0] if datasets else None),
             model_name=summary.model_name,
-            repo_id=self.hub_model_id,
-            base_model=summary.finetuned_from or (None if Path(backbone).exists() else backbone),
+            repo_id=self.hub_model_id or self.args.hub_model_id,
+            base_model=summary.finetuned_from,
             datasets=datasets,
             language=summary.language,
             license=summary.license,
             tags=summary.tags,
-            training=settings,
+            training=self._settings_for_card(summary.hyperparameters) if self.state.global_step > 0 else None,
         )
+
+    def _settings_for_card(self, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+        settings = {"objective": self.args.objective, **hyperparameters}
+        if self.args.objective == "self_distillation":
+            settings["temperature"] = self.args.temperature
+        # In the summary this is a sentence.
+        settings["optimizer"] = self.args.optim.value
+        if self._has_own_optimizer:
+            for name in ("optimizer", "learning_rate", "lr_scheduler_type", "lr_scheduler_warmup_steps"):
+                settings.pop(name, None)
+        return settings
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

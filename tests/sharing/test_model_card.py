@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import DataCollatorWithPadding, Trainer
 
-from fastbert_hf import SelfDistillationArguments, SelfDistillationTrainer, write_model_card
+from fastbert_hf import Measured, SelfDistillationArguments, SelfDistillationTrainer, write_model_card
 from fastbert_hf.evaluation import record_exits, sweep_speeds
-from fastbert_hf.sharing.model_card import Measured
 from fastbert_hf.sharing.with_code import write_code
 
 from ..common import tiny_model, tiny_texts, tiny_tokenizer
@@ -160,6 +161,48 @@ def test_texts_without_labels_have_no_metric_and_no_plot(tmp_path):
     assert not (tmp_path / "speed_accuracy.png").exists()
 
 
+def test_metrics_of_any_library_are_written_and_what_is_no_number_is_left_out(tmp_path):
+    rows = [
+        {**row, "accuracy": kind(row["accuracy"]), "per_class": {"a": 1}, "matrix": np.eye(2), "none": None}
+        for row, kind in zip(SPEEDS, (np.float64, torch.tensor), strict=True)
+    ]
+    rows[0]["only_here"] = 1.0
+    card = write_model_card(tmp_path, tiny_model(speed=0.5), Measured([*rows, {**rows[0], "speed": 0.0}]))
+    assert table_of(card)[0] == ["speed", "accuracy", "agreement", "layers", "fewer layers"]
+    assert len(table_of(card)) == 4
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == card.data.to_dict()
+    metrics = card.data.to_dict()["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in metrics] == pytest.approx([0.9, 0.875])
+
+
+def test_a_table_alone_will_do_and_an_empty_one_is_none(tmp_path):
+    assert len(table_of(write_model_card(tmp_path, tiny_model(), SPEEDS))) == 4
+    assert "Nothing was measured" in write_model_card(tmp_path, tiny_model(), []).text
+
+
+def test_odd_names_leave_the_code_and_the_tables_whole(tmp_path):
+    name, example, label = 'my "model": #1', 'He said "no|yes".\nThen left.', "very | good\n非常好"
+    model = tiny_model(id2label={0: label, 1: "b", 2: "c"})
+    card = write_model_card(
+        tmp_path, model, model_name=name, example=example, tags="one", training={"a|b": "c\nd"}, datasets="x/y"
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    *_, build, call = ast.parse(code).body
+    assert build.value.keywords[0].value.value == name
+    assert call.value.args[0].value == example
+    assert "Labels: very | good 非常好, b, c." in card.text
+    assert "| a\\|b | c d |" in card.text
+    assert "one" in card.data.tags and card.data.datasets == ["x/y"]
+    assert ModelCard.load(tmp_path / "README.md").text == card.text
+
+
+@pytest.mark.parametrize("config", [{"exit_type": "linear_mean"}, {"exit_policy": "patience"}])
+def test_a_card_says_what_kind_of_exits_there_are(tmp_path, config):
+    text = write_model_card(tmp_path, tiny_model(**config)).text
+    ((name, value),) = config.items()
+    assert f"`{name}={value}`" in text
+
+
 def test_a_row_without_its_layers_is_refused():
     with pytest.raises(
         ValueError, match=r"lacks mean_exit_layer: it has speed, accuracy\. Give a table of sweep_speeds"
@@ -174,6 +217,7 @@ def test_the_trainer_writes_what_it_measured(trainer, tmp_path):
     card = ModelCard.load(tmp_path / "run" / "README.md")
     header, _, *lines = table_of(card)[:5]
     assert header == ["speed", "accuracy", "agreement", "layers", "fewer layers"]
+    # Full depth beside the speeds that were asked for.
     assert [line[0] for line in lines] == ["0", "0.5", "0.9"]
     for line in lines[1:]:
         speed = line[0]
@@ -184,8 +228,7 @@ def test_the_trainer_writes_what_it_measured(trainer, tmp_path):
             f"{layers:.4g}",
             f"{4 / layers:.2f}x",
         ]
-    with torch.no_grad():
-        predictions = trainer.predict(trainer.eval_dataset)
+    predictions = trainer.predict(trainer.eval_dataset)
     full = (predictions.predictions[:, -1].argmax(-1) == predictions.label_ids).mean()
     assert lines[0][1] == f"{full:.1%}"
     for part in (
@@ -205,6 +248,56 @@ def test_training_again_forgets_what_was_measured(trainer, tmp_path):
     trainer.train()
     trainer.create_model_card()
     assert "Nothing was measured" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_only_evaluations_are_in_the_card(trainer):
+    trainer.train()
+    trainer.evaluate()
+    trainer.predict(trainer.eval_dataset[:3])
+    assert (trainer.model.measured.rows, trainer.model.measured.split) == (24, None)
+    trainer.evaluate({"first": trainer.eval_dataset, "second": trainer.eval_dataset[:5]})
+    assert (trainer.model.measured.rows, trainer.model.measured.split) == (5, "second")
+
+
+def test_the_best_checkpoint_is_not_given_the_numbers_of_the_last(trainer, tmp_path):
+    trainer.args.load_best_model_at_end = True
+    trainer.train()
+    assert trainer.model.measured is None
+
+
+def test_a_metric_cannot_take_the_place_of_the_speed(trainer):
+    trainer.metrics_at_speed = lambda prediction: {"speed": 3, "mean_exit_layer": 9.0, "accuracy": np.float32(0.5)}
+    trainer.evaluate()
+    row = trainer.model.measured.speeds[-1]
+    assert row["speed"] == 0.9 and row["mean_exit_layer"] <= 4 and row["accuracy"] == 0.5
+
+
+def test_settings_are_those_of_a_training_that_was(trainer, tmp_path):
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert "## Training" not in (tmp_path / "run" / "README.md").read_text()
+    own = torch.optim.SGD(trainer.model.students.parameters(), lr=0.5)
+    other = SelfDistillationTrainer(
+        trainer.model,
+        trainer.args,
+        train_dataset=trainer.train_dataset,
+        processing_class=trainer.processing_class,
+        optimizers=(own, None),
+    )
+    other.train()
+    other.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "## Training" in text and "adamw" not in text and "| learning_rate |" not in text
+
+
+def test_data_sets_are_named_as_the_hub_does_and_the_model_by_its_id(trainer, tmp_path):
+    trainer.args.hub_model_id = "org/name"
+    trainer.evaluate()
+    trainer.create_model_card("en", tags="one", dataset="Nice Name", dataset_tags="a/b")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.datasets == ["a/b"] and card.data.language == "en"
+    assert {"one", "generated_from_trainer"} <= set(card.data.tags)
+    assert 'model="org/name"' in card.text
 
 
 def test_a_backbone_on_disk_is_not_named(trainer, tmp_path):

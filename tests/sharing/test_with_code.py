@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 import fastbert_hf
@@ -201,6 +202,7 @@ def test_where_the_package_is_its_own_classes_load(marked, tmp_path, kwargs):
 def test_a_bare_model_is_saved_with_its_code_too(tmp_path):
     save_with_code(tiny_model().fastbert, tmp_path / "bare")
     assert {path.name for path in (tmp_path / "bare").glob("*.py")} == CODE
+    assert not (tmp_path / "bare" / "README.md").exists()
     assert type(AutoModel.from_pretrained(tmp_path / "bare")) is fastbert_hf.FastBertModel
 
 
@@ -220,8 +222,16 @@ def test_saving_twice_leaves_no_trace_of_the_first(model, folder, tmp_path):
 
 
 def test_other_models_are_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"save_with_code saves FastBERT models, got Linear\. Wrap yours first"):
+    with pytest.raises(TypeError, match=r"save_with_code saves FastBERT models, got Linear\. Wrap a stock classifier"):
         save_with_code(torch.nn.Linear(1, 1), tmp_path)
+
+
+def test_an_adapter_is_refused_before_anything_is_written(tmp_path):
+    adapter = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"], modules_to_save=["exits.0"]))
+    with pytest.raises(TypeError, match=r"for an adapter give model\.merge_and_unload\(\)"):
+        save_with_code(adapter, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    save_with_code(adapter.merge_and_unload(), tmp_path / "folder")
 
 
 def test_a_file_is_no_folder(model, tmp_path):
