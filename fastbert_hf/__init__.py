@@ -1,5 +1,6 @@
 """FastBERT for Hugging Face Transformers. Importing the package registers its models and its pipeline."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
@@ -8,12 +9,15 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
-from .sharing import push_to_hub, save_with_code, write_model_card
+from .sharing import Measured, push_to_hub, save_with_code, write_model_card
 from .version import __version__
 
 
 if TYPE_CHECKING:
     from .training import SelfDistillationArguments, SelfDistillationTrainer
+
+# English sentiment, made by examples/train_default_model.py: what the pipeline answers with when it is given no model.
+DEFAULT_MODEL_DIR = Path(__file__).parent / "default_model"
 
 AutoConfig.register("fastbert", FastBertConfig)
 AutoModel.register(FastBertConfig, FastBertModel)
@@ -22,14 +26,14 @@ PIPELINE_REGISTRY.register_pipeline(
     "fast-text-classification",
     pipeline_class=FastTextClassificationPipeline,
     pt_model=AutoModelForSequenceClassification,
+    default=(str(DEFAULT_MODEL_DIR), "main"),
     type="text",
 )
 # With this mark every saved pipeline would point to custom code, and refuse to load without trust_remote_code.
 del FastTextClassificationPipeline._registered_impl
 # The code that travels with weights keeps the stock push; the package adds a model card and, on request, that code.
-for shared in (FastBertModel, FastBertForSequenceClassification, FastTextClassificationPipeline):
-    shared.push_to_hub = push_to_hub
-del shared, push_to_hub
+FastBertForSequenceClassification.push_to_hub = FastTextClassificationPipeline.push_to_hub = push_to_hub
+del push_to_hub
 
 
 def __getattr__(name: str) -> Any:
@@ -42,10 +46,12 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "DEFAULT_MODEL_DIR",
     "FastBertConfig",
     "FastBertForSequenceClassification",
     "FastBertModel",
     "FastTextClassificationPipeline",
+    "Measured",
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
     "__version__",

@@ -1,0 +1,95 @@
+"""The script that made the default model, on a handful of sentences."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from transformers import pipeline
+
+from fastbert_hf import FastBertForSequenceClassification
+
+from ..common import load_script
+
+
+SCRIPT = load_script(Path(__file__).parent.parent.parent / "examples" / "train_default_model.py")
+GOOD = ("a warm and funny film", "what a joy from start to end", "the cast is wonderful")
+BAD = ("a dull and endless film", "what a waste of an evening", "the plot makes no sense")
+
+
+def write_rows(path: Path, rows: list[tuple[int, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("label\ttext_a\n" + "".join(f"{label}\t{text}\n" for label, text in rows))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "en"
+    rows = [*((1, text) for text in GOOD), *((0, text) for text in BAD)]
+    for split in ("train", "dev", "test"):
+        write_rows(folder / "sst2" / f"{split}.tsv.gz", rows * 2)
+    write_rows(folder / "imdb" / "train.tsv.gz", [(0, "I laughed.<br />Then I cried! Did you?"), (1, "A film. Good.")])
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def folder(data_dir, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("output")
+    arguments = ["--data_dir", data_dir, "--output_dir", output / "model", "--work_dir", output / "stages"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_default_model.py", *map(str, arguments)])
+        SCRIPT.main()
+    return output / "model"
+
+
+def test_reviews_are_whole_and_in_sentences_without_labels_and_markup(data_dir):
+    script = SCRIPT.ScriptArguments(data_dir=str(data_dir))
+    reviews = SCRIPT.load_splits(script)["reviews"]
+    assert reviews.column_names == ["text"]
+    assert list(reviews["text"]) == [
+        "I laughed. Then I cried! Did you?",
+        "A film. Good.",
+        "I laughed.",
+        "Then I cried!",
+        "Did you?",
+        "A film.",
+        "Good.",
+    ]
+
+
+def test_the_model_is_saved_in_half_precision_and_loads_in_single(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+        assert file.metadata() == {"format": "pt"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "float32"
+    assert FastBertForSequenceClassification.from_pretrained(folder).dtype == torch.float32
+    assert not [path.name for path in folder.iterdir() if path.name.endswith(".part")]
+    answer = pipeline("fast-text-classification", model=str(folder))("a joy")[0]
+    assert answer["label"] in ("negative", "positive")
+
+
+def test_the_default_speed_loses_nothing_on_dev_and_is_in_the_card(folder):
+    speed = json.loads((folder / "config.json").read_text())["speed"]
+    card = ModelCard.load(folder / "README.md")
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+)% ", card.text, re.MULTILINE)
+    # Dev and test are the same rows here.
+    accuracies = {float(speed): float(accuracy) for speed, accuracy in rows}
+    assert accuracies[speed] >= accuracies[0]
+    assert f"The default speed, {speed:g}," in card.text
+    assert 'pipeline("fast-text-classification")\n' in card.text
+    assert "12 phrases of SST-2" in card.text and "7 texts of IMDb without labels" in card.text
+
+
+def test_a_missing_file_is_one_line(data_dir, tmp_path):
+    script = SCRIPT.ScriptArguments(data_dir=str(tmp_path))
+    with pytest.raises(SystemExit, match=r"there is no file .*sst2/train\.tsv\.gz: correct --data_dir"):
+        SCRIPT.load_splits(script)

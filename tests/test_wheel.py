@@ -1,0 +1,80 @@
+"""What is in the wheel: the package and its default model, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+MODEL_FILES = (
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "speed_accuracy.png",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that neither this folder nor what lies in it leaves a trace."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("fastbert_hf", "tests", "examples", "benchmarks", "model_cards"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+    for name in NEEDED:
+        shutil.copy(ROOT / name, source / name)
+    target = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(target),
+        str(source),
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    (path,) = target.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def names(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as content:
+        return set(content.namelist())
+
+
+def test_the_wheel_is_under_50_megabytes(wheel):
+    assert wheel.stat().st_size < 50e6
+
+
+def test_every_module_is_in_the_wheel(names):
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastbert_hf").rglob("*.py")}
+    assert modules and {name for name in names if name.endswith(".py")} == modules
+
+
+def test_the_default_model_is_in_the_wheel_as_it_is_here(wheel):
+    with zipfile.ZipFile(wheel) as content:
+        for name in MODEL_FILES:
+            there = content.read(f"fastbert_hf/default_model/{name}")
+            assert there == (ROOT / "fastbert_hf" / "default_model" / name).read_bytes()
+
+
+def test_nothing_else_is_in_the_wheel(names):
+    metadata = {name for name in names if re.match(r"fastbert_hf-[\w.]+\.dist-info/", name)}
+    assert {Path(name).name for name in metadata} == {"METADATA", "WHEEL", "RECORD", "top_level.txt", "LICENSE"}
+    others = {name for name in names - metadata if not name.endswith(".py")}
+    expected = {f"fastbert_hf/default_model/{name}" for name in MODEL_FILES}
+    assert others == {*expected, "fastbert_hf/py.typed", "fastbert_hf/sharing/model_card_template.md"}
