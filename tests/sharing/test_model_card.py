@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,16 +26,20 @@ SPEEDS = [
 ]
 
 
-@pytest.fixture
-def trainer(tmp_path) -> SelfDistillationTrainer:
+def trainer_in(folder: Path, **arguments) -> SelfDistillationTrainer:
     tokenizer = tiny_tokenizer()
     rows = [{**tokenizer(text), "labels": row % 3} for row, text in enumerate(tiny_texts(24))]
     arguments = SelfDistillationArguments(
-        str(tmp_path / "run"), max_steps=2, eval_speeds=[0.5, 0.9], use_cpu=True, seed=7, temperature=2.0
+        str(folder / "run"), max_steps=2, eval_speeds=[0.5, 0.9], use_cpu=True, seed=7, temperature=2.0, **arguments
     )
     return SelfDistillationTrainer(
         tiny_model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )
+
+
+@pytest.fixture
+def trainer(tmp_path) -> SelfDistillationTrainer:
+    return trainer_in(tmp_path)
 
 
 def numbers(text: str) -> set[str]:
@@ -259,10 +264,12 @@ def test_only_evaluations_are_in_the_card(trainer):
     assert (trainer.model.measured.rows, trainer.model.measured.split) == (5, "second")
 
 
-def test_the_best_checkpoint_is_not_given_the_numbers_of_the_last(trainer, tmp_path):
-    trainer.args.load_best_model_at_end = True
+@pytest.mark.parametrize("best", [False, True])
+def test_the_best_checkpoint_is_not_given_the_numbers_of_the_last(tmp_path, best):
+    steps = {name: "steps" for name in ("eval_strategy", "save_strategy")} | {"eval_steps": 1, "save_steps": 1}
+    trainer = trainer_in(tmp_path, load_best_model_at_end=best, **steps)
     trainer.train()
-    assert trainer.model.measured is None
+    assert (trainer.model.measured is None) == best
 
 
 def test_a_metric_cannot_take_the_place_of_the_speed(trainer):
