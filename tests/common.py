@@ -29,6 +29,27 @@ from transformers import (
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
 
 
+# The start of a script whose process then reaches no network; what it tried is in `reached`.
+CUT_NETWORK = """
+import socket
+
+reached = []
+def refuse(*args, **kwargs):
+    reached.append(str(args))
+    raise OSError("no network here")
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse)
+for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+    setattr(socket, name, refuse)
+"""
+DEFAULT_MODEL_FILES = {
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "speed_accuracy.png",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 VOCAB_SIZE = 100
 SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 NUM_LAYERS = 4

@@ -11,17 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from .common import DEFAULT_MODEL_FILES
+
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
-MODEL_FILES = (
-    "README.md",
-    "config.json",
-    "model.safetensors",
-    "speed_accuracy.png",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +61,7 @@ def test_every_module_is_in_the_wheel(names):
 
 def test_the_default_model_is_in_the_wheel_as_it_is_here(wheel):
     with zipfile.ZipFile(wheel) as content:
-        for name in MODEL_FILES:
+        for name in DEFAULT_MODEL_FILES:
             there = content.read(f"fastbert_hf/default_model/{name}")
             assert there == (ROOT / "fastbert_hf" / "default_model" / name).read_bytes()
 
@@ -76,5 +70,5 @@ def test_nothing_else_is_in_the_wheel(names):
     metadata = {name for name in names if re.match(r"fastbert_hf-[\w.]+\.dist-info/", name)}
     assert {Path(name).name for name in metadata} == {"METADATA", "WHEEL", "RECORD", "top_level.txt", "LICENSE"}
     others = {name for name in names - metadata if not name.endswith(".py")}
-    expected = {f"fastbert_hf/default_model/{name}" for name in MODEL_FILES}
+    expected = {f"fastbert_hf/default_model/{name}" for name in DEFAULT_MODEL_FILES}
     assert others == {*expected, "fastbert_hf/py.typed", "fastbert_hf/sharing/model_card_template.md"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.modeling_outputs import ModelOutput
@@ -32,25 +33,44 @@ class FastBertSequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class Answers:
-    """The answers of a batch, added exit by exit as rows are done."""
+class Answer(NamedTuple):
+    """
+    What [`FastBertForSequenceClassification.predict`] says of one text.
 
-    def __init__(self):
-        self.parts: list[tuple[torch.Tensor, ...]] = []
+    Args:
+        logits (`torch.Tensor` of shape `[num_labels]`, CPU): At the exit that the text took.
+        exit_layer (`int`): Layers that it ran through, 1 to L.
+        uncertainty (`float`): Of the exit taken, by the config's `exit_policy`.
+    """
 
-    def add(self, rows: torch.Tensor, logits: torch.Tensor, uncertainty: torch.Tensor, depth: int) -> None:
-        """
-        Args:
-            rows (`torch.Tensor` of shape `[texts]`, CPU): Rows of the caller's batch that leave here.
-            logits (`torch.Tensor` of shape `[texts, num_labels]`): What the exit says of them.
-            uncertainty (`torch.Tensor` of shape `[texts]`): How sure it is.
-            depth (`int`): Layers that they ran through.
-        """
-        self.parts.append((rows, logits, uncertainty, torch.full_like(rows, depth)))
+    logits: torch.Tensor
+    exit_layer: int
+    uncertainty: float
 
-    def in_order(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where each row of the caller's batch stands among the answers; its logits, uncertainty and exit layer."""
-        rows, logits, uncertainty, exit_layer = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
-        order = rows.argsort()
-        device_order = order.to(logits.device)
-        return device_order, logits[device_order], uncertainty[device_order], exit_layer[order].to(logits.device)
+
+@dataclass(frozen=True)
+class Leaving:
+    """
+    The answers of the texts that left at one exit.
+
+    Args:
+        rows (`torch.Tensor` of shape `[texts]`, CPU): Rows of the caller's batch.
+        logits (`torch.Tensor` of shape `[texts, num_labels]`): What the exit says of them.
+        uncertainty (`torch.Tensor` of shape `[texts]`): How sure it is.
+        exit_layer (`int`): Layers that they ran through.
+    """
+
+    rows: torch.Tensor
+    logits: torch.Tensor
+    uncertainty: torch.Tensor
+    exit_layer: int
+
+
+def in_order(answers: list[Leaving]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits, uncertainty and exit layer of every row of the caller's batch, on the logits' device."""
+    order = torch.cat([leaving.rows for leaving in answers]).argsort()
+    exit_layer = torch.cat([torch.full_like(leaving.rows, leaving.exit_layer) for leaving in answers])
+    logits = torch.cat([leaving.logits for leaving in answers])
+    order = order.to(logits.device)
+    uncertainty = torch.cat([leaving.uncertainty for leaving in answers])
+    return logits[order], uncertainty[order], exit_layer.to(logits.device)[order]

@@ -16,7 +16,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .encoder_layouts import ENCODER_LAYOUTS, get_encoder_layout
-from .exit_policies import check_max_layers, check_speed
+from .exit_policies import check_speed, exit_range
 from .packed_batch import INNER_ATTENTIONS
 
 
@@ -80,7 +80,7 @@ def check_raw_config(config: dict[str, Any]) -> None:
     dropout = config.get("exit_dropout", 0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"exit_dropout must be a number in [0, 1), got {shortened(dropout)}.")
-    check_max_layers(config.get("max_layers"), backbone_size(text_config, "num_hidden_layers"))
+    exit_range(backbone_size(text_config, "num_hidden_layers"), config.get("min_exit_layer"), config.get("max_layers"))
     parameters = estimated_parameters({**config, "text_config": text_config})
     if parameters > MOST_PARAMETERS:
         raise ValueError(

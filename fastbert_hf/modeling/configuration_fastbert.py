@@ -10,7 +10,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoint_checks import check_raw_config
 from .encoder_layouts import get_encoder_layout
-from .exit_policies import EXIT_POLICIES, check_max_layers, check_speed
+from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 
 
 # Written by `save_with_code`.
@@ -49,6 +49,8 @@ class FastBertConfig(PreTrainedConfig):
             The speed that the pipeline uses when the call names none. The model itself runs every layer then.
         patience (`int`, *optional*, defaults to 2):
             Agreements in a row after which the uncertainty of the patience policy is 0.
+        min_exit_layer (`int`, *optional*):
+            The first layer after which the pipeline lets a text leave. `None` means 1.
         max_layers (`int`, *optional*):
             The number of layers after which the pipeline answers at the latest. `None` means all.
 
@@ -78,6 +80,7 @@ class FastBertConfig(PreTrainedConfig):
     exit_policy: str = "entropy"
     speed: float | int = 0.5
     patience: int = 2
+    min_exit_layer: int | None = None
     max_layers: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -105,7 +108,7 @@ class FastBertConfig(PreTrainedConfig):
         if not 0 <= self.exit_dropout < 1:
             raise ValueError(f"exit_dropout must be in [0, 1), got {self.exit_dropout}.")
         check_speed(self.speed)
-        check_max_layers(self.max_layers, self.num_hidden_layers)
+        exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

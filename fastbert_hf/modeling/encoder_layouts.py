@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .faster_linears import faster_linears
 from .packed_batch import PackedBatch
 
 
@@ -96,30 +97,27 @@ def encoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
     return [modules[int(index / (num_layers / len(modules)))] for index in range(num_layers)]
 
 
-def packed_position_ids(
-    backbone: PreTrainedModel, packed_batch: PackedBatch, input_ids: torch.Tensor | None
-) -> torch.Tensor:
-    """
-    The position ids that the family gives to the tokens of a packed batch.
+def max_text_tokens(text_config: PreTrainedConfig) -> int:
+    """Tokens of the longest text that a backbone reads."""
+    first = text_config.pad_token_id + 1 if get_encoder_layout(text_config).positions == "after_padding" else 0
+    return text_config.max_position_embeddings - first
 
-    Args:
-        backbone (`PreTrainedModel`): The stock encoder.
-        packed_batch (`PackedBatch`): Where the texts are.
-        input_ids (`torch.Tensor` of shape `[batch_size, sequence_length]`, *optional*): The padded tokens.
 
-    Returns:
-        `torch.Tensor` of shape `[1, total_tokens]`.
-    """
-    positions = get_encoder_layout(backbone.config).positions
-    first = backbone.config.pad_token_id + 1 if positions == "after_padding" else 0
-    longest, limit = packed_batch.lengths.max().item(), backbone.config.max_position_embeddings - first
+def too_long(length: int, limit: int, text: str = "a text") -> ValueError:
+    """The error of a text of `length` tokens for a model that reads at most `limit`."""
+    return ValueError(
+        f"{text} has {length} tokens, but this model reads at most {limit}: let the tokenizer cut it, as in "
+        f"tokenizer(texts, truncation=True, max_length={limit}) or "
+        f"classifier(texts, truncation=True, max_length={limit})."
+    )
+
+
+def check_texts(backbone: PreTrainedModel, packed_batch: PackedBatch) -> None:
+    """Raises a `ValueError` if a text is too long, or has a gap that the family cannot skip."""
+    longest, limit = packed_batch.lengths.max().item(), max_text_tokens(backbone.config)
     if longest > limit:
-        raise ValueError(
-            f"a text has {longest} tokens, but this model reads at most {limit}: let the tokenizer cut it, as in "
-            f"tokenizer(texts, truncation=True, max_length={limit}) or "
-            f"classifier(texts, truncation=True, max_length={limit})."
-        )
-    if positions == "rotary":
+        raise too_long(longest, limit)
+    if get_encoder_layout(backbone.config).positions == "rotary":
         # The sliding window counts places, which a gap would shift: the stock encoder counts the gap in.
         last_tokens = packed_batch.first_tokens + packed_batch.lengths.to(packed_batch.first_tokens.device) - 1
         if (packed_batch.position_ids[0, last_tokens].cpu() != packed_batch.lengths - 1).any():
@@ -127,11 +125,44 @@ def packed_position_ids(
                 f"attention_mask has zeros inside a text, which a {backbone.config.model_type} backbone cannot skip: "
                 "leave those tokens out of input_ids, so that zeros mark padding only."
             )
+
+
+def padded_position_ids(backbone: PreTrainedModel, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """
+    The position ids of padded tokens, `[batch_size, sequence_length]`, where the family tells them from the ids, those
+    in gaps of a text included. Else `None`.
+    """
+    if input_ids is None or get_encoder_layout(backbone.config).positions != "after_padding":
+        return None
+    return backbone.embeddings.create_position_ids_from_input_ids(input_ids, backbone.config.pad_token_id)
+
+
+def packed_position_ids(
+    backbone: PreTrainedModel, packed_batch: PackedBatch, input_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    The position ids that the family gives to texts without gaps.
+
+    Args:
+        backbone (`PreTrainedModel`): The stock encoder.
+        packed_batch (`PackedBatch`): Where the texts are.
+        input_ids (`torch.Tensor` of shape `[1, total_tokens]`, *optional*): The packed tokens.
+
+    Returns:
+        `torch.Tensor` of shape `[1, total_tokens]`.
+    """
+    if get_encoder_layout(backbone.config).positions != "after_padding":
         return packed_batch.position_ids
-    if positions == "after_padding" and input_ids is not None:
-        padding = backbone.config.pad_token_id
-        return packed_batch.pack(backbone.embeddings.create_position_ids_from_input_ids(input_ids, padding))
-    return packed_batch.position_ids + first
+    padding_id = backbone.config.pad_token_id
+    position_ids = packed_batch.position_ids + padding_id + 1
+    if input_ids is None:
+        return position_ids
+    # A padding id inside a text has no place of its own, and those after it move up.
+    is_padding = (input_ids == padding_id).long()
+    counts = is_padding.cumsum(1)  # [1, total_tokens], over all texts
+    before = (counts - is_padding)[:, packed_batch.first_tokens]  # [1, texts]
+    inside = counts - before.repeat_interleave(packed_batch.lengths.to(counts.device), 1)
+    return (position_ids - inside).masked_fill(is_padding.bool(), padding_id)
 
 
 def embed_tokens(backbone: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -170,7 +201,8 @@ def rotary_embeddings(
 
 def run_layer(layer: nn.Module, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
     """One stock layer on packed hidden states, `[1, total_tokens, hidden_size]` to the same shape."""
-    if packed_batch.position_embeddings is None:
-        return layer(hidden_states, None, packed_batch=packed_batch)
-    position_embeddings = packed_batch.position_embeddings[layer.attention_type]
-    return layer(hidden_states, None, position_embeddings=position_embeddings, packed_batch=packed_batch)
+    arguments = {"packed_batch": packed_batch}
+    if packed_batch.position_embeddings is not None:
+        arguments["position_embeddings"] = packed_batch.position_embeddings[layer.attention_type]
+    with faster_linears(hidden_states):
+        return layer(hidden_states, None, **arguments)

@@ -132,15 +132,30 @@ def row_speeds(speed: float | list | torch.Tensor | None, batch_size: int) -> to
     return torch.tensor(speed, dtype=torch.float32)
 
 
-def check_max_layers(max_layers: int | None, num_hidden_layers: int) -> None:
+def exit_range(num_hidden_layers: int, min_exit_layer: int | None = None, max_layers: int | None = None) -> range:
     """
-    Raises a `ValueError` unless `max_layers` is `None` or a whole number of layers from 1 to `num_hidden_layers`.
+    The layers whose exits may answer. Every text has answered at the last of them.
+
+    Args:
+        num_hidden_layers (`int`): Layers of the model, L.
+        min_exit_layer (`int`, *optional*): The first of them, 1 unless given.
+        max_layers (`int`, *optional*): The last of them, L unless given.
+
+    Returns:
+        `range`, or a `ValueError` unless 1 <= `min_exit_layer` <= `max_layers` <= L.
     """
-    if max_layers is None:
-        return
-    is_integer = isinstance(max_layers, Integral) and not isinstance(max_layers, bool)
-    if not is_integer or not 1 <= max_layers <= num_hidden_layers:
+    limits = {"min_exit_layer": (min_exit_layer, 1), "max_layers": (max_layers, num_hidden_layers)}
+    for name, (value, default) in limits.items():
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (is_integer and 1 <= value <= num_hidden_layers):
+            raise ValueError(
+                f"{name} must be a whole number from 1 to {num_hidden_layers} (the layers of this model), or None "
+                f"for {default}, got {value!r}."
+            )
+    first, last = (default if value is None else int(value) for value, default in limits.values())
+    if first > last:
         raise ValueError(
-            f"max_layers must be a whole number from 1 to {num_hidden_layers} (the layers of this model), or None "
-            f"for all of them, got {max_layers!r}."
+            f"min_exit_layer={first} is beyond max_layers={last}, after which every text must have answered: lower "
+            "the one or raise the other."
         )
+    return range(first, last + 1)

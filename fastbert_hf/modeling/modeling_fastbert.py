@@ -1,186 +1,34 @@
-"""FastBertModel, a stock encoder run on packed batches, and FastBertForSequenceClassification, with its exits."""
+"""FastBertForSequenceClassification: a stock encoder run on packed batches, with an exit after every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .answers import Answers, FastBertSequenceClassifierOutput
+from .answers import Answer, FastBertSequenceClassifierOutput, Leaving, in_order
 from .configuration_fastbert import FastBertConfig
-from .encoder_layouts import (
-    embed_tokens,
-    encoder_layers,
-    get_encoder_layout,
-    packed_position_ids,
-    rotary_embeddings,
-    run_layer,
-)
+from .encoder_layouts import run_layer
 from .exit_classifiers import EXIT_POOLERS, ExitClassifier
-from .exit_policies import check_max_layers, exit_uncertainty, row_speeds
-from .packed_batch import PACKED_ATTENTION, PackedBatch, pack_batch
+from .exit_policies import check_speed, exit_range, exit_uncertainty, row_speeds
+from .packed_batch import PACKED_ATTENTION
+from .packed_encoder import FastBertModel, refuse_attentions
+from .prediction import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS, PredictionSettings, predict
 from .pretrained_fastbert import FastBertPreTrainedModel
 from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
+from .texts_in_flight import TextsInFlight
 
 
 if TYPE_CHECKING:
     # Code beside weights is copied as far as its imports go, and the pipeline must go with it.
     from .pipeline_fastbert import FastTextClassificationPipeline  # noqa: F401
-
-
-class FastBertModel(FastBertPreTrainedModel):
-    """
-    A stock encoder whose layers run on packed batches. Takes what the encoder takes and returns the same hidden
-    states, with zeros at padding.
-
-    Args:
-        config ([`FastBertConfig`]): `config.text_config` is the encoder's.
-
-    Example:
-
-    ```python
-    >>> from transformers import BertConfig
-    >>> from fastbert_hf import FastBertConfig, FastBertModel
-
-    >>> model = FastBertModel(FastBertConfig(text_config=BertConfig(num_hidden_layers=2))).eval()
-    >>> model(input_ids=torch.tensor([[2, 7, 3]])).last_hidden_state.shape
-    torch.Size([1, 3, 768])
-    ```
-    """
-
-    # AutoModel reads a classifier's checkpoint, too, and needs none of its exits.
-    _keys_to_ignore_on_load_unexpected = [r"^exits\.", r"^shared_pooler\."]
-
-    def __init__(self, config: FastBertConfig):
-        super().__init__(config)
-        layout = get_encoder_layout(config.text_config)
-        # Chunks of the feed-forward layers must divide the number of tokens, which no packed batch can promise.
-        config.text_config.chunk_size_feed_forward = 0
-        arguments = {"add_pooling_layer": False} if layout.has_pooler else {}
-        self.backbone = AutoModel.from_config(config.text_config, attn_implementation=PACKED_ATTENTION, **arguments)
-        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.backbone.set_input_embeddings(value)
-
-    def embed(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **inputs: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, PackedBatch]:
-        """
-        Packs a padded batch and runs the embedding layer on it. Arguments as in `forward`.
-
-        Returns:
-            `tuple`: the embeddings, `[1, total_tokens, hidden_size]`, and the [`PackedBatch`].
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        if self.backbone.config._attn_implementation != PACKED_ATTENTION:
-            raise ValueError(
-                f"the backbone's attention was changed to {self.backbone.config._attn_implementation!r}, with which "
-                "the texts of a batch would read each other. Choose the kernel on the model instead: "
-                "model.set_attn_implementation('sdpa')"
-            )
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens.dim() != (2 if input_ids is not None else 3):
-            raise ValueError(
-                f"input_ids must be [batch_size, sequence_length] (inputs_embeds one more), got {list(tokens.shape)}."
-            )
-        if attention_mask is None:
-            attention_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if attention_mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"attention_mask must be [batch_size, sequence_length] = {list(tokens.shape[:2])}, got "
-                f"{list(attention_mask.shape)}."
-            )
-        packed_batch = pack_batch(attention_mask, self.config._attn_implementation)
-        if position_ids is None:
-            position_ids = packed_position_ids(self.backbone, packed_batch, input_ids)
-        else:
-            position_ids = packed_batch.pack(position_ids)
-        inputs.update(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        packed_inputs = {name: packed_batch.pack(value) for name, value in inputs.items() if value is not None}
-        hidden_states = embed_tokens(self.backbone, {**packed_inputs, "position_ids": position_ids})
-        position_embeddings = rotary_embeddings(self.backbone, hidden_states, position_ids)
-        return hidden_states, replace(packed_batch, position_embeddings=position_embeddings)
-
-    def layers(self) -> list[nn.Module]:
-        """The stock layer of every depth, first to last."""
-        return encoder_layers(self.backbone)
-
-    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        What an exit or a caller reads of a layer's output: normalised, where the encoder does so once at its end.
-        """
-        name = get_encoder_layout(self.backbone.config).final_norm
-        return hidden_states if name is None else self.backbone.get_submodule(name)(hidden_states)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        task_type_ids: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> BaseModelOutput:
-        """
-        Args:
-            input_ids (`torch.Tensor` of shape `[batch_size, sequence_length]`): Padded tokens, on either side.
-            attention_mask (`torch.Tensor` of shape `[batch_size, sequence_length]`, *optional*):
-                1 for tokens, 0 for padding. All are tokens unless given.
-            token_type_ids (`torch.Tensor` of shape `[batch_size, sequence_length]`, *optional*):
-                0 for the first text of a pair and 1 for the second.
-            position_ids (`torch.Tensor` of shape `[batch_size, sequence_length]` or `[1, sequence_length]`,
-                *optional*):
-                Counted from each text's first token, as its family does, unless given.
-            inputs_embeds (`torch.Tensor` of shape `[batch_size, sequence_length, embedding_size]`, *optional*):
-                In place of `input_ids`.
-            task_type_ids (`torch.Tensor` of shape `[batch_size, sequence_length]`, *optional*): For ERNIE.
-            output_hidden_states (`bool`, *optional*): Whether to return the output of every layer.
-            output_attentions (`bool`, *optional*): Not available; `True` is an error.
-
-        Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `[batch_size, sequence_length, hidden_size]`, zero at
-            padding.
-        """
-        refuse_attentions(self.config, output_attentions)
-        hidden_states, packed_batch = self.embed(
-            input_ids,
-            attention_mask,
-            inputs_embeds,
-            position_ids,
-            token_type_ids=token_type_ids,
-            task_type_ids=task_type_ids,
-        )
-        states = [hidden_states]
-        for layer in self.layers():
-            states.append(run_layer(layer, states[-1], packed_batch))
-        states[-1] = self.final_norm(states[-1])
-        keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutput(
-            last_hidden_state=packed_batch.unpack(states[-1]),
-            hidden_states=tuple(map(packed_batch.unpack, states)) if keeps_states else None,
-        )
 
 
 class FastBertForSequenceClassification(FastBertPreTrainedModel):
@@ -351,6 +199,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         labels: torch.Tensor | None = None,
         task_type_ids: torch.Tensor | None = None,
         speed: float | list[float] | torch.Tensor | None = None,
+        min_exit_layer: int | None = None,
         max_layers: int | None = None,
         output_exit_logits: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -364,6 +213,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row. A row leaves at the first exit whose uncertainty is below its
                 speed; the last exit always answers. 0 and `None` run every layer and evaluate no student.
+            min_exit_layer (`int`, *optional*): No row leaves before this layer, and no exit before it is evaluated.
             max_layers (`int`, *optional*):
                 Every row has answered after this many layers. At speed 0 that exit alone is evaluated.
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
@@ -377,7 +227,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         refuse_attentions(self.config, output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states, packed_batch = self.fastbert.embed(
+        hidden_states, packed_batch, layout = self.fastbert.embed(
             input_ids,
             attention_mask,
             inputs_embeds,
@@ -385,52 +235,27 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             token_type_ids=token_type_ids,
             task_type_ids=task_type_ids,
         )
-        speeds = row_speeds(speed, packed_batch.padded_shape[0])
-        check_max_layers(max_layers, self.config.num_hidden_layers)
-        if (output_exit_logits or output_hidden_states) and (speeds.any() or max_layers is not None):
-            raise ValueError(
-                "output_exit_logits and output_hidden_states need every layer of every row: leave out speed and "
-                "max_layers."
-            )
-        speeds = speeds[packed_batch.rows]
-        last_layer = max_layers or self.config.num_hidden_layers
-        all_hidden_states = [packed_batch.unpack(hidden_states)] if output_hidden_states else []
-        all_exit_logits, answers, state = [], Answers(), None
-
-        for depth, layer in enumerate(self.fastbert.layers()[:last_layer], start=1):
-            hidden_states = run_layer(layer, hidden_states, packed_batch)
-            if output_hidden_states and depth < last_layer:
-                all_hidden_states.append(packed_batch.unpack(hidden_states))
-            if depth < last_layer and not output_exit_logits and not speeds.any():
-                continue
-            readable = self.fastbert.final_norm(hidden_states)
-            logits = self.exits[depth - 1](readable, packed_batch, self.shared_pooler)  # [texts, num_labels]
-            uncertainty, state = exit_uncertainty(logits, self.config.exit_policy, self.config.patience, state)
-            if state is not None:
-                # What students say is nothing to rows at speed 0, whatever the other rows ask for.
-                state = state.masked_fill((speeds == 0).to(state.device)[:, None], -1)
-            if output_exit_logits:
-                all_exit_logits.append(logits)
-            if depth == last_layer:
-                answers.add(packed_batch.rows, logits, uncertainty, depth)
-                break
-            if not speeds.any():
-                continue
-            # The one wait for the device in each layer: how many rows go on decides the shapes of the next.
-            done = uncertainty.cpu() < speeds
-            if done.any():
-                # Indices made on the CPU: a boolean mask on the device would wait for it again.
-                leaving = done.nonzero()[:, 0].to(logits.device)
-                answers.add(packed_batch.rows[done], logits[leaving], uncertainty[leaving], depth)
-                if done.all():
+        speeds = row_speeds(speed, layout.shape[0])
+        exits = exit_range(self.config.num_hidden_layers, min_exit_layer, max_layers)
+        texts = TextsInFlight(packed_batch, hidden_states, speeds[packed_batch.rows])
+        answers, exit_logits, states = [], [], []
+        if output_exit_logits or output_hidden_states:
+            if speeds.any() or max_layers is not None:
+                raise ValueError(
+                    "output_exit_logits and output_hidden_states need every layer of every row: leave out speed and "
+                    "max_layers."
+                )
+            exit_logits, states = self._run_every_layer(texts, bool(output_exit_logits), bool(output_hidden_states))
+            uncertainty, _ = exit_uncertainty(exit_logits[-1], self.config.exit_policy, self.config.patience)
+            answers.append(Leaving(packed_batch.rows, exit_logits[-1], uncertainty, len(self.exits)))
+        else:
+            for depth, layer in enumerate(self.fastbert.layers()[: exits[-1]], start=1):
+                leaving, texts = self.run_layer_and_exit(depth, layer, texts, exits)
+                answers += leaving
+                if texts is None:
                     break
-                packed_batch, hidden_states = packed_batch.keep(~done, hidden_states)
-                speeds = speeds[~done]
-                state = state if state is None else state[(~done).nonzero()[:, 0].to(logits.device)]
 
-        if output_hidden_states:
-            all_hidden_states.append(packed_batch.unpack(readable))
-        order, logits, uncertainty, exit_layer = answers.in_order()
+        logits, uncertainty, exit_layer = in_order(answers)
         if not self.training and uncertainty.isnan().any():
             raise ValueError(
                 f"the logits of rows {uncertainty.isnan().nonzero()[:, 0].tolist()} are not finite, so there is no "
@@ -439,22 +264,123 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         if labels is not None and not labels.is_floating_point():
             labels = labels.view(-1)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        order = packed_batch.rows.argsort().to(logits.device)
         return FastBertSequenceClassifierOutput(
             loss=loss,
             logits=logits,
             exit_layer=exit_layer,
             uncertainty=uncertainty,
-            exit_logits=torch.stack(all_exit_logits, 1)[order] if output_exit_logits else None,
-            hidden_states=tuple(all_hidden_states) or None,
+            exit_logits=torch.stack(exit_logits, 1)[order] if output_exit_logits else None,
+            hidden_states=tuple(map(layout.unpack, states)) or None,
         )
 
+    def predict(
+        self,
+        encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+        speed: float | Iterable[float] | None = None,
+        min_exit_layer: int | None = None,
+        max_layers: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        regroup: bool = True,
+    ) -> Iterator[Answer]:
+        """
+        Answers texts of any number in their order, fast without a batch size: texts of similar length share a packed
+        batch, and those that go on share one with those of other batches. The model must be in eval mode.
 
-def refuse_attentions(config: FastBertConfig, output_attentions: bool | None) -> None:
-    """Attention maps of a packed batch are never formed, so asking for them is an error."""
-    if config.output_attentions if output_attentions is None else output_attentions:
-        raise ValueError(
-            "output_attentions is not available: packed batches never form the attention maps. Leave it out."
-        )
+        Args:
+            encoded_texts (iterable of `Mapping`, or `Mapping` of lists):
+                `input_ids` and what else the tokenizer gave to each text, as lists without padding: what
+                `tokenizer(texts)` returns, rows of a `datasets` data set, or a stream of such. A stream is read a few
+                batches ahead.
+            speed (`float` or iterable of `float`, *optional*): In [0, 1], for all or one for each; 0 unless given.
+            min_exit_layer (`int`, *optional*): As in `forward`.
+            max_layers (`int`, *optional*): As in `forward`.
+            batch_size (`int`, *optional*):
+                Reads and answers so many texts at a time, 1 for each as it comes. By the number of tokens unless
+                given, which is faster.
+            batch_tokens (`int`, *optional*):
+                Tokens of a packed batch, about: 1,024 on a CPU and 16,384 on an accelerator unless given.
+            regroup (`bool`): Whether texts that go on may be joined to those of other batches.
+
+        Returns:
+            An iterator over one [`Answer`] for each text. A text that cannot be read or answered raises an error that
+            names its position, after the answers of all texts before it; so does a stream that raises.
+
+        Example:
+
+        ```python
+        >>> answers = model.predict(tokenizer(["first text", "second text"]), speed=0.5)
+        >>> [(answer.logits.argmax().item(), answer.exit_layer) for answer in answers]
+        [(1, 2), (0, 5)]
+        ```
+        """
+        if self.training:
+            raise ValueError("predict needs a model in eval mode, or it would answer with dropout: model.eval()")
+        exits = exit_range(self.config.num_hidden_layers, min_exit_layer, max_layers)
+        if batch_tokens is None:
+            batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+        settings = PredictionSettings(exits, batch_size, batch_tokens, regroup)
+        if hasattr(speed, "tolist"):  # tensors, NumPy arrays and NumPy numbers
+            speed = speed.tolist()
+        if speed is not None and not isinstance(speed, Iterable):
+            check_speed(speed)
+        return predict(self, encoded_texts, speed, settings)
+
+    def run_layer_and_exit(
+        self, depth: int, layer: nn.Module, texts: TextsInFlight, exits: range
+    ) -> tuple[list[Leaving], TextsInFlight | None]:
+        """
+        One layer, and its exit if a text could leave there.
+
+        Args:
+            depth (`int`): Number of the layer, from 1.
+            layer (`nn.Module`): The layer.
+            texts (`TextsInFlight`): What comes to the layer.
+            exits (`range`): The layers whose exits may answer; the last one answers everything.
+
+        Returns:
+            `tuple`: the answers of those that leave, if any, and those that go on, `None` if none does.
+        """
+        texts = replace(texts, hidden_states=run_layer(layer, texts.hidden_states, texts.packed_batch))
+        if depth not in exits or (depth < exits[-1] and not texts.speeds.any()):
+            return [], texts
+        logits = self._read_exit(depth, texts)
+        uncertainty, state = exit_uncertainty(logits, self.config.exit_policy, self.config.patience, texts.state)
+        rows = texts.packed_batch.rows
+        if depth == exits[-1]:
+            return [Leaving(rows, logits, uncertainty, depth)], None
+        if state is not None:
+            # What students say is nothing to rows at speed 0, whatever the other rows ask for.
+            state = state.masked_fill((texts.speeds == 0).to(state.device)[:, None], -1)
+        texts = replace(texts, state=state)
+        # The one wait for the device in each layer: how many rows go on decides the shapes of the next.
+        done = uncertainty.cpu() < texts.speeds
+        if done.all():
+            return [Leaving(rows, logits, uncertainty, depth)], None
+        if not done.any():
+            return [], texts
+        # Indices made on the CPU: a boolean mask on the device would wait for it again.
+        leaving = done.nonzero()[:, 0].to(logits.device)
+        return [Leaving(rows[done], logits[leaving], uncertainty[leaving], depth)], texts.keep(~done)
+
+    def _read_exit(self, depth: int, texts: TextsInFlight) -> torch.Tensor:
+        readable = self.fastbert.final_norm(texts.hidden_states)
+        return self.exits[depth - 1](readable, texts.packed_batch, self.shared_pooler)  # [texts, num_labels]
+
+    def _run_every_layer(
+        self, texts: TextsInFlight, every_exit: bool, keep_states: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The packed logits of every exit, or of the last one alone, and the packed states of every layer, if kept."""
+        exit_logits, states = [], [texts.hidden_states]
+        for depth, layer in enumerate(self.fastbert.layers(), start=1):
+            texts = replace(texts, hidden_states=run_layer(layer, texts.hidden_states, texts.packed_batch))
+            if every_exit or depth == len(self.exits):
+                exit_logits.append(self._read_exit(depth, texts))
+            if keep_states:
+                states.append(texts.hidden_states)
+        states[-1] = self.fastbert.final_norm(states[-1])
+        return exit_logits, states if keep_states else []
 
 
 __all__ = ["FastBertForSequenceClassification", "FastBertModel"]

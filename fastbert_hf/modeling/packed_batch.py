@@ -23,42 +23,37 @@ class PackedBatch:
     Args:
         rows (`torch.Tensor` of shape `[texts]`, CPU): Row of each packed text in the caller's batch.
         lengths (`torch.Tensor` of shape `[texts]`, CPU): Tokens of each packed text.
-        token_index (`torch.Tensor` of shape `[total_tokens]`): Place of each token in the flattened padded batch.
         position_ids (`torch.Tensor` of shape `[1, total_tokens]`): Place of each token in its own text, from 0.
-        padded_shape (`tuple`): `(batch_size, sequence_length)` of the caller's batch.
         attn_implementation (`str`): One of `INNER_ATTENTIONS`.
         position_embeddings (`dict`, *optional*): Cosine and sine per attention type, for rotary families.
     """
 
     rows: torch.Tensor
     lengths: torch.Tensor
-    token_index: torch.Tensor
     position_ids: torch.Tensor
-    padded_shape: tuple[int, int]
     attn_implementation: str = "sdpa"
     position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all texts together."""
+        return self.position_ids.shape[1]
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """`(number of texts, tokens in each)` for every run of equally long neighbours."""
-        lengths, counts = self.lengths.unique_consecutive(return_counts=True)
-        return list(zip(counts.tolist(), lengths.tolist(), strict=True))
+        groups: list[tuple[int, int]] = []
+        for length in self.lengths.tolist():
+            if groups and groups[-1][1] == length:
+                groups[-1] = (groups[-1][0] + 1, length)
+            else:
+                groups.append((1, length))
+        return groups
 
     @cached_property
     def first_tokens(self) -> torch.Tensor:
         """Place of each text's first token in the packed row, `[texts]`."""
-        return (self.lengths.cumsum(0) - self.lengths).to(self.token_index.device)
-
-    def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """`[batch_size, sequence_length, ...]` (or one row for all) to `[1, total_tokens, ...]`."""
-        padded = padded.expand(*self.padded_shape, *padded.shape[2:])
-        return padded.flatten(0, 1)[self.token_index].unsqueeze(0)
-
-    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """`[1, total_tokens, ...]` to `[batch_size, sequence_length, ...]` with zeros where no token of ours is."""
-        batch_size, sequence_length = self.padded_shape
-        padded = packed.new_zeros(batch_size * sequence_length, *packed.shape[2:])
-        return padded.index_copy(0, self.token_index, packed[0]).unflatten(0, self.padded_shape)
+        return (self.lengths.cumsum(0) - self.lengths).to(self.position_ids.device)
 
     def keep(self, kept: torch.Tensor, hidden_states: torch.Tensor) -> tuple[PackedBatch, torch.Tensor]:
         """
@@ -71,7 +66,7 @@ class PackedBatch:
         Returns:
             `tuple`: the smaller batch and its hidden states.
         """
-        tokens = kept.repeat_interleave(self.lengths).nonzero()[:, 0].to(self.token_index.device)
+        tokens = kept.repeat_interleave(self.lengths).nonzero()[:, 0].to(self.position_ids.device)
         position_embeddings = self.position_embeddings and {
             kind: (cos[:, tokens], sin[:, tokens]) for kind, (cos, sin) in self.position_embeddings.items()
         }
@@ -79,21 +74,65 @@ class PackedBatch:
             self,
             rows=self.rows[kept],
             lengths=self.lengths[kept],
-            token_index=self.token_index[tokens],
             position_ids=self.position_ids[:, tokens],
             position_embeddings=position_embeddings,
         )
         return smaller, hidden_states[:, tokens]
 
+    @classmethod
+    def join(cls, batches: list[PackedBatch]) -> PackedBatch:
+        """Several batches side by side, in the order given."""
+        first = batches[0]
+        position_embeddings = first.position_embeddings and {
+            kind: tuple(
+                torch.cat(parts, 1)
+                for parts in zip(*(batch.position_embeddings[kind] for batch in batches), strict=True)
+            )
+            for kind in first.position_embeddings
+        }
+        return replace(
+            first,
+            rows=torch.cat([batch.rows for batch in batches]),
+            lengths=torch.cat([batch.lengths for batch in batches]),
+            position_ids=torch.cat([batch.position_ids for batch in batches], 1),
+            position_embeddings=position_embeddings,
+        )
 
-def pack_batch(attention_mask: torch.Tensor, attn_implementation: str = "sdpa") -> PackedBatch:
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """
+    Where the tokens of a packed batch stand in the caller's padded one.
+
+    Args:
+        token_index (`torch.Tensor` of shape `[total_tokens]`): Place of each token in the flattened padded batch.
+        shape (`tuple`): `(batch_size, sequence_length)` of the padded batch.
+    """
+
+    token_index: torch.Tensor
+    shape: tuple[int, int]
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """`[batch_size, sequence_length, ...]` (or one row for all) to `[1, total_tokens, ...]`."""
+        padded = padded.expand(*self.shape, *padded.shape[2:])
+        return padded.flatten(0, 1)[self.token_index].unsqueeze(0)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """`[1, total_tokens, ...]` to `[batch_size, sequence_length, ...]` with zeros where no token of ours is."""
+        batch_size, sequence_length = self.shape
+        padded = packed.new_zeros(batch_size * sequence_length, *packed.shape[2:])
+        return padded.index_copy(0, self.token_index, packed[0]).unflatten(0, self.shape)
+
+
+def pack_padded(attention_mask: torch.Tensor, attn_implementation: str = "sdpa") -> tuple[PackedBatch, PaddedLayout]:
     """
     Args:
         attention_mask (`torch.Tensor` of shape `[batch_size, sequence_length]`): Nonzero where a token of a text is.
         attn_implementation (`str`): One of `INNER_ATTENTIONS`.
 
     Returns:
-        `PackedBatch`. Positions count from a text's first token, so padding on the left changes nothing.
+        `tuple`: the [`PackedBatch`], whose positions count from a text's first token, so that padding on the left
+        changes nothing, and its [`PaddedLayout`].
     """
     mask = attention_mask.bool()
     if mask.shape[0] == 0:
@@ -110,12 +149,35 @@ def pack_batch(attention_mask: torch.Tensor, attn_implementation: str = "sdpa") 
     packed_rows, columns = mask[device_rows].nonzero(as_tuple=True)
     text_rows = device_rows[packed_rows]
     first_columns = mask.int().argmax(1)
-    return PackedBatch(
+    batch = PackedBatch(
         rows=rows,
         lengths=lengths[rows],
-        token_index=text_rows * mask.shape[1] + columns,
         position_ids=(columns - first_columns[text_rows]).unsqueeze(0),
-        padded_shape=tuple(mask.shape),
+        attn_implementation=attn_implementation,
+    )
+    return batch, PaddedLayout(text_rows * mask.shape[1] + columns, tuple(mask.shape))
+
+
+def pack_lists(
+    rows: list[int], lengths: list[int], device: torch.device, attn_implementation: str = "sdpa"
+) -> PackedBatch:
+    """
+    A packed batch of texts that were never padded.
+
+    Args:
+        rows (`list[int]`): Row of each text in the caller's batch.
+        lengths (`list[int]`): Tokens of each text, sorted.
+        device (`torch.device`): Of the model.
+        attn_implementation (`str`): One of `INNER_ATTENTIONS`.
+
+    Returns:
+        [`PackedBatch`]
+    """
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    return PackedBatch(
+        rows=torch.tensor(rows),
+        lengths=torch.tensor(lengths),
+        position_ids=position_ids.unsqueeze(0).to(device),
         attn_implementation=attn_implementation,
     )
 

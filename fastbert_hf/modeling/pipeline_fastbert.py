@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import TextClassificationPipeline
+from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
+from transformers.utils.logging import tqdm
 
-from .exit_policies import check_max_layers, check_speed
+from .encoded_texts import read_blocks, rows_of
+from .exit_policies import check_speed, exit_range
+
+
+# Texts that the tokenizer gets at a time.
+BLOCK_TEXTS = 256
+# A batch size that nobody gave.
+BY_TOKENS = "by tokens"
 
 
 class FastTextClassificationPipeline(TextClassificationPipeline):
     """
     `TextClassificationPipeline` for a FastBERT model. Everything is as there, and beside it:
 
-    - `speed` and `max_layers`, to `pipeline(...)` or to a call; without them the model's config decides;
+    - `speed`, `min_exit_layer` and `max_layers`, to `pipeline(...)` or to a call; without them the model's config
+      decides;
     - every answer carries its `exit_layer`, the number of layers that the text ran through;
-    - an empty list, a column of a `datasets` data set and any iterator are welcome.
+    - it needs no `batch_size` to be fast ([`FastBertForSequenceClassification.predict`]); one that is given is kept;
+    - an empty list, a `datasets` data set or a column of one, and any iterator are welcome; `progress_bar=True` shows
+      how far a call is.
 
     Example:
 
@@ -43,15 +55,18 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
                 "FastBertForSequenceClassification.from_classifier(name) and self-distil it first."
             )
 
-    def _sanitize_parameters(self, speed=None, max_layers=None, **kwargs):
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+    def _sanitize_parameters(self, speed=None, min_exit_layer=None, max_layers=None, progress_bar=None, **kwargs):
+        preprocess, _, postprocess = super()._sanitize_parameters(**kwargs)
         if speed is not None:
             check_speed(speed)
-            forward["speed"] = speed
-        if max_layers is not None:
-            check_max_layers(max_layers, self.model.config.num_hidden_layers)
-            forward["max_layers"] = max_layers
-        return preprocess, forward, postprocess
+        exit_range(self.model.config.num_hidden_layers, min_exit_layer, max_layers)
+        forward = {
+            "speed": speed,
+            "min_exit_layer": min_exit_layer,
+            "max_layers": max_layers,
+            "progress_bar": progress_bar,
+        }
+        return preprocess, {name: value for name, value in forward.items() if value is not None}, postprocess
 
     def __call__(self, inputs, **kwargs) -> list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """
@@ -61,72 +76,134 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             inputs (`str`, `dict`, `list`, `Dataset` or iterator):
                 A text, a pair as `{"text": ..., "text_pair": ...}`, or many of either. Texts must not be empty.
             speed (`float`, *optional*): In [0, 1], for this call; 0 runs every layer.
+            min_exit_layer (`int`, *optional*): No text leaves before this layer.
             max_layers (`int`, *optional*): Every text has answered after this many layers.
+            batch_size (`int`, *optional*):
+                Reads and answers so many texts at a time. An iterator is read some hundred texts ahead unless given;
+                1 answers each text before the next is read.
+            progress_bar (`bool`, *optional*): Whether to show one.
             kwargs:
-                `top_k`, `function_to_apply`, `batch_size` and arguments of the tokenizer, such as `truncation=True`.
+                `top_k`, `function_to_apply` and arguments of the tokenizer, such as `truncation=True`. `num_workers`
+                has no use here: a fast tokenizer takes every core by itself.
 
         Returns:
             As `TextClassificationPipeline`: a list for a text or a list, an iterator for a data set or an iterator.
             Each answer is `{"label": str, "score": float, "exit_layer": int}`.
         """
+        if kwargs.get("batch_size") is None:
+            # The stock call takes no batch size for 1.
+            kwargs["batch_size"] = BY_TOKENS if self._batch_size is None else self._batch_size
+        columns = getattr(inputs, "column_names", None)
+        if columns is not None:
+            inputs = texts_of(inputs, columns)
         if isinstance(inputs, (str, dict, Dataset)):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, Sequence) and not isinstance(inputs, bytes):  # lists, tuples, columns of `datasets`
-            inputs = list(one_kind(inputs))
-            return super().__call__(inputs, **kwargs) if inputs else []
+            return super().__call__(list(inputs), **kwargs) if len(inputs) else []
         if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
-            return super().__call__((text for text in one_kind(inputs)), **kwargs)
-        check_text(inputs)
+            return super().__call__((text for text in inputs), **kwargs)
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, inputs, **tokenizer_kwargs):
-        if isinstance(inputs, dict) and inputs.get("text_pair", "") is None:
-            inputs = {name: text for name, text in inputs.items() if name != "text_pair"}
-        for text in inputs.values() if isinstance(inputs, dict) else [inputs]:
-            # The old form of a pair, [[text, text_pair]], is left to the stock pipeline.
-            if not isinstance(text, list):
-                check_text(text)
-        return super().preprocess(inputs, **tokenizer_kwargs)
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        return next(self._answers([inputs], 1, preprocess_params, forward_params, postprocess_params))
 
-    def _forward(self, model_inputs, speed=None, max_layers=None):
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        return self._answers(inputs, batch_size, preprocess_params, forward_params, postprocess_params)
+
+    def _answers(self, inputs, batch_size, preprocess_params, forward_params, postprocess_params):
+        total = len(inputs) if isinstance(inputs, Sized) else None
+        if isinstance(inputs, Dataset) and total is not None:
+            inputs = map(inputs.__getitem__, range(total))
+        encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, preprocess_params)
         config = self.model.config
-        return self.model(
-            **model_inputs,
-            speed=config.speed if speed is None else speed,
-            max_layers=config.max_layers if max_layers is None else max_layers,
-        )
+        arguments = {name: getattr(config, name) for name in ("speed", "min_exit_layer", "max_layers")}
+        arguments.update(forward_params, batch_size=None if batch_size == BY_TOKENS else batch_size)
+        disable = not arguments.pop("progress_bar", False)
+        answers = self.model.predict(encoded, **arguments)
+        for answer in tqdm(answers, total=total, desc="Classifying", disable=disable):
+            outputs = {"logits": answer.logits[None], "exit_layer": answer.exit_layer}
+            yield self.postprocess(outputs, **postprocess_params)
+
+    def _encode(self, inputs, block_texts, tokenizer_kwargs):
+        """The stream's texts as the tokenizer encodes them, many at a time and without padding."""
+        arguments = {**tokenizer_kwargs, "padding": False, "return_tensors": None, "return_attention_mask": False}
+        for block in read_blocks(checked_texts(inputs), block_texts):
+            texts, pairs = map(list, zip(*block, strict=True))
+            encoded = self.tokenizer(texts, None if pairs[0] is None else pairs, **arguments)
+            if len(encoded["input_ids"]) != len(texts):
+                raise ValueError(
+                    f"the tokenizer made {len(encoded['input_ids'])} pieces of {len(texts)} texts, but each text has "
+                    "one answer: leave out return_overflowing_tokens."
+                )
+            yield from rows_of(encoded)
 
     def postprocess(self, model_outputs, **kwargs):
         answers = super().postprocess(model_outputs, **kwargs)
-        exit_layer = model_outputs["exit_layer"].item()
         for answer in answers if isinstance(answers, list) else [answers]:
-            answer["exit_layer"] = exit_layer
+            answer["exit_layer"] = model_outputs["exit_layer"]
         return answers
 
 
-def one_kind(inputs: Iterable) -> Iterator:
-    """The same inputs, with a `ValueError` at the first that is a pair among single texts or the other way round."""
-    first = None
-    for index, text in enumerate(inputs):
-        kind = "a pair" if isinstance(text, dict) and text.get("text_pair") is not None else "a single text"
-        if first is not None and kind != first:
+def texts_of(dataset: Any, columns: list[str]) -> Dataset | Iterator:
+    """The texts, or pairs, of a `datasets` data set, whatever columns stand beside them."""
+    if "text" not in columns:
+        raise ValueError(
+            f"the data set has no column 'text', but {', '.join(columns)}: give the column, as in "
+            f"classifier(dataset[{columns[0]!r}]), or rename it."
+        )
+    names = [name for name in ("text", "text_pair") if name in columns]
+    dataset = dataset.select_columns(names)
+    if not isinstance(dataset, Sized):  # a stream
+        return iter(dataset)
+    return KeyDataset(dataset, "text") if len(names) == 1 else KeyPairDataset(dataset, *names)
+
+
+def checked_texts(inputs: Iterable) -> Iterator[tuple[str, str | None]]:
+    """
+    Each input as `(text, text_pair)`. What is no text, or a pair among single texts or the other way round, raises an
+    error that names its position.
+    """
+    first_kind = None
+    for position, item in enumerate(inputs):
+        if isinstance(item, dict):
+            unknown = sorted(set(item) - {"text", "text_pair"})
+            if unknown or "text" not in item:
+                raise ValueError(
+                    f"input {position} is a dict of {', '.join(map(repr, item))}: a text is a string or "
+                    '{"text": ...}, a pair {"text": ..., "text_pair": ...}.'
+                )
+            text, pair = item["text"], item.get("text_pair")
+        elif isinstance(item, list) and len(item) == 1 and isinstance(item[0], list) and len(item[0]) == 2:
+            text, pair = item[0]  # the old form of a pair, which the stock pipeline still takes
+        else:
+            text, pair = item, None
+        check_text(text, position)
+        if pair is not None:
+            check_text(pair, position)
+        kind = "a single text" if pair is None else "a pair"
+        first_kind = first_kind or kind
+        if kind != first_kind:
             raise ValueError(
-                f"input {index} is {kind}, but those before it are not: a classifier reads one or the other. Call it "
-                "for "
-                'each kind by itself, pairs as {"text": ..., "text_pair": ...}.'
+                f"input {position} is {kind}, but those before it are not: a classifier reads one or the other. Call "
+                'it for each kind by itself, pairs as {"text": ..., "text_pair": ...}.'
             )
-        first = kind
-        yield text
+        yield text, pair
 
 
-def check_text(text: Any) -> None:
+def check_text(text: Any, position: int) -> None:
     """Raises unless `text` is a string with something in it."""
+    if isinstance(text, list):
+        raise ValueError(
+            f'input {position} is a list ({str(text)[:40]!r}): a pair is {{"text": ..., "text_pair": ...}}, many '
+            "texts are one list of strings."
+        )
     if not isinstance(text, str):
         raise TypeError(
-            f"a text must be a string, got {type(text).__name__} ({str(text)[:40]!r}). Pairs are "
+            f"input {position}: a text must be a string, got {type(text).__name__} ({str(text)[:40]!r}). Pairs are "
             '{"text": ..., "text_pair": ...}; bytes need text.decode("utf-8") first.'
         )
     if not text.strip():
         raise ValueError(
-            f"got an empty text ({text!r}): leave empty texts out, as in [text for text in texts if text.strip()]."
+            f"input {position}: got an empty text ({text!r}): leave empty texts out, as in "
+            "[text for text in texts if text.strip()]."
         )

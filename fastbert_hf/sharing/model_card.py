@@ -108,7 +108,7 @@ def write_model_card(
 
     Args:
         folder (`str` or `PathLike`): Of the model. Code that [`save_with_code`] put there is mentioned.
-        model ([`FastBertForSequenceClassification`] or [`FastBertModel`]): The model.
+        model ([`FastBertForSequenceClassification`]): The model.
         measured ([`Measured`] or a table of [`sweep_speeds`], *optional*):
             Every number of the card that is not a setting. `model.measured` unless given, which
             [`SelfDistillationTrainer`] sets when it evaluates.
@@ -125,6 +125,11 @@ def write_model_card(
     Returns:
         `huggingface_hub.ModelCard`
     """
+    if not hasattr(model, "exits"):
+        raise TypeError(
+            f"a model card describes a classifier with its exits, got {type(model).__name__}: give a "
+            "FastBertForSequenceClassification."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     measured = getattr(model, "measured", None) if measured is None else measured

@@ -30,6 +30,7 @@ OWN_FIELDS = {
     "exit_policy": "patience",
     "speed": 0.75,
     "patience": 3,
+    "min_exit_layer": 1,
     "max_layers": 2,
 }
 LABELS = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
@@ -50,6 +51,7 @@ def test_defaults_are_the_papers_and_the_documented_ones():
         "exit_policy": "entropy",
         "speed": 0.5,
         "patience": 2,
+        "min_exit_layer": None,
         "max_layers": None,
     }
 

@@ -6,7 +6,7 @@ import torch
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
 from fastbert_hf.modeling.configuration_fastbert import EXIT_TYPES
 from fastbert_hf.modeling.exit_classifiers import EXIT_POOLERS, ExitClassifier
-from fastbert_hf.modeling.packed_batch import pack_batch
+from fastbert_hf.modeling.packed_batch import pack_padded
 from tests.common import (
     FAMILIES,
     NUM_LAYERS,
@@ -23,11 +23,11 @@ LENGTHS = (4, 1, 7, 4, 10)
 
 
 def packed_states(padding_side: str = "right") -> tuple:
-    """Random hidden states of a ragged batch: padded, packed, and the batch that packed them."""
+    """Random hidden states of a ragged batch: padded and packed, and the batch and layout that packed them."""
     batch = ragged_batch(LENGTHS, padding_side=padding_side)
-    packed_batch = pack_batch(batch["attention_mask"])
+    packed_batch, layout = pack_padded(batch["attention_mask"])
     padded = torch.randn(*batch["input_ids"].shape, 32, generator=torch.Generator().manual_seed(0))
-    return padded, packed_batch.pack(padded), packed_batch
+    return padded, layout.pack(padded), packed_batch, layout
 
 
 def texts_in_packed_order(hidden_states: torch.Tensor, packed_batch) -> tuple[torch.Tensor, ...]:
@@ -37,7 +37,7 @@ def texts_in_packed_order(hidden_states: torch.Tensor, packed_batch) -> tuple[to
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_attention_exit_equals_the_papers_structure_on_each_text_alone(heads):
     model = tiny_model(exit_num_attention_heads=heads)
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     for depth in (1, NUM_LAYERS):
         logits = model.exits[depth - 1](hidden_states, packed_batch)
         texts = texts_in_packed_order(hidden_states, packed_batch)
@@ -48,7 +48,7 @@ def test_attention_exit_equals_the_papers_structure_on_each_text_alone(heads):
 @pytest.mark.parametrize("exit_type", ["linear", "linear_mean"])
 def test_linear_exit_equals_the_familys_stock_head_on_each_first_token_or_mean(family, exit_type):
     model = tiny_model(family, exit_type=exit_type)
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     logits = model.exits[1](hidden_states, packed_batch)
     texts = texts_in_packed_order(hidden_states, packed_batch)
     assert_close(logits, torch.stack([reference_exit_logits(model, 2, text) for text in texts]))
@@ -87,7 +87,7 @@ def test_linear_exit_keeps_the_hidden_width(exit_type):
 def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_type):
     config = FastBertConfig(text_config=tiny_text_config(family), num_labels=3, exit_dropout=0)
     exit_classifier = ExitClassifier(config, exit_type)
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     hidden_states.requires_grad_()
     logits = exit_classifier(hidden_states, packed_batch)
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1])).backward()
@@ -104,10 +104,10 @@ def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_exit_reads_nothing_but_its_own_text(exit_type, padding_side):
     model = tiny_model(exit_type=exit_type)
-    padded, hidden_states, packed_batch = packed_states(padding_side)
+    padded, hidden_states, packed_batch, layout = packed_states(padding_side)
     before = model.exits[0](hidden_states, packed_batch)
     padded[packed_batch.rows[2]] += 1
-    after = model.exits[0](packed_batch.pack(padded), packed_batch)
+    after = model.exits[0](layout.pack(padded), packed_batch)
     changed = (before - after).abs().amax(-1) > 1e-3
     assert changed.tolist() == [False, False, True, False, False]
 
@@ -115,7 +115,7 @@ def test_exit_reads_nothing_but_its_own_text(exit_type, padding_side):
 @pytest.mark.parametrize("exit_type", EXIT_TYPES)
 def test_exit_dropout_acts_in_training_only(exit_type):
     model = tiny_model(exit_type=exit_type, exit_dropout=0.5)
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     torch.manual_seed(0)
     answers = {
         training: [model.exits[0].train(training)(hidden_states, packed_batch) for _ in range(2)]
@@ -129,7 +129,7 @@ def test_exit_dropout_acts_in_training_only(exit_type):
 @pytest.mark.parametrize("exit_type", EXIT_TYPES)
 def test_exit_without_dropout_answers_in_training_as_in_evaluation(exit_type):
     model = tiny_model(exit_type=exit_type, exit_dropout=0)
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     in_training = model.exits[0].train()(hidden_states, packed_batch)
     assert_close(in_training, model.exits[0].eval()(hidden_states, packed_batch))
 
@@ -140,7 +140,7 @@ def test_shared_pooler_serves_every_exit_and_each_keeps_its_last_linear(exit_typ
     assert type(model.shared_pooler) is pooler
     assert all(exit_classifier.pooler is None for exit_classifier in model.exits)
     assert len({id(exit_classifier.out_proj) for exit_classifier in model.exits}) == NUM_LAYERS
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     for depth in range(1, NUM_LAYERS + 1):
         logits = model.exits[depth - 1](hidden_states, packed_batch, model.shared_pooler)
         texts = texts_in_packed_order(hidden_states, packed_batch)
@@ -153,7 +153,7 @@ def test_teacher_of_another_type_keeps_a_pooler_of_its_own(exit_type, teacher_ex
     assert type(model.shared_pooler) is EXIT_POOLERS[exit_type]
     assert type(model.teacher.pooler) is EXIT_POOLERS[teacher_exit_type]
     assert all(student.pooler is None for student in model.students)
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     for depth in range(1, NUM_LAYERS + 1):
         logits = model.exits[depth - 1](hidden_states, packed_batch, model.shared_pooler)
         texts = texts_in_packed_order(hidden_states, packed_batch)
@@ -163,7 +163,7 @@ def test_teacher_of_another_type_keeps_a_pooler_of_its_own(exit_type, teacher_ex
 @pytest.mark.parametrize("num_labels", [2, 77])
 def test_exit_has_one_logit_per_label(num_labels):
     config = FastBertConfig(text_config=tiny_text_config("bert"), num_labels=num_labels)
-    _, hidden_states, packed_batch = packed_states()
+    _, hidden_states, packed_batch, _ = packed_states()
     exit_classifier = spread_out(ExitClassifier(config, "attention"))
     assert exit_classifier(hidden_states, packed_batch).shape == (len(LENGTHS), num_labels)
 

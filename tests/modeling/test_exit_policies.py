@@ -8,8 +8,8 @@ import torch
 
 from fastbert_hf.modeling.exit_policies import (
     EXIT_POLICIES,
-    check_max_layers,
     check_speed,
+    exit_range,
     exit_uncertainties,
     exit_uncertainty,
     first_exits,
@@ -228,12 +228,21 @@ def test_row_speeds_refuses_a_bad_speed_in_any_row(speed):
         row_speeds(speed, 3)
 
 
-@pytest.mark.parametrize("max_layers", [0, -1, 5, True, False, 1.5, 2.0, "2", math.nan, [2]])
-def test_check_max_layers_refuses_what_is_no_number_of_layers(max_layers):
-    with pytest.raises(ValueError, match=r"max_layers must be a whole number from 1 to 4"):
-        check_max_layers(max_layers, 4)
+@pytest.mark.parametrize("name", ["min_exit_layer", "max_layers"])
+@pytest.mark.parametrize("value", [0, -1, 5, True, False, 1.5, 2.0, "2", math.nan, [2]])
+def test_exit_range_refuses_what_is_no_number_of_layers(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number from 1 to 4"):
+        exit_range(4, **{name: value})
 
 
-@pytest.mark.parametrize("max_layers", [None, 1, 4, np.int64(2)])
-def test_check_max_layers_accepts_none_and_every_number_of_layers(max_layers):
-    assert check_max_layers(max_layers, 4) is None
+@pytest.mark.parametrize(
+    ("min_exit_layer", "max_layers", "expected"),
+    [(None, None, [1, 2, 3, 4]), (1, 4, [1, 2, 3, 4]), (2, None, [2, 3, 4]), (None, np.int64(2), [1, 2]), (3, 3, [3])],
+)
+def test_exit_range_holds_the_layers_that_may_answer(min_exit_layer, max_layers, expected):
+    assert list(exit_range(4, min_exit_layer, max_layers)) == expected
+
+
+def test_exit_range_refuses_a_first_exit_after_the_last():
+    with pytest.raises(ValueError, match="min_exit_layer=3 is beyond max_layers=2"):
+        exit_range(4, 3, 2)

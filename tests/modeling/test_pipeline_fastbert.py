@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,9 +58,11 @@ def make_pipeline(model, tokenizer, **kwargs) -> FastTextClassificationPipeline:
 @pytest.fixture
 def config_defaults(model):
     """The model's config, put back afterwards."""
-    speed, max_layers = model.config.speed, model.config.max_layers
+    names = ("speed", "min_exit_layer", "max_layers")
+    values = [getattr(model.config, name) for name in names]
     yield model.config
-    model.config.speed, model.config.max_layers = speed, max_layers
+    for name, value in zip(names, values, strict=True):
+        setattr(model.config, name, value)
 
 
 class Direct:
@@ -250,6 +253,18 @@ def test_columns_and_data_sets_give_the_same_answers(classifier, direct):
     assert_same_answers(classifier((row["text"] for row in dataset), speed=SPEED), expected)
 
 
+def test_whole_data_sets_give_the_same_answers_whatever_else_they_hold(classifier, direct):
+    dataset = Dataset.from_dict({"label": [1] * len(TEXTS), "text": TEXTS})
+    for given in (dataset, dataset.to_iterable_dataset()):
+        answers = classifier(given, speed=SPEED)
+        assert not isinstance(answers, list)
+        assert_same_answers(answers, direct(TEXTS))
+    pairs = Dataset.from_list([{**pair, "idx": 5} for pair in PAIRS])
+    assert_same_answers(classifier(pairs, speed=SPEED), direct(PAIRS))
+    with pytest.raises(ValueError, match=r"no column 'text', but sentence.*classifier\(dataset\['sentence'\]\)"):
+        classifier(Dataset.from_dict({"sentence": TEXTS}))
+
+
 def test_data_sets_of_pairs_give_the_same_answers(classifier, direct):
     pairs = KeyPairDataset(Dataset.from_list(PAIRS), "text", "text_pair")
     assert_same_answers(classifier(pairs, speed=SPEED), direct(PAIRS))
@@ -285,6 +300,91 @@ def test_second_text_of_none_is_no_second_text(classifier, direct):
 @pytest.mark.parametrize("make", [list, iter])
 def test_batch_size_changes_no_answer(classifier, direct, inputs, batch_size, make):
     assert_same_answers(classifier(make(inputs), speed=SPEED, batch_size=batch_size), direct(inputs))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, "8"])
+def test_what_is_no_batch_size_is_refused(classifier, batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
+        list(classifier(TEXTS, batch_size=batch_size))
+
+
+def test_batch_size_1_answers_each_text_before_the_next_is_read(classifier, direct):
+    read = []
+    stream = (read.append(text) or text for text in TEXTS)
+    # The stock call looks at the first text before anything else.
+    for number, answer in enumerate(classifier(stream, speed=SPEED, batch_size=1), start=1):
+        assert len(read) == number
+        assert_same_answers([answer], direct(TEXTS[number - 1 : number]))
+    assert number == len(TEXTS)
+
+
+def test_streams_are_read_a_bounded_number_of_texts_ahead(classifier):
+    read = []
+    stream = (read.append(text) or text for text in itertools.cycle(TEXTS))
+    for number, _ in enumerate(itertools.islice(classifier(stream, speed=SPEED), 4000), start=1):
+        assert len(read) - number < 2500
+
+
+def test_stream_that_raises_does_so_after_the_answers_before_it(classifier, direct):
+    def stream():
+        yield from TEXTS[:5]
+        raise OSError("the source is gone")
+
+    answers, got = classifier(stream(), speed=SPEED), []
+    with pytest.raises(OSError, match="the source is gone"):
+        for answer in answers:
+            got.append(answer)
+    assert_same_answers(got, direct(TEXTS[:5]))
+
+
+@pytest.mark.parametrize(
+    "bad", ["", 5, None, ["word7", "word8"], {"text": "word7", "txt_pair": "word8"}, {"other": 1}]
+)
+def test_bad_text_in_a_stream_is_named_after_the_answers_before_it(classifier, direct, bad):
+    answers, got = classifier(iter([*TEXTS[:5], bad, *TEXTS[5:]]), speed=SPEED), []
+    with pytest.raises((ValueError, TypeError), match="input 5"):
+        for answer in answers:
+            got.append(answer)
+    assert_same_answers(got, direct(TEXTS[:5]))
+
+
+def test_pieces_of_a_cut_text_are_refused(classifier):
+    with pytest.raises(ValueError, match="leave out return_overflowing_tokens"):
+        classifier(["word7 " * 40], truncation=True, max_length=10, return_overflowing_tokens=True)
+
+
+def test_arguments_about_padding_and_tensors_change_nothing(classifier, direct):
+    answers = classifier(TEXTS, speed=SPEED, padding="max_length", return_tensors="pt", return_attention_mask=True)
+    assert_same_answers(answers, direct(TEXTS))
+
+
+def test_progress_bar_is_shown_on_request(classifier, capsys):
+    classifier(TEXTS, speed=SPEED)
+    assert "Classifying" not in capsys.readouterr().err
+    classifier(TEXTS, speed=SPEED, progress_bar=True)
+    assert f"{len(TEXTS)}/{len(TEXTS)}" in capsys.readouterr().err
+    list(classifier(iter(TEXTS), speed=SPEED, progress_bar=True))
+    assert f"{len(TEXTS)}it" in capsys.readouterr().err
+
+
+def test_threads_may_call_one_pipeline_at_different_speeds(classifier, direct):
+    speeds = (0.0, 0.6, 0.7, 1.0)
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda speed: [classifier(TEXTS, speed=speed) for _ in range(10)], speeds)
+        for speed, repeated in zip(speeds, answers, strict=True):
+            for got in repeated:
+                assert_same_answers(got, direct(TEXTS, speed))
+
+
+@pytest.mark.parametrize("min_exit_layer", [1, 2, NUM_LAYERS])
+def test_min_exit_layer_of_a_call_the_constructor_and_the_config(
+    model, tokenizer, classifier, config_defaults, min_exit_layer
+):
+    expected = [max(min_exit_layer, layer) for layer in exit_layers(classifier(TEXTS, speed=1))]
+    assert exit_layers(classifier(TEXTS, speed=1, min_exit_layer=min_exit_layer)) == expected
+    assert exit_layers(make_pipeline(model, tokenizer, min_exit_layer=min_exit_layer)(TEXTS, speed=1)) == expected
+    config_defaults.min_exit_layer = min_exit_layer
+    assert exit_layers(classifier(TEXTS, speed=1)) == expected
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 2])

@@ -321,3 +321,9 @@ def test_stage_one_with_the_stock_trainer_still_writes_its_own_card(tmp_path):
     trainer = Trainer(tiny_model(), args=SelfDistillationArguments(str(tmp_path), use_cpu=True))
     trainer.create_model_card()
     assert "generated_from_trainer" in ModelCard.load(tmp_path / "README.md").data.tags
+
+
+def test_an_encoder_without_exits_has_no_such_card(tmp_path):
+    with pytest.raises(TypeError, match="describes a classifier with its exits, got FastBertModel"):
+        write_model_card(tmp_path / "card", tiny_model().fastbert)
+    assert not (tmp_path / "card").exists()

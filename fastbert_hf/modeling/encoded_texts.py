@@ -1,0 +1,132 @@
+"""What a caller gives to be answered, read one text at a time and checked, each error naming its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from numbers import Integral
+from typing import Any, TypeVar
+
+from transformers import PreTrainedConfig
+
+from .encoder_layouts import max_text_tokens, too_long
+from .exit_policies import check_speed
+
+
+INPUT_SIZES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "task_type_ids": "task_type_vocab_size"}
+HOW_TO_ENCODE = (
+    "encode the texts first, as in model.predict(tokenizer(texts), speed=0.5), or give them to pipeline("
+    '"fast-text-classification").'
+)
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """
+    Args:
+        position (`int`): In the caller's stream, from 0.
+        inputs (`dict`): Lists of `len(self)` numbers each, by the names that the tokenizer gives them.
+        speed (`float`): In [0, 1].
+    """
+
+    position: int
+    inputs: dict[str, list[int]]
+    speed: float
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+def read_blocks(items: Iterable[Item], limit: int, weigh: Callable[[Item], int] | None = None) -> Iterator[list[Item]]:
+    """
+    Lists of items that together reach a limit, of their number or of their weights. What the source raises is raised
+    after the items before it.
+    """
+    items, block, weight, failure = iter(items), [], 0, None
+    while True:
+        try:
+            block.append(next(items))
+        except StopIteration:
+            break
+        except Exception as error:
+            failure = error
+            break
+        weight += 1 if weigh is None else weigh(block[-1])
+        if weight >= limit:
+            yield block
+            block, weight = [], 0
+    if block:
+        yield block
+    if failure is not None:
+        raise failure
+
+
+def read_texts(
+    encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    speed: float | Iterable[float] | None,
+    text_config: PreTrainedConfig,
+) -> Iterator[EncodedText]:
+    """The texts of a caller, one by one. What is wrong with a text raises a `ValueError` that names its position."""
+    sizes = {name: getattr(text_config, size, None) for name, size in INPUT_SIZES.items()}
+    limit, names = max_text_tokens(text_config), None
+    speeds = iter(speed) if isinstance(speed, Iterable) else repeat(0.0 if speed is None else speed)
+    for position, row in enumerate(rows_of(encoded_texts)):
+        text = EncodedText(position, lists_of(row, position, sizes), next(speeds, None))
+        if text.speed is None:
+            raise ValueError(f"there are {position} speeds but more texts: give one number for all, or one for each.")
+        check_speed(text.speed)
+        if len(text) > limit:
+            raise too_long(len(text), limit, f"text {position}")
+        names = names or list(text.inputs)
+        if names != list(text.inputs):
+            raise ValueError(
+                f"text {position} has {', '.join(text.inputs)}, but those before it have {', '.join(names)}: encode "
+                "all of them alike."
+            )
+        yield text
+
+
+def rows_of(encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """One mapping for each text, also of columns as the tokenizer returns them."""
+    if not isinstance(encoded_texts, Mapping):
+        return encoded_texts
+    columns = {name: values for name, values in encoded_texts.items() if name in (*INPUT_SIZES, "attention_mask")}
+    if "input_ids" not in columns:
+        raise ValueError(f"there are no input_ids among {', '.join(map(repr, encoded_texts))}: {HOW_TO_ENCODE}")
+    columns = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in columns.items()}
+    if len(columns["input_ids"]) > 0 and isinstance(columns["input_ids"][0], Integral):
+        return [columns]
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+
+def lists_of(row: Mapping[str, Any], position: int, sizes: Mapping[str, int | None]) -> dict[str, list[int]]:
+    """The inputs of one text as lists, checked and without padding."""
+    if not isinstance(row, Mapping) or "input_ids" not in row:
+        got = f"a mapping of {', '.join(map(repr, row))}" if isinstance(row, Mapping) else f"{row!r:.40}"
+        raise ValueError(f"text {position} has no input_ids (got {got}): {HOW_TO_ENCODE}")
+    inputs = {name: row[name] for name in (*sizes, "attention_mask") if row.get(name) is not None}
+    inputs = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in inputs.items()}
+    lengths = {name: len(values) for name, values in inputs.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the inputs of text {position} differ in length: {lengths}.")
+    mask = inputs.pop("attention_mask", None)
+    if mask is not None and 0 in mask:
+        first, count = mask.index(1) if 1 in mask else 0, sum(mask)
+        if mask[first : first + count] != [1] * count:
+            raise ValueError(
+                f"the attention_mask of text {position} has zeros inside the text: leave those tokens out of "
+                "input_ids, or call the model itself."
+            )
+        inputs = {name: values[first : first + count] for name, values in inputs.items()}
+    if not inputs["input_ids"]:
+        raise ValueError(f"text {position} has no tokens: leave it out, or let the tokenizer add its special tokens.")
+    for name, values in inputs.items():
+        if sizes[name] is not None and not 0 <= min(values) <= max(values) < sizes[name]:
+            raise ValueError(
+                f"the {name} of text {position} must be from 0 to {sizes[name] - 1}, got {min(values)} to "
+                f"{max(values)}: use the tokenizer that belongs to the model."
+            )
+    return inputs
