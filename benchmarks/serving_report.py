@@ -126,8 +126,8 @@ def settings_of(results: dict) -> str:
     first = "oneDNN" if settings["onednn_is_faster"] else "MKL"
     return (
         f"{settings['threads']} threads, {settings['machine']}, torch {settings['torch']}, transformers "
-        f"{settings['transformers']}, {settings['texts']} texts, {settings['repeats']} turns, reviews of "
-        f"{settings['reviews']} (cut at 128 tokens); float32 layers by {first}, the faster one here"
+        f"{settings['transformers']}; reviews of {settings['reviews']}, cut at 128 tokens; float32 layers by {first}, "
+        "the faster one here"
     )
 
 
@@ -167,9 +167,13 @@ def plot_growth(curves: dict[str, list[dict]]) -> Figure:
                 marker=MARKERS[index],
             )
             axes.set(xlabel=name.capitalize(), ylabel="Seconds" if index == 0 else "")
-            axes.set_xlim(left=0)
-            axes.set_ylim(bottom=0)
-            axes.locator_params(nbins=4)
+            axes.set_ylim(0, 1.2 * max(point["seconds"] for point in points))
+            if name == "classes":
+                axes.set_xscale("log")
+                axes.minorticks_off()
+            else:
+                axes.set_xlim(0, 1.08 * points[-1]["value"])
+                axes.locator_params(nbins=4)
     return figure
 
 

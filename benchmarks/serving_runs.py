@@ -173,8 +173,8 @@ def against_stock_on_equal_lengths(shape: str, texts: list[str], repeats: int) -
     """Speed 0, all texts of 40 tokens, against the stock model at the same batch size."""
     tokenizer = load_tokenizer()
     everything, cut = " ".join(texts), {"truncation": True, "max_length": 40}
-    pieces = [everything[start : start + 250] for start in range(0, len(everything) - 250, 250)][: len(texts)]
-    pieces = [text for text in pieces if len(tokenizer(text, **cut)["input_ids"]) == 40]
+    pieces = [everything[start : start + 200] for start in range(0, len(everything) - 200, 200)]
+    pieces = [text for text in pieces if len(tokenizer(text, **cut)["input_ids"]) == 40][:96]
     own, stock = own_model(shape), stock_model(shape)
 
     def answer_stock():

@@ -79,6 +79,8 @@ def measure(name: str, arguments: Arguments) -> object:
             "equal": runs.against_stock_on_equal_lengths,
             "single": runs.one_at_a_time,
         }[kind]
+        if kind == "equal":
+            return run(full_name, texts, repeats)
         shorter = {"base": 4 if kind == "single" else 2, "minilm": 2 if kind == "single" else 1}[shape]
         return run(full_name, stream[: len(stream) // shorter], repeats)
     if name in ("exits_stream", "exits_single"):
@@ -90,10 +92,9 @@ def measure(name: str, arguments: Arguments) -> object:
                 cases[f"{full_name}, {share:g}"] = runs.against_ideal(full_name, chosen, repeats, share, single)
         return cases
     if name in ("pypi_stream", "pypi_single"):
-        return {
-            f"{share:g}": runs.against_pypi_fastbert(stream[: len(stream) // 8], repeats, share, name == "pypi_single")
-            for share in (0.5, 0.25)
-        }
+        single = name == "pypi_single"
+        chosen = stream[: len(stream) // (8 if single else 4)]
+        return {f"{share:g}": runs.against_pypi_fastbert(chosen, repeats, share, single) for share in (0.5, 0.25)}
     if name in ("peak_float32", "peak_bfloat16"):
         return runs.against_peak(getattr(torch, name.removeprefix("peak_")), 3 * repeats)
     if name == "bfloat16":

@@ -68,6 +68,9 @@ class Leaving:
 
 def in_order(answers: list[Leaving]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The logits, uncertainty and exit layer of every row of the caller's batch, on the logits' device."""
+    if len(answers) == 1 and len(answers[0].rows) == 1:
+        exit_layer = torch.tensor([answers[0].exit_layer], device=answers[0].logits.device)
+        return answers[0].logits, answers[0].uncertainty, exit_layer
     order = torch.cat([leaving.rows for leaving in answers]).argsort()
     exit_layer = torch.cat([torch.full_like(leaving.rows, leaving.exit_layer) for leaving in answers])
     logits = torch.cat([leaving.logits for leaving in answers])

@@ -75,7 +75,9 @@ def onednn_is_faster() -> bool:
 
 
 def _pays(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
-    # Not for the small matrices of an adapter, nor for weights that are quantised.
+    # Not for the small matrices of an adapter, nor for weights that are quantised, nor where torch.compile chooses.
+    if torch.compiler.is_compiling():
+        return False
     is_plain = type(weight) is nn.Parameter and weight.dtype is tokens.dtype is torch.float32
     return is_plain and weight.numel() >= LEAST_WEIGHTS
 

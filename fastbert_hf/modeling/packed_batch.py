@@ -208,23 +208,41 @@ def attend_within_texts(
     Returns:
         `torch.Tensor` of shape `[1, queries, heads, head_dim]`.
     """
-    attend = ATTENTION_KERNELS[packed_batch.attn_implementation]
     groups = packed_batch.groups
-    # torch.split: the backward of a slice would allocate the whole tensor for each group.
-    key_groups = key.split([texts * length for texts, length in groups], 2)
-    value_groups = value.split([texts * length for texts, length in groups], 2)
-    query_groups = query.split([texts if first_token_only else texts * length for texts, length in groups], 2)
-    outputs = []
-    for (texts, length), *tensors in zip(groups, query_groups, key_groups, value_groups, strict=True):
-        # [1, heads, texts * n, head_dim] -> [texts, heads, n, head_dim], a view of what the projections wrote.
-        q, k, v = (tensor[0].unflatten(1, (texts, -1)).transpose(0, 1) for tensor in tensors)
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            places = torch.arange(length, device=query.device)
-            mask = (places[:, None] - places).abs() < sliding_window  # [length, length]
-        output = attend(q, k, v, mask, dropout, scaling)  # [texts, heads, n, head_dim]
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [texts * n, heads, head_dim]
+    if len(groups) == 1:
+        outputs = [_attend_in_group(packed_batch, groups[0], (query, key, value), scaling, dropout, sliding_window)]
+    else:
+        # torch.split: the backward of a slice would allocate the whole tensor for each group.
+        tokens = [texts * length for texts, length in groups]
+        queries = query.split([texts for texts, _ in groups] if first_token_only else tokens, 2)
+        outputs = [
+            _attend_in_group(packed_batch, group, tensors, scaling, dropout, sliding_window)
+            for group, tensors in zip(
+                groups, zip(queries, key.split(tokens, 2), value.split(tokens, 2), strict=True), strict=True
+            )
+        ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+def _attend_in_group(
+    packed_batch: PackedBatch,
+    group: tuple[int, int],
+    tensors: tuple[torch.Tensor, ...],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Of equally long neighbours, from `[1, heads, texts * n, head_dim]` to `[texts * n, heads, head_dim]`."""
+    texts, length = group
+    _, heads, _, head_dim = tensors[0].shape
+    # To [texts, heads, n, head_dim], views of what the projections wrote.
+    query, key, value = (tensor.view(heads, texts, -1, head_dim).transpose(0, 1) for tensor in tensors)
+    mask = None
+    if sliding_window is not None and length > sliding_window:
+        places = torch.arange(length, device=query.device)
+        mask = (places[:, None] - places).abs() < sliding_window  # [length, length]
+    attend = ATTENTION_KERNELS[packed_batch.attn_implementation]
+    return attend(query, key, value, mask, dropout, scaling).transpose(1, 2).flatten(0, 1)
 
 
 def _sdpa(query, key, value, mask, dropout, scaling):

@@ -118,9 +118,9 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         config = self.model.config
         arguments = {name: getattr(config, name) for name in ("speed", "min_exit_layer", "max_layers")}
         arguments.update(forward_params, batch_size=None if batch_size == BY_TOKENS else batch_size)
-        disable = not arguments.pop("progress_bar", False)
+        shows_progress = arguments.pop("progress_bar", False)
         answers = self.model.predict(encoded, **arguments)
-        for answer in tqdm(answers, total=total, desc="Classifying", disable=disable):
+        for answer in tqdm(answers, total=total, desc="Classifying") if shows_progress else answers:
             outputs = {"logits": answer.logits[None], "exit_layer": answer.exit_layer}
             yield self.postprocess(outputs, **postprocess_params)
 

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 CPU_BATCH_TOKENS = 1024
 ACCELERATOR_BATCH_TOKENS = 16384
 # Batches that are read, held and regrouped together.
-BLOCK_BATCHES = 8
+BLOCK_BATCHES = 16
 
 
 @dataclass(frozen=True)

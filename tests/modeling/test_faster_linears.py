@@ -80,6 +80,16 @@ def test_weights_of_another_type_are_left_alone(calls):
     assert calls == []
 
 
+def test_compiled_layers_are_left_to_the_compiler(calls):
+    layer, tokens = linear(), torch.randn(5, 300)
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.inference_mode():
+        expected = layer(tokens)
+        with OneDnnLinears():
+            assert_close(compiled(tokens), expected)
+    assert calls == []
+
+
 def test_it_is_entered_in_inference_mode_on_float32_of_some_size_alone(monkeypatch):
     monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
     large = torch.randn(1, 100, 400)
