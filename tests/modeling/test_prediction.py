@@ -128,13 +128,18 @@ def test_nothing_is_lost_or_doubled_whatever_the_lengths(lengths, speed, batch_s
     assert_same(model.predict(rows, speed=speed, **options), own_answers(model, rows, speed))
 
 
-def test_every_text_may_have_its_own_speed(model):
-    rows = encoded_texts()
-    speeds = [0.0, 0.8, 0.85, 0.95] * 4
+def test_every_text_may_have_its_own_speed(model, layer_calls):
+    rows = encoded_texts(lengths=LENGTHS * 4)
+    speeds = (
+        torch.empty(64, dtype=torch.float64).uniform_(0.75, 0.95, generator=torch.Generator().manual_seed(0)).tolist()
+    )
     expected = own_answers(model, rows, speeds)
-    assert len({exit_layer for _, exit_layer, _ in expected}) > 2
+    assert len({exit_layer for _, exit_layer, _ in expected}) == NUM_LAYERS
     for given_speeds in (speeds, tuple(speeds), iter(speeds), torch.tensor(speeds)):
-        assert_same(model.predict(rows, speed=given_speeds, batch_tokens=64), expected)
+        layer_calls.clear()
+        assert_same(model.predict(rows, speed=given_speeds, batch_tokens=100), expected)
+        depths = [depth for depth, _ in layer_calls]
+        assert depths.count(NUM_LAYERS) < depths.count(1)  # so some were joined
 
 
 def test_speeds_that_end_before_the_texts_are_an_error_after_their_answers(model):
