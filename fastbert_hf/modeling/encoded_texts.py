@@ -91,6 +91,8 @@ def read_texts(
 
 def rows_of(encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     """One mapping for each text, also of columns as the tokenizer returns them."""
+    if not isinstance(encoded_texts, (Mapping, Iterable)) or isinstance(encoded_texts, (str, bytes)):
+        raise TypeError(f"predict takes encoded texts, got {encoded_texts!r:.40}: {HOW_TO_ENCODE}")
     if not isinstance(encoded_texts, Mapping):
         return encoded_texts
     columns = {name: values for name, values in encoded_texts.items() if name in (*INPUT_SIZES, "attention_mask")}
@@ -124,6 +126,10 @@ def lists_of(row: Mapping[str, Any], position: int, sizes: Mapping[str, int | No
     if not inputs["input_ids"]:
         raise ValueError(f"text {position} has no tokens: leave it out, or let the tokenizer add its special tokens.")
     for name, values in inputs.items():
+        if not {int}.issuperset(map(type, values)):
+            raise ValueError(
+                f"the {name} of text {position} must be whole numbers, got {values!s:.40}: {HOW_TO_ENCODE}"
+            )
         if sizes[name] is not None and not 0 <= min(values) <= max(values) < sizes[name]:
             raise ValueError(
                 f"the {name} of text {position} must be from 0 to {sizes[name] - 1}, got {min(values)} to "

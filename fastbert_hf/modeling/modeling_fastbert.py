@@ -323,7 +323,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         settings = PredictionSettings(exits, batch_size, batch_tokens, regroup)
         if hasattr(speed, "tolist"):  # tensors, NumPy arrays and NumPy numbers
             speed = speed.tolist()
-        if speed is not None and not isinstance(speed, Iterable):
+        if speed is not None and (isinstance(speed, str) or not isinstance(speed, Iterable)):
             check_speed(speed)
         return predict(self, encoded_texts, speed, settings)
 

@@ -347,6 +347,8 @@ BAD_TEXTS = {
     "too long": ({"input_ids": [5] * 65}, "text 3 has 65 tokens, but this model reads at most 64"),
     "beyond the vocabulary": ({"input_ids": [5, 100]}, "the input_ids of text 3 must be from 0 to 99, got 5 to 100"),
     "below zero": ({"input_ids": [5, -1]}, "the input_ids of text 3 must be from 0 to 99, got -1 to 5"),
+    "fractions": ({"input_ids": [5.0, 6.5]}, "the input_ids of text 3 must be whole numbers, got"),
+    "a batch": ({"input_ids": [[5, 6]]}, "the input_ids of text 3 must be whole numbers, got"),
     "a type beyond": (
         {"input_ids": [5, 6], "token_type_ids": [0, 2]},
         "the token_type_ids of text 3 must be from 0 to 1",
@@ -396,7 +398,7 @@ def test_what_is_no_size_is_refused_at_once(model, name, value):
         model.predict(encoded_texts(), **{name: value})
 
 
-@pytest.mark.parametrize("speed", [-0.1, 1.1, float("nan"), True])
+@pytest.mark.parametrize("speed", [-0.1, 1.1, float("nan"), True, "fast"])
 def test_what_is_no_speed_is_refused_at_once_or_at_its_text(model, speed):
     with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\]"):
         model.predict(encoded_texts(), speed=speed)
@@ -407,6 +409,12 @@ def test_what_is_no_speed_is_refused_at_once_or_at_its_text(model, speed):
 def test_wrong_columns_say_how_to_encode(model):
     with pytest.raises(ValueError, match=r"no input_ids among 'text'.*model\.predict\(tokenizer\(texts\)"):
         list(model.predict({"text": ["some text"]}))
+
+
+@pytest.mark.parametrize("texts", ["some text", b"bytes", None, 5])
+def test_what_is_no_encoded_texts_says_how_to_encode(model, texts):
+    with pytest.raises(TypeError, match=r"predict takes encoded texts, got .*model\.predict\(tokenizer\(texts\)"):
+        list(model.predict(texts))
 
 
 def test_a_model_in_training_mode_is_refused(model):
