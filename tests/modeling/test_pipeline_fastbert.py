@@ -18,6 +18,8 @@ from transformers import AutoModelForSequenceClassification, pipeline
 from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 
 from fastbert_hf import FastTextClassificationPipeline
+from fastbert_hf.modeling.pipeline_fastbert import BLOCK_TEXTS
+from fastbert_hf.modeling.prediction import BLOCK_BATCHES, CPU_BATCH_TOKENS
 
 from ..common import NUM_LAYERS, tiny_model, tiny_text_config, tiny_texts, tiny_tokenizer
 
@@ -318,11 +320,13 @@ def test_batch_size_1_answers_each_text_before_the_next_is_read(classifier, dire
     assert number == len(TEXTS)
 
 
-def test_streams_are_read_a_bounded_number_of_texts_ahead(classifier):
-    read = []
+def test_streams_are_read_a_bounded_number_of_tokens_ahead(classifier, tokenizer):
+    read, tokens_of = [], {text: len(tokenizer(text)["input_ids"]) for text in TEXTS}
     stream = (read.append(text) or text for text in itertools.cycle(TEXTS))
-    for number, _ in enumerate(itertools.islice(classifier(stream, speed=SPEED), 4000), start=1):
-        assert len(read) - number < 2500
+    limit = (BLOCK_BATCHES + 1) * CPU_BATCH_TOKENS + BLOCK_TEXTS * max(tokens_of.values())
+    for number, _ in enumerate(itertools.islice(classifier(stream, speed=SPEED), 5000), start=1):
+        if number % 50 == 0:
+            assert sum(tokens_of[text] for text in read[number:]) < limit
 
 
 def test_stream_that_raises_does_so_after_the_answers_before_it(classifier, direct):
