@@ -91,7 +91,7 @@ def read_texts(
 
 def rows_of(encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     """One mapping for each text, also of columns as the tokenizer returns them."""
-    if not isinstance(encoded_texts, (Mapping, Iterable)) or isinstance(encoded_texts, (str, bytes)):
+    if not isinstance(encoded_texts, Iterable) or isinstance(encoded_texts, (str, bytes)):
         raise TypeError(f"predict takes encoded texts, got {encoded_texts!r:.40}: {HOW_TO_ENCODE}")
     if not isinstance(encoded_texts, Mapping):
         return encoded_texts

@@ -264,7 +264,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         if labels is not None and not labels.is_floating_point():
             labels = labels.view(-1)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        order = packed_batch.rows.argsort().to(logits.device)
+        if output_exit_logits:
+            order = packed_batch.rows.argsort().to(logits.device)
         return FastBertSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -291,8 +292,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         Args:
             encoded_texts (iterable of `Mapping`, or `Mapping` of lists):
                 `input_ids` and what else the tokenizer gave to each text, as lists without padding: what
-                `tokenizer(texts)` returns, rows of a `datasets` data set, or a stream of such. A stream is read a few
-                batches ahead.
+                `tokenizer(texts)` returns, rows of a `datasets` data set, or a stream of such. A stream is read
+                up to 16 batches ahead.
             speed (`float` or iterable of `float`, *optional*): In [0, 1], for all or one for each; 0 unless given.
             min_exit_layer (`int`, *optional*): As in `forward`.
             max_layers (`int`, *optional*): As in `forward`.
@@ -379,8 +380,10 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 exit_logits.append(self._read_exit(depth, texts))
             if keep_states:
                 states.append(texts.hidden_states)
+        if not keep_states:
+            return exit_logits, []
         states[-1] = self.fastbert.final_norm(states[-1])
-        return exit_logits, states if keep_states else []
+        return exit_logits, states
 
 
 __all__ = ["FastBertForSequenceClassification", "FastBertModel"]

@@ -79,7 +79,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             min_exit_layer (`int`, *optional*): No text leaves before this layer.
             max_layers (`int`, *optional*): Every text has answered after this many layers.
             batch_size (`int`, *optional*):
-                Reads and answers so many texts at a time. An iterator is read some hundred texts ahead unless given;
+                Reads and answers so many texts at a time. An iterator is read up to 16 batches ahead unless given;
                 1 answers each text before the next is read.
             progress_bar (`bool`, *optional*): Whether to show one.
             kwargs:
