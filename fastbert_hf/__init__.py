@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .modeling.configuration_cascade import CascadeConfig
 from .modeling.configuration_fastbert import FastBertConfig
+from .modeling.modeling_cascade import CascadeForSequenceClassification
 from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
 from .sharing import Measured, push_to_hub, save_with_code, write_model_card
@@ -22,6 +24,10 @@ DEFAULT_MODEL_DIR = Path(__file__).parent / "default_model"
 AutoConfig.register("fastbert", FastBertConfig)
 AutoModel.register(FastBertConfig, FastBertModel)
 AutoModelForSequenceClassification.register(FastBertConfig, FastBertForSequenceClassification)
+AutoConfig.register("fastbert_cascade", CascadeConfig)
+# A cascade has no encoder of its own below its classifiers.
+AutoModel.register(CascadeConfig, CascadeForSequenceClassification)
+AutoModelForSequenceClassification.register(CascadeConfig, CascadeForSequenceClassification)
 PIPELINE_REGISTRY.register_pipeline(
     "fast-text-classification",
     pipeline_class=FastTextClassificationPipeline,
@@ -32,8 +38,9 @@ PIPELINE_REGISTRY.register_pipeline(
 # With this mark every saved pipeline would point to custom code, and refuse to load without trust_remote_code.
 del FastTextClassificationPipeline._registered_impl
 # The code that travels with weights keeps the stock push; the package adds a model card and, on request, that code.
-FastBertForSequenceClassification.push_to_hub = FastTextClassificationPipeline.push_to_hub = push_to_hub
-del push_to_hub
+for pushed in (FastBertForSequenceClassification, CascadeForSequenceClassification, FastTextClassificationPipeline):
+    pushed.push_to_hub = push_to_hub
+del push_to_hub, pushed
 
 
 def __getattr__(name: str) -> Any:
@@ -47,6 +54,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "DEFAULT_MODEL_DIR",
+    "CascadeConfig",
+    "CascadeForSequenceClassification",
     "FastBertConfig",
     "FastBertForSequenceClassification",
     "FastBertModel",

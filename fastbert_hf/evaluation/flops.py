@@ -19,6 +19,7 @@ def paper_flops(
     exit_layer: torch.Tensor,
     students: bool = True,
     sequence_length: int = 128,
+    min_exit_layer: int = 1,
 ) -> torch.Tensor:
     """
     The count of FastBERT (ACL 2020, Tables 2 and 3): the linear layers alone, every text padded to one length, without
@@ -35,6 +36,7 @@ def paper_flops(
             Whether the exits on the way were evaluated, as they are at any speed above 0. Without them only the exit
             that answers is counted, as at speed 0 and with `max_layers` alone.
         sequence_length (`int`): Tokens of every padded text.
+        min_exit_layer (`int`): The first layer whose exit was evaluated.
 
     Returns:
         `torch.Tensor`: long, shaped as `exit_layer`, on the CPU.
@@ -42,7 +44,7 @@ def paper_flops(
     exit_layer = exit_layer.cpu()
     layers = [sequence_length * 2 * linear_weights(layer) for layer in model.fastbert.layers()]
     exits = [_paper_exit_flops(model, exit_classifier, sequence_length) for exit_classifier in model.exits]
-    per_text = torch.tensor(layers).cumsum(0) + _exits_up_to(torch.tensor(exits), students)
+    per_text = torch.tensor(layers).cumsum(0) + _exits_up_to(torch.tensor(exits), students, min_exit_layer)
     return _at(per_text.expand(*exit_layer.shape, -1), exit_layer)
 
 
@@ -51,6 +53,7 @@ def executed_flops(
     exit_layer: torch.Tensor,
     lengths: torch.Tensor,
     students: bool = True,
+    min_exit_layer: int = 1,
 ) -> torch.Tensor:
     """
     The matrix products that the adaptive forward really computes for each text: its own tokens only, attention
@@ -61,6 +64,7 @@ def executed_flops(
         exit_layer (`torch.Tensor` of shape `[rows]`, long): Layers that each text ran through, 1 to L.
         lengths (`torch.Tensor` of shape `[rows]`, long): Tokens of each text.
         students (`bool`): As in [`paper_flops`].
+        min_exit_layer (`int`): As in [`paper_flops`].
 
     Returns:
         `torch.Tensor`: long of shape `[rows]`, on the CPU.
@@ -71,7 +75,7 @@ def executed_flops(
     layers = 2 * tokens * weights + 4 * tokens**2 * model.config.hidden_size  # [rows, L]
     exits = torch.cat([_executed_exit_flops(model, exit_classifier, tokens) for exit_classifier in model.exits], 1)
     embeddings = 2 * tokens * _embedding_products(model)
-    return _at(embeddings + layers.cumsum(1) + _exits_up_to(exits, students), exit_layer)
+    return _at(embeddings + layers.cumsum(1) + _exits_up_to(exits, students, min_exit_layer), exit_layer)
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -79,8 +83,11 @@ def linear_weights(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def _exits_up_to(exits: torch.Tensor, students: bool) -> torch.Tensor:
-    return exits.cumsum(-1) if students else exits
+def _exits_up_to(exits: torch.Tensor, students: bool, min_exit_layer: int) -> torch.Tensor:
+    if not students:
+        return exits
+    is_evaluated = torch.arange(1, exits.shape[-1] + 1) >= min_exit_layer
+    return (exits * is_evaluated).cumsum(-1)
 
 
 def _at(flops: torch.Tensor, exit_layer: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tqdm.auto import tqdm
 
-from ..modeling.exit_policies import exit_uncertainties, first_exits
+from ..modeling.exit_policies import exit_range, exit_uncertainties, first_exits
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from .exit_record import ExitRecord
 from .flops import executed_flops, paper_flops
@@ -45,7 +45,7 @@ def sweep_speeds(
     metric: str = "accuracy",
 ) -> pd.DataFrame:
     """
-    One row for every policy and speed.
+    One row for every policy and speed, within the config's `min_exit_layer` and `max_layers`.
 
     | column | meaning |
     |---|---|
@@ -70,12 +70,15 @@ def sweep_speeds(
         `pandas.DataFrame`: it prints as a table; [`save_table`] keeps it.
     """
     describe = _Describer(model, record, metric)
-    speeds, policies = list(speeds), [model.config.exit_policy] if policies is None else policies
+    config, speeds = model.config, list(speeds)
+    policies = [config.exit_policy] if policies is None else policies
+    # As the pipeline, which keeps to the limits of the config.
+    exits = exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)
     rows = []
     for policy in policies:
-        uncertainties = exit_uncertainties(record.exit_logits, policy, model.config.patience)
+        uncertainties = exit_uncertainties(record.exit_logits, policy, config.patience)
         for speed in speeds:
-            exit_layer = first_exits(uncertainties, speed)
+            exit_layer = first_exits(uncertainties, speed, exits)
             rows.append({"policy": policy, "speed": speed, **describe(exit_layer, students=speed > 0)})
     return pd.DataFrame(rows)
 
@@ -100,18 +103,11 @@ class _Describer:
     """The columns that follow from where each text leaves."""
 
     def __init__(self, model: FastBertForSequenceClassification, record: ExitRecord, metric: str):
-        if metric not in TASK_METRICS:
-            raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(TASK_METRICS)}.")
+        check_metric(metric, record)
         if record.num_exits != len(model.exits):
             raise ValueError(
                 f"the record has {record.num_exits} exits and the model {len(model.exits)}: give the model that "
                 "made it."
-            )
-        if record.labels is None:
-            warnings.warn(
-                f"the data has no labels, so there is no {metric}: the table reports the agreement with the teacher "
-                "(give a 'labels' column for more).",
-                stacklevel=3,
             )
         self.model, self.record, self.metric = model, record, metric
         self.answers = record.exit_logits.argmax(-1)  # [rows, L]
@@ -119,12 +115,10 @@ class _Describer:
         self.full = self._flops(full_depth, students=False)
 
     def _flops(self, exit_layer: torch.Tensor, students: bool) -> tuple[float, float]:
-        paper = paper_flops(self.model, exit_layer, students)
-        executed = executed_flops(self.model, exit_layer, self.record.lengths, students)
+        first = self.model.config.min_exit_layer or 1
+        paper = paper_flops(self.model, exit_layer, students, min_exit_layer=first)
+        executed = executed_flops(self.model, exit_layer, self.record.lengths, students, min_exit_layer=first)
         return paper.double().mean().item(), executed.double().mean().item()
-
-    def _of_the_task(self, labels: torch.Tensor, answers: torch.Tensor) -> float:
-        return float(TASK_METRICS[self.metric](labels, answers, self.record.exit_logits.shape[-1]))
 
     def __call__(self, exit_layer: torch.Tensor, students: bool) -> dict[str, float]:
         num_exits, labels = self.record.num_exits, self.record.labels
@@ -133,7 +127,7 @@ class _Describer:
         mean_exit_layer = exit_layer.double().mean().item()
         shares = torch.bincount(exit_layer, minlength=num_exits + 1)[1:].double() / len(exit_layer)
         return {
-            **({} if labels is None else {self.metric: self._of_the_task(labels, answers)}),
+            **task_metric(self.metric, labels, answers, self.record.exit_logits.shape[-1]),
             "agreement": (answers == self.answers[:, -1]).double().mean().item(),
             "mean_exit_layer": mean_exit_layer,
             "layer_speed_up": num_exits / mean_exit_layer,
@@ -143,6 +137,23 @@ class _Describer:
             "executed_speed_up": self.full[1] / executed,
             **{f"exit_{depth}": share for depth, share in enumerate(shares.tolist(), start=1)},
         }
+
+
+def check_metric(metric: str, record: ExitRecord) -> None:
+    """An error for an unknown metric, and a warning where there are no labels to compute it from."""
+    if metric not in TASK_METRICS:
+        raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(TASK_METRICS)}.")
+    if record.labels is None:
+        warnings.warn(
+            f"the data has no labels, so there is no {metric}: the table reports the agreement with the full model "
+            "(give a 'labels' column for more).",
+            stacklevel=4,
+        )
+
+
+def task_metric(metric: str, labels: torch.Tensor | None, answers: torch.Tensor, num_labels: int) -> dict[str, float]:
+    """A metric of the task under its name, or nothing where there are no labels."""
+    return {} if labels is None else {metric: float(TASK_METRICS[metric](labels, answers, num_labels))}
 
 
 def time_speeds(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -33,19 +33,41 @@ class FastBertSequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+@dataclass
+class CascadeSequenceClassifierOutput(ModelOutput):
+    """
+    Answers of [`CascadeForSequenceClassification`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*): Cross entropy of `logits`, where labels were given.
+        logits (`torch.Tensor` of shape `[batch_size, num_labels]`): Of the member that answered.
+        exit_layer (`torch.Tensor` of shape `[batch_size]`, long): Layers that each row ran through in all members.
+        uncertainty (`torch.Tensor` of shape `[batch_size]`, float32): Of the answer, by the config's `exit_policy`.
+        exit_member (`torch.Tensor` of shape `[batch_size]`, long): The member that answered, 1 to n.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    exit_layer: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    exit_member: torch.Tensor | None = None
+
+
 class Answer(NamedTuple):
     """
-    What [`FastBertForSequenceClassification.predict`] says of one text.
+    What `predict` says of one text.
 
     Args:
         logits (`torch.Tensor` of shape `[num_labels]`, CPU): At the exit that the text took.
-        exit_layer (`int`): Layers that it ran through, 1 to L.
+        exit_layer (`int`): Layers that it ran through, 1 to L; in all members of a cascade together.
         uncertainty (`float`): Of the exit taken, by the config's `exit_policy`.
+        exit_member (`int`, *optional*): The member of a cascade that answered, 1 to n.
     """
 
     logits: torch.Tensor
     exit_layer: int
     uncertainty: float
+    exit_member: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,11 @@ class Leaving:
     logits: torch.Tensor
     uncertainty: torch.Tensor
     exit_layer: int
+
+    def keep(self, kept: torch.Tensor) -> Leaving:
+        """Some of them: `kept` is a mask of shape `[texts]` on the CPU."""
+        places = kept.nonzero()[:, 0].to(self.logits.device)
+        return replace(self, rows=self.rows[kept], logits=self.logits[places], uncertainty=self.uncertainty[places])
 
 
 def in_order(answers: list[Leaving]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -36,6 +36,7 @@ MOST_PARAMETERS = 20_000_000_000
 # What a config may ask for beyond twice what its weights hold: the exits of a checkpoint that brings none.
 SPARE_PARAMETERS = 10_000_000
 DEEPEST_NESTING = 8
+MOST_MEMBERS = 16
 WEIGHTS_FILE = r"[\w.-]+\.safetensors"
 # What a file says may be of any length and depth, a message not.
 SHORT = reprlib.Repr()
@@ -70,24 +71,64 @@ def check_raw_config(config: dict[str, Any]) -> None:
         check_values(part, prefix)
         check_sizes(part, prefix)
         check_labels(part, prefix)
-        kernel = part.get("attn_implementation")
-        if kernel not in (None, *INNER_ATTENTIONS):
-            # Transformers would fetch and run what it does not know from the Hub.
-            raise ValueError(
-                f"the config says {prefix}attn_implementation={shortened(kernel)}, but a checkpoint may ask for "
-                f"{' or '.join(INNER_ATTENTIONS)} only: leave it out."
-            )
+        check_kernel(part, prefix)
     dropout = config.get("exit_dropout", 0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"exit_dropout must be a number in [0, 1), got {shortened(dropout)}.")
     exit_range(backbone_size(text_config, "num_hidden_layers"), config.get("min_exit_layer"), config.get("max_layers"))
-    parameters = estimated_parameters({**config, "text_config": text_config})
+    check_parameters(estimated_parameters({**config, "text_config": text_config}))
+    check_other_files(config, "FastBertForSequenceClassification")
+
+
+def check_raw_cascade(config: dict[str, Any]) -> None:
+    """
+    The same for a cascade: every member by itself, and all of them together.
+
+    Args:
+        config (`dict`): What config.json says.
+    """
+    members = config.get("members")
+    if not isinstance(members, list) or not 2 <= len(members) <= MOST_MEMBERS:
+        raise ValueError(
+            f"the config says members={shortened(members)}, but it must list the configs of 2 to {MOST_MEMBERS} "
+            "FastBERT models."
+        )
+    own = {name: value for name, value in config.items() if name != "members"}
+    check_speed(own.get("speed", 0))
+    for check in (check_values, check_sizes, check_labels, check_kernel):
+        check(own, "")
+    check_other_files(own, "CascadeForSequenceClassification")
+    parameters = 0
+    for number, member in enumerate(members, start=1):
+        if isinstance(member, PreTrainedConfig):
+            member = member.to_dict()
+        if not isinstance(member, dict):
+            raise ValueError(f"member {number} of the cascade is {shortened(member)}, not the config of a model.")
+        try:
+            check_raw_config(member)
+        except ValueError as error:
+            raise ValueError(f"member {number} of the cascade: {error}") from None
+        parameters += estimated_parameters(member)
+    check_parameters(parameters)
+
+
+def check_parameters(parameters: int) -> None:
+    """Raises unless a model of so many parameters may be built."""
     if parameters > MOST_PARAMETERS:
         raise ValueError(
             f"the config describes a model of about {parameters:,} parameters, but at most {MOST_PARAMETERS:,} are "
             "allowed: lower hidden_size, num_hidden_layers, intermediate_size, vocab_size or the number of labels."
         )
-    check_other_files(config)
+
+
+def check_kernel(config: dict[str, Any], prefix: str) -> None:
+    """Raises at an attention that Transformers would fetch from the Hub and run, as it does not know it."""
+    kernel = config.get("attn_implementation")
+    if kernel not in (None, *INNER_ATTENTIONS):
+        raise ValueError(
+            f"the config says {prefix}attn_implementation={shortened(kernel)}, but a checkpoint may ask for "
+            f"{' or '.join(INNER_ATTENTIONS)} only: leave it out."
+        )
 
 
 def check_values(config: dict[str, Any], prefix: str) -> None:
@@ -139,14 +180,14 @@ def check_labels(config: dict[str, Any], prefix: str) -> None:
                 )
 
 
-def check_other_files(config: dict[str, Any]) -> None:
+def check_other_files(config: dict[str, Any], architecture: str) -> None:
     """Raises at what would make Transformers build or read something that these checks never see."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or any(name in transformers.__all__ for name in architectures):
         # A pipeline goes on to these classes when the model does not load.
         raise ValueError(
             f"the config says architectures={shortened(architectures)}, which is no FastBERT model: write "
-            '["FastBertForSequenceClassification"].'
+            f'["{architecture}"].'
         )
     weights = config.get("transformers_weights")
     if weights is not None and not re.fullmatch(rf"{WEIGHTS_FILE}(\.index\.json)?", str(weights)):
@@ -223,6 +264,18 @@ def check_weights(
                     f"hidden_size={config.hidden_size}, exit_hidden_size={config.exit_hidden_size} and "
                     f"exit_type={config.exit_type!r} must be those that the weights were saved with."
                 )
+
+
+def check_cascade_weights(
+    shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, check_names: bool = True, check_shapes: bool = True
+) -> None:
+    """The same for the members of a cascade. Arguments as in [`check_weights`], with a `CascadeConfig`."""
+    if check_names:
+        check_numbering(shapes, r"members\.(\d{1,9})\.", len(config.members), "members")
+    for index, member in enumerate(config.members):
+        start = f"members.{index}."
+        own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
+        check_weights(own if check_names else shapes, member, check_names, check_shapes)
 
 
 def check_numbering(shapes: dict[str, tuple[int, ...]], pattern: str, number: int, what: str) -> None:

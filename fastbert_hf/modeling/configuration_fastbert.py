@@ -69,6 +69,8 @@ class FastBertConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
     # What Trainer must not collect as predictions beside the logits.
     keys_to_ignore_at_inference = ["exit_layer", "uncertainty", "exit_logits", "hidden_states", "attentions"]
+    # What the pipeline passes on to `predict` where the call does not name it.
+    call_defaults = ("speed", "min_exit_layer", "max_layers")
 
     text_config: dict | PreTrainedConfig | None = None
     exit_type: str = "attention"

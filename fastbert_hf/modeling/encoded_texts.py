@@ -21,6 +21,8 @@ HOW_TO_ENCODE = (
 )
 
 Item = TypeVar("Item")
+# What `predict` reads: something with a `position`, whose `len` is its number of tokens.
+Text = TypeVar("Text")
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,52 @@ def read_blocks(items: Iterable[Item], limit: int, weigh: Callable[[Item], int] 
         raise failure
 
 
+class TextReader:
+    """
+    Checks the texts of one stream, one by one, against what a backbone reads.
+
+    Args:
+        text_config (`PreTrainedConfig`): The backbone's.
+    """
+
+    def __init__(self, text_config: PreTrainedConfig):
+        self.sizes = {name: getattr(text_config, size, None) for name, size in INPUT_SIZES.items()}
+        self.limit, self.names = max_text_tokens(text_config), None
+
+    def read(self, row: Mapping[str, Any], position: int, speed: float) -> EncodedText:
+        """A text, or a `ValueError` that names its position and what is wrong with it."""
+        text = EncodedText(position, lists_of(row, position, self.sizes), speed)
+        if len(text) > self.limit:
+            raise too_long(len(text), self.limit, f"text {position}")
+        self.names = self.names or list(text.inputs)
+        if self.names != list(text.inputs):
+            raise ValueError(
+                f"text {position} has {', '.join(text.inputs)}, but those before it have {', '.join(self.names)}: "
+                "encode all of them alike."
+            )
+        return text
+
+
+def with_speeds(rows: Iterable[Item], speed: float | Iterable[float] | None) -> Iterator[tuple[int, Item, float]]:
+    """The position, the row and the speed of each text, or a `ValueError` where there are too few speeds."""
+    speeds = iter(speed) if isinstance(speed, Iterable) else repeat(0.0 if speed is None else speed)
+    for position, row in enumerate(rows):
+        own = next(speeds, None)
+        if own is None:
+            raise ValueError(f"there are {position} speeds but more texts: give one number for all, or one for each.")
+        check_speed(own)
+        yield position, row, own
+
+
 def read_texts(
     encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any],
     speed: float | Iterable[float] | None,
     text_config: PreTrainedConfig,
 ) -> Iterator[EncodedText]:
     """The texts of a caller, one by one. What is wrong with a text raises a `ValueError` that names its position."""
-    sizes = {name: getattr(text_config, size, None) for name, size in INPUT_SIZES.items()}
-    limit, names = max_text_tokens(text_config), None
-    speeds = iter(speed) if isinstance(speed, Iterable) else repeat(0.0 if speed is None else speed)
-    for position, row in enumerate(rows_of(encoded_texts)):
-        text = EncodedText(position, lists_of(row, position, sizes), next(speeds, None))
-        if text.speed is None:
-            raise ValueError(f"there are {position} speeds but more texts: give one number for all, or one for each.")
-        check_speed(text.speed)
-        if len(text) > limit:
-            raise too_long(len(text), limit, f"text {position}")
-        names = names or list(text.inputs)
-        if names != list(text.inputs):
-            raise ValueError(
-                f"text {position} has {', '.join(text.inputs)}, but those before it have {', '.join(names)}: encode "
-                "all of them alike."
-            )
-        yield text
+    reader = TextReader(text_config)
+    for position, row, own_speed in with_speeds(rows_of(encoded_texts), speed):
+        yield reader.read(row, position, own_speed)
 
 
 def rows_of(encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

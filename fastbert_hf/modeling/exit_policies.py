@@ -20,7 +20,7 @@ def exit_uncertainty(
     | policy | uncertainty | source |
     |---|---|---|
     | `"entropy"` | \\( -\sum_i p_i \ln p_i / \ln N \\) | FastBERT (ACL 2020), Eq. 7 |
-    | `"confidence"` | \\( 1 - \max_i p_i \\) | maximum softmax probability |
+    | `"confidence"` | \\( (1 - \max_i p_i) \cdot N / (N - 1) \\) | maximum softmax probability |
     | `"margin"` | \\( 1 - (p_{(1)} - p_{(2)}) \\) | difference of the two best |
     | `"patience"` | \\( 1 - a / \text{patience} \\), `a` exits in a row agreed with the one before | PABEE |
 
@@ -40,7 +40,9 @@ def exit_uncertainty(
         entropy = torch.special.entr(probabilities).sum(-1)
         return (entropy / math.log(logits.shape[-1])).clamp(0, 1), None
     if policy == "confidence":
-        return 1 - probabilities.amax(-1), None
+        num_labels = logits.shape[-1]
+        # Written so that equal probabilities round to exactly 1.
+        return (1 - (probabilities.amax(-1) * num_labels - 1) / (num_labels - 1)).clamp(0, 1), None
     if policy == "margin":
         best, second = probabilities.topk(2).values.unbind(-1)
         return 1 - (best - second), None
@@ -75,21 +77,23 @@ def exit_uncertainties(exit_logits: torch.Tensor, policy: str, patience: int = 1
     return torch.stack(columns, 1)
 
 
-def first_exits(uncertainties: torch.Tensor, speed: float) -> torch.Tensor:
+def first_exits(uncertainties: torch.Tensor, speed: float, exits: range | None = None) -> torch.Tensor:
     """
     The exit layer that each row takes at a speed: the first one whose uncertainty is below it, else the last.
 
     Args:
         uncertainties (`torch.Tensor` of shape `[rows, L]`): From [`exit_uncertainties`].
         speed (`float`): In [0, 1].
+        exits (`range`, *optional*): The layers whose exits may answer, from [`exit_range`]; all unless given.
 
     Returns:
         `torch.Tensor`: long of shape `[rows]`, 1 to L.
     """
     check_speed(speed)
-    done = uncertainties < torch.tensor(float(speed), dtype=torch.float32)
+    exits = range(1, uncertainties.shape[1] + 1) if exits is None else exits
+    done = uncertainties[:, exits.start - 1 : exits.stop - 1] < torch.tensor(float(speed), dtype=torch.float32)
     done[:, -1] = True
-    return done.int().argmax(1) + 1
+    return done.int().argmax(1) + exits.start
 
 
 def check_speed(speed: float) -> None:

@@ -15,12 +15,13 @@ from transformers.utils.generic import can_return_tuple
 
 from .answers import Answer, FastBertSequenceClassifierOutput, Leaving, in_order
 from .configuration_fastbert import FastBertConfig
+from .encoded_texts import read_texts
 from .encoder_layouts import run_layer
 from .exit_classifiers import EXIT_POOLERS, ExitClassifier
-from .exit_policies import check_speed, exit_range, exit_uncertainty, row_speeds
+from .exit_policies import exit_range, exit_uncertainty, row_speeds
 from .packed_batch import PACKED_ATTENTION
 from .packed_encoder import FastBertModel, refuse_attentions
-from .prediction import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS, PredictionSettings, predict
+from .prediction import PredictionSettings, answer_block, checked_speeds, predict
 from .pretrained_fastbert import FastBertPreTrainedModel
 from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
 from .texts_in_flight import TextsInFlight
@@ -238,7 +239,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         speeds = row_speeds(speed, layout.shape[0])
         exits = exit_range(self.config.num_hidden_layers, min_exit_layer, max_layers)
         texts = TextsInFlight(packed_batch, hidden_states, speeds[packed_batch.rows])
-        answers, exit_logits, states = [], [], []
+        exit_logits, states = [], []
         if output_exit_logits or output_hidden_states:
             if speeds.any() or max_layers is not None:
                 raise ValueError(
@@ -247,14 +248,9 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 )
             exit_logits, states = self._run_every_layer(texts, bool(output_exit_logits), bool(output_hidden_states))
             uncertainty, _ = exit_uncertainty(exit_logits[-1], self.config.exit_policy, self.config.patience)
-            answers.append(Leaving(packed_batch.rows, exit_logits[-1], uncertainty, len(self.exits)))
+            answers = [Leaving(packed_batch.rows, exit_logits[-1], uncertainty, len(self.exits))]
         else:
-            for depth, layer in enumerate(self.fastbert.layers()[: exits[-1]], start=1):
-                leaving, texts = self.run_layer_and_exit(depth, layer, texts, exits)
-                answers += leaving
-                if texts is None:
-                    break
-
+            answers = self.answer_batch(texts, exits)
         logits, uncertainty, exit_layer = in_order(answers)
         if not self.training and uncertainty.isnan().any():
             raise ValueError(
@@ -316,17 +312,22 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         [(1, 2), (0, 5)]
         ```
         """
-        if self.training:
-            raise ValueError("predict needs a model in eval mode, or it would answer with dropout: model.eval()")
+        settings = PredictionSettings.of(self, batch_size, batch_tokens, regroup)
         exits = exit_range(self.config.num_hidden_layers, min_exit_layer, max_layers)
-        if batch_tokens is None:
-            batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
-        settings = PredictionSettings(exits, batch_size, batch_tokens, regroup)
-        if hasattr(speed, "tolist"):  # tensors, NumPy arrays and NumPy numbers
-            speed = speed.tolist()
-        if speed is not None and (isinstance(speed, str) or not isinstance(speed, Iterable)):
-            check_speed(speed)
-        return predict(self, encoded_texts, speed, settings)
+        texts = read_texts(encoded_texts, checked_speeds(speed), self.config.text_config)
+        return predict(
+            texts, lambda block, batch_tokens: answer_block(self, block, exits, settings, batch_tokens), settings
+        )
+
+    def answer_batch(self, texts: TextsInFlight, exits: range) -> list[Leaving]:
+        """The answers of one packed batch. Arguments as in `run_layer_and_exit`."""
+        answers = []
+        for depth, layer in enumerate(self.fastbert.layers()[: exits[-1]], start=1):
+            leaving, texts = self.run_layer_and_exit(depth, layer, texts, exits)
+            answers += leaving
+            if texts is None:
+                break
+        return answers
 
     def run_layer_and_exit(
         self, depth: int, layer: nn.Module, texts: TextsInFlight, exits: range

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import TextClassificationPipeline
+from transformers import PreTrainedTokenizerBase, TextClassificationPipeline
 from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 from transformers.utils.logging import tqdm
 
@@ -49,7 +49,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         # A model that comes straight from its training would answer with dropout.
         self.model.eval()
         model_type = self.model.config.model_type
-        if model_type != "fastbert":
+        if model_type not in ("fastbert", "fastbert_cascade"):
             raise ValueError(
                 f"fast-text-classification needs a FastBERT model, got one of type {model_type!r}. Wrap it with "
                 "FastBertForSequenceClassification.from_classifier(name) and self-distil it first."
@@ -59,13 +59,15 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         preprocess, _, postprocess = super()._sanitize_parameters(**kwargs)
         if speed is not None:
             check_speed(speed)
-        exit_range(self.model.config.num_hidden_layers, min_exit_layer, max_layers)
-        forward = {
-            "speed": speed,
-            "min_exit_layer": min_exit_layer,
-            "max_layers": max_layers,
-            "progress_bar": progress_bar,
-        }
+        limits = {"min_exit_layer": min_exit_layer, "max_layers": max_layers}
+        for name, value in limits.items():
+            if value is not None and name not in self.model.config.call_defaults:
+                raise ValueError(
+                    f"{name}={value!r} is not for a cascade, whose members each have their own layers: set it in the "
+                    f"config of a member before from_members([...]). Leave out {name}."
+                )
+        exit_range(self.model.config.num_hidden_layers, **limits)
+        forward = {"speed": speed, **limits, "progress_bar": progress_bar}
         return preprocess, {name: value for name, value in forward.items() if value is not None}, postprocess
 
     def __call__(self, inputs, **kwargs) -> list[dict[str, Any]] | Iterator[dict[str, Any]]:
@@ -116,12 +118,14 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             inputs = map(inputs.__getitem__, range(total))
         encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, preprocess_params)
         config = self.model.config
-        arguments = {name: getattr(config, name) for name in ("speed", "min_exit_layer", "max_layers")}
+        arguments = {name: getattr(config, name) for name in config.call_defaults}
         arguments.update(forward_params, batch_size=None if batch_size == BY_TOKENS else batch_size)
         shows_progress = arguments.pop("progress_bar", False)
         answers = self.model.predict(encoded, **arguments)
         for answer in tqdm(answers, total=total, desc="Classifying") if shows_progress else answers:
             outputs = {"logits": answer.logits[None], "exit_layer": answer.exit_layer}
+            if answer.exit_member is not None:
+                outputs["exit_member"] = answer.exit_member
             yield self.postprocess(outputs, **postprocess_params)
 
     def _encode(self, inputs, block_texts, tokenizer_kwargs):
@@ -129,18 +133,27 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         arguments = {**tokenizer_kwargs, "padding": False, "return_tensors": None, "return_attention_mask": False}
         for block in read_blocks(checked_texts(inputs), block_texts):
             texts, pairs = map(list, zip(*block, strict=True))
-            encoded = self.tokenizer(texts, None if pairs[0] is None else pairs, **arguments)
-            if len(encoded["input_ids"]) != len(texts):
+            encoded = [
+                tokenizer(texts, None if pairs[0] is None else pairs, **arguments) for tokenizer in self.tokenizers
+            ]
+            if len(encoded[0]["input_ids"]) != len(texts):
                 raise ValueError(
-                    f"the tokenizer made {len(encoded['input_ids'])} pieces of {len(texts)} texts, but each text has "
-                    "one answer: leave out return_overflowing_tokens."
+                    f"the tokenizer made {len(encoded[0]['input_ids'])} pieces of {len(texts)} texts, but each text "
+                    "has one answer: leave out return_overflowing_tokens."
                 )
-            yield from rows_of(encoded)
+            rows = map(rows_of, encoded)
+            yield from next(rows) if len(encoded) == 1 else zip(*rows, strict=True)
+
+    @property
+    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        """That of the pipeline, or those of the members of a cascade where they differ."""
+        return self.model.tokenizers if getattr(self.model.config, "own_tokenizers", False) else [self.tokenizer]
 
     def postprocess(self, model_outputs, **kwargs):
         answers = super().postprocess(model_outputs, **kwargs)
+        exits = {name: model_outputs[name] for name in ("exit_layer", "exit_member") if name in model_outputs}
         for answer in answers if isinstance(answers, list) else [answers]:
-            answer["exit_layer"] = model_outputs["exit_layer"]
+            answer.update(exits)
         return answers
 
 

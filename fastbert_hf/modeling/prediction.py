@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 from numbers import Integral
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .answers import Answer, in_order
-from .encoded_texts import EncodedText, read_blocks, read_texts
+from .encoded_texts import EncodedText, Text, read_blocks
+from .exit_policies import check_speed
 from .packed_batch import pack_lists
 from .texts_in_flight import TextsInFlight
 
@@ -31,36 +31,54 @@ BLOCK_BATCHES = 16
 class PredictionSettings:
     """
     Args:
-        exits (`range`): The layers whose exits may answer.
         batch_size (`int`, *optional*): Texts that are read and answered at a time; by their tokens unless given.
         batch_tokens (`int`): Tokens of a packed batch, about.
         regroup (`bool`): Whether texts that go on may be joined to those of other batches.
     """
 
-    exits: range
     batch_size: int | None
     batch_tokens: int
     regroup: bool
 
-    def __post_init__(self):
-        for name, example in (("batch_size", 32), ("batch_tokens", 4096)):
-            value = getattr(self, name)
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, batch_size: int | None, batch_tokens: int | None, regroup: bool
+    ) -> PredictionSettings:
+        """What a caller asked for, checked, with defaults for the model's device. The model must be in eval mode."""
+        if model.training:
+            raise ValueError("predict needs a model in eval mode, or it would answer with dropout: model.eval()")
+        for name, value, example in (("batch_size", batch_size, 32), ("batch_tokens", batch_tokens, 4096)):
             is_integer = isinstance(value, Integral) and not isinstance(value, bool)
             if value is not None and not (is_integer and value >= 1):
                 raise ValueError(
                     f"{name} must be a whole number of at least 1, or None, which is fast by itself, got {value!r}. "
                     f"Example: {name}={example}"
                 )
+        if batch_tokens is None:
+            batch_tokens = CPU_BATCH_TOKENS if model.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+        return cls(batch_size, batch_tokens, regroup)
+
+
+def checked_speeds(speed: float | Iterable[float] | None) -> float | Iterable[float] | None:
+    """The `speed` of a call of `predict`. Where there are many, each is checked when its text is read."""
+    if hasattr(speed, "tolist"):  # tensors, NumPy arrays and NumPy numbers
+        speed = speed.tolist()
+    if speed is not None and (isinstance(speed, str) or not isinstance(speed, Iterable)):
+        check_speed(speed)
+    return speed
 
 
 def predict(
-    model: PreTrainedModel,
-    encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any],
-    speed: float | Iterable[float] | None,
-    settings: PredictionSettings,
+    texts: Iterable[Text], answer_texts: Callable[[list[Text], int], list[Answer]], settings: PredictionSettings
 ) -> Iterator[Answer]:
-    """The work of [`FastBertForSequenceClassification.predict`], which has checked the settings."""
-    texts = read_texts(encoded_texts, speed, model.config.text_config)
+    """
+    The work of [`FastBertForSequenceClassification.predict`].
+
+    Args:
+        texts (iterable): Checked texts, whose `len` is their number of tokens.
+        answer_texts (`Callable`): From texts that are in memory together and `batch_tokens` to their answers.
+        settings ([`PredictionSettings`]): The caller's.
+    """
     if settings.batch_size is None:
         blocks = read_blocks(texts, BLOCK_BATCHES * settings.batch_tokens, weigh=len)
     else:
@@ -71,7 +89,7 @@ def predict(
         while parts:
             part = parts.pop(0)
             try:
-                answers = answer_block(model, part, settings, batch_tokens)
+                answers = answer_texts(part, batch_tokens)
             except (MemoryError, RuntimeError) as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
@@ -91,10 +109,10 @@ def predict(
 
 
 def answer_block(
-    model: PreTrainedModel, texts: list[EncodedText], settings: PredictionSettings, batch_tokens: int
+    model: PreTrainedModel, texts: list[EncodedText], exits: range, settings: PredictionSettings, batch_tokens: int
 ) -> list[Answer]:
     """The answers of texts that are in memory together, in their order."""
-    leaving, layers = [], model.fastbert.layers()[: settings.exits[-1]]
+    leaving, layers = [], model.fastbert.layers()[: exits[-1]]
     with torch.inference_mode():
         num_batches = 1 if settings.batch_size else round(sum(map(len, texts)) / batch_tokens)
         batches = [embed_batch(model, texts, rows) for rows in cut_batches(texts, max(num_batches, 1))]
@@ -102,7 +120,7 @@ def answer_block(
             for depth, layer in enumerate(layers, start=1):
                 going_on = []
                 while together:
-                    left, rest = model.run_layer_and_exit(depth, layer, together.pop(0), settings.exits)
+                    left, rest = model.run_layer_and_exit(depth, layer, together.pop(0), exits)
                     leaving += left
                     going_on += [] if rest is None else [rest]
                 if not going_on:

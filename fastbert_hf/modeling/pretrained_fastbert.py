@@ -42,6 +42,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The forward takes no loss keywords, so gradient accumulation averages the micro-batches.
     accepts_loss_kwargs = False
+    _check_weights = staticmethod(check_weights)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
@@ -84,7 +85,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
         quantized = getattr(config, "quantization_config", None)
         has_own_shapes = bool(quantized) and AutoHfQuantizer.supports_quant_method(quantized)
         check_shapes = not has_own_shapes and not kwargs.get("ignore_mismatched_sizes")
-        check_weights(read_shapes(files), config, not kwargs.get("key_mapping"), check_shapes)
+        cls._check_weights(read_shapes(files), config, not kwargs.get("key_mapping"), check_shapes)
         # The files were just downloaded.
         return {**kwargs, "force_download": False}
 

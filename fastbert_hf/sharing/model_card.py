@@ -21,6 +21,7 @@ TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PLOT = "speed_accuracy.png"
 EXAMPLE = "I would go there again."
 TAGS = ("fastbert", "early-exit", "adaptive-inference")
+CASCADE_TAGS = ("cascadebert", "cascade", "adaptive-inference")
 # Columns of a table of speeds that are not a metric of the task, in the order in which a card shows them.
 COST_COLUMNS = {
     "speed": "speed",
@@ -71,7 +72,9 @@ class Measured:
         return [
             name
             for name in self.speeds[0]
-            if name not in others and not name.startswith("exit_") and all(name in row for row in self.speeds)
+            if name not in others
+            and not name.startswith(("exit_", "member_"))
+            and all(name in row for row in self.speeds)
         ]
 
 
@@ -93,7 +96,7 @@ def write_model_card(
     *,
     model_name: str | None = None,
     repo_id: str | None = None,
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     datasets: str | Sequence[str] | None = None,
     language: str | Sequence[str] | None = None,
     license: str | None = None,
@@ -108,15 +111,15 @@ def write_model_card(
 
     Args:
         folder (`str` or `PathLike`): Of the model. Code that [`save_with_code`] put there is mentioned.
-        model ([`FastBertForSequenceClassification`]): The model.
+        model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): The model.
         measured ([`Measured`] or a table of [`sweep_speeds`], *optional*):
             Every number of the card that is not a setting. `model.measured` unless given, which
             [`SelfDistillationTrainer`] sets when it evaluates.
         model_name (`str`, *optional*): Title; the end of `repo_id` or the folder's name unless given.
         repo_id (`str`, *optional*):
             What `from_pretrained` is called with; the model's name unless given. Empty for the pipeline's default.
-        base_model (`str`, *optional*):
-            The pretrained encoder, as the Hub calls it; the one that the config names unless given.
+        base_model (`str` or sequence of `str`, *optional*):
+            The pretrained encoder, or those of a cascade, as the Hub calls them; what the config names unless given.
         datasets, language, license, tags: Metadata of the Hub.
         training (mapping, *optional*): Settings, in the order in which they are listed.
         notes (`str`, *optional*): Markdown below the table.
@@ -125,10 +128,11 @@ def write_model_card(
     Returns:
         `huggingface_hub.ModelCard`
     """
-    if not hasattr(model, "exits"):
+    members = getattr(model, "members", None)
+    if members is None and not hasattr(model, "exits"):
         raise TypeError(
             f"a model card describes a classifier with its exits, got {type(model).__name__}: give a "
-            "FastBertForSequenceClassification."
+            "FastBertForSequenceClassification or a CascadeForSequenceClassification."
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,21 +143,22 @@ def write_model_card(
         measured = None
     model_name = model_name or (repo_id or folder.resolve().name).rpartition("/")[-1]
     repo_id, config = model_name if repo_id is None else repo_id, model.config
-    base_model = base_model or backbone_on_hub(config)
+    num_layers = (config if members is None else config.members[-1]).num_hidden_layers
+    base_models = [name for name in as_list(base_model) if name] or backbones_on_hub(config)
     datasets = as_list(datasets)
     if measured is not None and measured.dataset and measured.dataset not in datasets:
         datasets.append(measured.dataset)
-    plot = measured is not None and write_plot(folder / PLOT, measured, config.num_hidden_layers)
+    plot = measured is not None and write_plot(folder / PLOT, measured, num_layers)
     data = ModelCardData(
         model_name=model_name,
         library_name="fastbert_hf",
         pipeline_tag="text-classification",
-        base_model=base_model,
+        base_model=base_models[0] if len(base_models) == 1 else base_models or None,
         datasets=datasets or None,
         metrics=(measured.metrics or None) if measured else None,
         language=language,
         license=license,
-        tags=list(dict.fromkeys([*TAGS, *as_list(tags)])),
+        tags=list(dict.fromkeys([*(TAGS if members is None else CASCADE_TAGS), *as_list(tags)])),
         eval_results=eval_results(measured, config.speed) if measured else None,
     )
     card = ModelCard.from_template(
@@ -161,7 +166,9 @@ def write_model_card(
         template_path=str(TEMPLATE),
         model_name=model_name,
         repo_id=as_python(repo_id) if repo_id else "",
-        backbone=f"`{base_model}`" if base_model else f"a {config.text_config.model_type} encoder",
+        backbone=None if members is not None else describe_backbone(config, base_models),
+        members=None if members is None else describe_members(config),
+        num_layers=num_layers,
         config=config,
         example=as_python(example),
         labels=", ".join(map(in_one_line, config.id2label.values())),
@@ -192,10 +199,23 @@ def in_one_line(text: Any) -> str:
     return " ".join(str(text).split())
 
 
-def backbone_on_hub(config: PreTrainedConfig) -> str | None:
-    """The pretrained encoder's name, unless it was a folder."""
-    name = getattr(config.text_config, "_name_or_path", None)
-    return None if not name or os.path.exists(name) else name
+def backbones_on_hub(config: PreTrainedConfig) -> list[str]:
+    """The names of the pretrained encoders, but for those that were folders."""
+    names = [part.text_config._name_or_path for part in getattr(config, "members", None) or [config]]
+    return list(dict.fromkeys(name for name in names if name and not os.path.exists(name)))
+
+
+def describe_backbone(config: PreTrainedConfig, names: list[str]) -> str:
+    return f"`{names[0]}`" if names else f"a {config.text_config.model_type} encoder"
+
+
+def describe_members(config: PreTrainedConfig) -> str:
+    parts = [
+        f"{describe_backbone(member, backbones_on_hub(member))} of {member.num_hidden_layers} layers"
+        + (", which a text can also leave early" if member.min_exit_layer != member.num_hidden_layers else "")
+        for member in config.members
+    ]
+    return "; then ".join(parts)
 
 
 def has_code(folder: Path) -> bool:

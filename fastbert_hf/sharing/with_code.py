@@ -16,18 +16,23 @@ from .model_card import write_model_card
 
 MODELING_FILES = sorted(path for path in Path(modeling.__file__).parent.glob("*.py") if path.name != "__init__.py")
 # Where Transformers finds the classes; the installed config drops both on load, as it needs neither.
-CODE_FIELDS = {
-    "auto_map": {
+PIPELINE = {
+    "fast-text-classification": {
+        "impl": "pipeline_fastbert.FastTextClassificationPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+        "type": "text",
+    }
+}
+AUTO_MAPS = {
+    "fastbert": {
         "AutoConfig": "configuration_fastbert.FastBertConfig",
         "AutoModel": "modeling_fastbert.FastBertModel",
         "AutoModelForSequenceClassification": "modeling_fastbert.FastBertForSequenceClassification",
     },
-    "custom_pipelines": {
-        "fast-text-classification": {
-            "impl": "pipeline_fastbert.FastTextClassificationPipeline",
-            "pt": ["AutoModelForSequenceClassification"],
-            "type": "text",
-        }
+    "fastbert_cascade": {
+        "AutoConfig": "configuration_cascade.CascadeConfig",
+        "AutoModel": "modeling_cascade.CascadeForSequenceClassification",
+        "AutoModelForSequenceClassification": "modeling_cascade.CascadeForSequenceClassification",
     },
 }
 
@@ -44,7 +49,7 @@ def save_with_code(
     classes, and nothing in it is run.
 
     Args:
-        model ([`FastBertForSequenceClassification`] or [`FastBertModel`]): The model.
+        model ([`FastBertForSequenceClassification`] or another model of this package): The model.
         folder (`str` or `PathLike`): Where to save. A model card that is there already stays.
         tokenizer (*optional*): Saved beside it; the pipeline needs one.
         max_shard_size (`int` or `str`): As in `PreTrainedModel.save_pretrained`.
@@ -69,7 +74,7 @@ def save_with_code(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_code(folder)
-    if hasattr(model, "exits") and not (folder / "README.md").exists():
+    if (hasattr(model, "exits") or hasattr(model, "members")) and not (folder / "README.md").exists():
         write_model_card(folder, model)
 
 
@@ -79,5 +84,6 @@ def write_code(folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     part = folder / "config.json.part"
-    part.write_text(json.dumps({**config, **CODE_FIELDS}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config.update(auto_map=AUTO_MAPS[config["model_type"]], custom_pipelines=PIPELINE)
+    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(part, folder / "config.json")

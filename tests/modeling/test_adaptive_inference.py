@@ -62,7 +62,7 @@ def oracle_uncertainties(model: FastBertForSequenceClassification, exit_logits: 
         return -(probabilities * np.log(probabilities)).sum(-1) / math.log(logits.shape[-1])
     ordered = np.sort(probabilities, -1)
     if policy == "confidence":
-        return 1 - ordered[..., -1]
+        return (1 - ordered[..., -1]) * logits.shape[-1] / (logits.shape[-1] - 1)
     if policy == "margin":
         return 1 - (ordered[..., -1] - ordered[..., -2])
     labels = logits.argmax(-1)

@@ -1,0 +1,110 @@
+"""CascadeConfig: the configs of the members, smallest first, and when a text goes on to the next."""
+
+# No `from __future__ import annotations` here: it would switch off the type checks of a strict config.
+import copy
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from .checkpoint_checks import check_raw_cascade
+from .configuration_fastbert import CODE_FIELDS, FastBertConfig
+from .exit_policies import check_speed
+
+
+# Patience counts agreements of neighbouring exits, and most members have one exit that may answer.
+CASCADE_POLICIES = ("confidence", "entropy", "margin")
+
+
+@strict
+class CascadeConfig(PreTrainedConfig):
+    r"""
+    Configuration of a cascade of complete classifiers (CascadeBERT, Li et al., Findings of EMNLP 2021).
+
+    Args:
+        members (`list` of [`FastBertConfig`] or `dict`):
+            At least two, cheapest first, with the same labels. A member whose `min_exit_layer` is its last layer
+            answers there alone; in another a text may also leave early.
+        own_tokenizers (`bool`, *optional*, defaults to `False`):
+            Whether every member reads what its own tokenizer makes of a text. One tokenizer serves all unless given.
+        exit_policy (`str`, *optional*, defaults to `"confidence"`):
+            How logits become an uncertainty in [0, 1], at every exit of every member: `"confidence"`, `"entropy"` or
+            `"margin"`, as in [`FastBertConfig`]. With `"confidence"` a text goes on while \\( (1 - \max_i p_i) \cdot N
+            / (N - 1) \\) is not below `speed`, so the threshold of the paper's Algorithm 1 is \\( \tau = 1 -
+            \text{speed} \cdot (N - 1) / N \\) for N labels.
+        speed (`float`, *optional*, defaults to 0.5):
+            The speed that the pipeline uses when the call names none. The model itself asks the last member then.
+
+    Example:
+
+    ```python
+    >>> config = CascadeConfig(members=[small.config, large.config], exit_policy="margin")
+    ```
+    """
+
+    model_type = "fastbert_cascade"
+    keys_to_ignore_at_inference = ["exit_layer", "uncertainty", "exit_member"]
+    # What the pipeline passes on to `predict` where the call does not name it.
+    call_defaults = ("speed",)
+
+    members: list | None = None
+    own_tokenizers: bool = False
+    exit_policy: str = "confidence"
+    speed: float | int = 0.5
+
+    def __post_init__(self, **kwargs):
+        # The members write their attention into their configs, so they must not be the caller's.
+        members = [member if isinstance(member, dict) else member.to_dict() for member in self.members or ()]
+        self.members = [FastBertConfig.from_dict(copy.deepcopy(member)) for member in members]
+        if self.members and self.id2label is None and "num_labels" not in kwargs:
+            self.id2label, self.label2id = dict(self.members[0].id2label), dict(self.members[0].label2id)
+        super().__post_init__(**kwargs)
+        # Transformers builds a config without arguments to compare others with.
+        if self.members:
+            self._check_members()
+        if self.exit_policy not in CASCADE_POLICIES:
+            raise ValueError(
+                f"exit_policy={self.exit_policy!r} is not for a cascade; choose one of {', '.join(CASCADE_POLICIES)}."
+            )
+        check_speed(self.speed)
+        for member in self.members:
+            member.exit_policy = self.exit_policy
+
+    def _check_members(self) -> None:
+        if len(self.members) < 2:
+            raise ValueError("a cascade has at least two members, got 1: give a smaller or a larger one beside it.")
+        for number, member in enumerate(self.members, start=1):
+            if member.id2label != self.id2label:
+                raise ValueError(
+                    f"member {number} has the labels {member.id2label}, but the cascade {self.id2label}: all members "
+                    "must know the same labels in the same order. Fine-tune them with one id2label."
+                )
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            # As in FastBertConfig: the installed classes need no code beside the weights.
+            config_dict = {name: value for name, value in config_dict.items() if name not in CODE_FIELDS}
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the config of a {model_type!r} checkpoint, not of a cascade. Make one of it and another: "
+                "CascadeForSequenceClassification.from_members([small, large])"
+            )
+        check_raw_cascade(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        output = super().to_dict()
+        output["members"] = [member.to_diff_dict() for member in self.members or ()]
+        for member in output["members"]:
+            del member["transformers_version"]
+        return output
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of all members together: what a text runs through that no member but the last is sure of."""
+        return sum(member.num_hidden_layers for member in self.members)
+
+
+__all__ = ["CascadeConfig"]
