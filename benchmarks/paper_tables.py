@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-PARTS = ("table_2", "table_3", "rivals", "crossed", "tried")
+PARTS = ("table_2", "table_3", "rivals", "crossed", "tried", "cascades")
 
 
 @dataclass
@@ -45,6 +45,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown parts {', '.join(unknown)}; choose from {', '.join(PARTS)}")
 
+    import cascade_runs
     import paper_runs
 
     docs_dir = Path(arguments.docs_dir)
@@ -62,7 +63,8 @@ def main() -> None:
         for number, run in enumerate(runs, start=1):
             if paper_runs.finished(run, results_dir) is None:
                 print(f"\n{run.name} ({number} of {len(runs)})", flush=True)
-                result = paper_runs.execute(run, Path(arguments.data_dir), Path(arguments.work_dir))
+                execute = cascade_runs.execute if run.recipe == "cascade" else paper_runs.execute
+                result = execute(run, Path(arguments.data_dir), Path(arguments.work_dir))
                 paper_runs.keep(result, run, results_dir)
 
     import paper_report

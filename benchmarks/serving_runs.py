@@ -27,7 +27,12 @@ from transformers import (
     TextClassificationPipeline,
 )
 
-from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, FastTextClassificationPipeline
+from fastbert_hf import (
+    CascadeForSequenceClassification,
+    FastBertConfig,
+    FastBertForSequenceClassification,
+    FastTextClassificationPipeline,
+)
 from fastbert_hf.evaluation import executed_flops
 from fastbert_hf.modeling.encoder_layouts import run_layer
 from fastbert_hf.modeling.packed_batch import pack_lists
@@ -235,6 +240,46 @@ def against_ideal(shape: str, texts: list[str], repeats: int, share: float, sing
         executed = executed_flops(fast, torch.tensor(layers), lengths)
         ideals.append((everything.sum() / executed.sum()).item())
         speed_ups.append(first / second)
+    return {
+        "texts_per_second": rates(seconds, len(texts)),
+        "speed_up": median(speed_ups),
+        "ideal": median(ideals),
+        **ratios(speed_ups, ideals),
+    }
+
+
+def cascade_against_layers(shape: str, small_layers: int, texts: list[str], repeats: int, share: float) -> dict:
+    """
+    A small and a large member of random weights through the pipeline, where the small one answers `share` of the
+    texts, chosen by chance: the wall-clock speed-up over the large member alone, as a part of the speed-up in layers
+    executed.
+    """
+    members = [
+        own_model(shape, num_hidden_layers=small_layers),
+        own_model(shape),
+    ]
+    for member in members:
+        member.config.min_exit_layer = member.config.num_hidden_layers
+    cascade = CascadeForSequenceClassification.from_members(members)
+    generator = torch.Generator().manual_seed(0)
+
+    def replace_answers(module, inputs, logits):
+        forced = torch.zeros_like(logits)
+        forced[:, 0] = (torch.rand(logits.shape[0], generator=generator) < share).to(logits.dtype) * 100
+        return forced
+
+    cascade.members[0].teacher.register_forward_hook(replace_answers)
+    classifier, layers = own_pipeline(cascade), []
+
+    def answer(speed: float):
+        answers = classifier(texts, speed=speed, **CUT)
+        if speed:
+            layers.append(sum(one["exit_layer"] for one in answers) / len(texts))
+
+    sides = {"full": lambda: answer(0), "fast": lambda: answer(0.5)}
+    seconds = in_turn(sides, repeats, f"cascade, {share:g} answered by {small_layers} layers")
+    speed_ups = [full / fast for full, fast in zip(seconds["full"], seconds["fast"], strict=True)]
+    ideals = [members[-1].config.num_hidden_layers / own for own in layers[1:]]
     return {
         "texts_per_second": rates(seconds, len(texts)),
         "speed_up": median(speed_ups),

@@ -51,6 +51,7 @@ NAMES = {
     "single_minilm": "the same, MiniLM shape",
     "exits_stream": "exits on, a stream, both shapes, against the executed FLOPs",
     "exits_single": "exits on, one text at a time, both shapes, against the executed FLOPs",
+    "cascade": "a cascade of random weights, a stream, against the layers executed",
     "pypi_stream": "exits on, a stream, against PyPI fastbert 0.2.2",
     "pypi_single": "exits on, one text at a time, against PyPI fastbert 0.2.2",
     "peak_float32": "packed layers against their matrix products, float32",
@@ -91,6 +92,12 @@ def measure(name: str, arguments: Arguments) -> object:
                 chosen = stream[: len(stream) // 4] if single else stream if full_name == "BERT-base" else stream * 2
                 cases[f"{full_name}, {share:g}"] = runs.against_ideal(full_name, chosen, repeats, share, single)
         return cases
+    if name == "cascade":
+        return {
+            f"{shape}, {share:g}": runs.cascade_against_layers(shape, 2, stream * factor, repeats, share)
+            for shape, factor in (("BERT-base", 1), ("MiniLM", 4))
+            for share in (0.6, 0.9)
+        }
     if name in ("pypi_stream", "pypi_single"):
         single = name == "pypi_single"
         chosen = stream[: len(stream) // (8 if single else 4)]

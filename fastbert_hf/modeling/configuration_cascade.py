@@ -57,7 +57,8 @@ class CascadeConfig(PreTrainedConfig):
         members = [member if isinstance(member, dict) else member.to_dict() for member in self.members or ()]
         self.members = [FastBertConfig.from_dict(copy.deepcopy(member)) for member in members]
         if self.members and self.id2label is None and "num_labels" not in kwargs:
-            self.id2label, self.label2id = dict(self.members[0].id2label), dict(self.members[0].label2id)
+            self.id2label = dict(self.members[0].id2label)
+            self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
         # Transformers builds a config without arguments to compare others with.
         if self.members:

@@ -65,11 +65,12 @@ def result(run, dev: list[float], test: list[float], layers: tuple[float, ...] =
 def test_every_run_has_its_own_name_and_a_known_recipe(runs):
     everything = {run for part in runs.PARTS.values() for run in part()}
     assert len({run.name for run in everything}) == len(everything)
-    assert {run.recipe for run in everything} == set(RECIPES)
+    assert {run.recipe for run in everything} == {*RECIPES, "cascade"}
     for run in everything:
         whole_model, exits_alone = run.settings()
         assert whole_model.learning_rate > 0 and exits_alone.learning_rate > 0
-        assert (run.depth is not None) == RECIPES[run.recipe].fixed_depth
+        assert (run.depth is not None) == (run.recipe in RECIPES and RECIPES[run.recipe].fixed_depth)
+    assert {run.set for run in runs.cascade_runs() if run.recipe == "cascade"} == set(runs.CASCADE_SETS)
     assert {run.set for run in runs.table_2_runs()} == set(runs.TABLE_2_SETS)
     assert {(run.set, run.seed) for run in runs.rival_runs()} == {(s, k) for s in runs.RIVAL_SETS for k in (1, 2)}
     assert all(run.max_rows == 3000 for run in runs.rival_runs())
