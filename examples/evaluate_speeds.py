@@ -35,7 +35,7 @@ class ScriptArguments(TextColumns):
         default=None, metadata={"help": "Some of entropy, confidence, margin and patience; the model's own if none."}
     )
     metric: str = field(default="accuracy", metadata={"help": "accuracy, f1 or matthews_correlation."})
-    batch_size: int = field(default=32, metadata={"help": "Rows in a batch."})
+    batch_size: int = field(default=32, metadata={"help": "Rows in a batch of the full-depth pass."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone."})
     speeds: list[float] = field(
         default_factory=lambda: [step / 10 for step in range(11)], metadata={"help": "Speeds of the printed table."}
@@ -112,8 +112,8 @@ def main() -> None:
     print(f"\n{len(rows)} rows, {record.num_exits} layers\n")
     print(table[table["speed"].isin(script.speeds)][shown].to_string(index=False, float_format="{:.3f}".format))
     if script.time_speeds:
-        times = time_speeds(model, rows, collator, script.time_speeds, script.batch_size)
-        print(f"\nMeasured on {model.device}, batches of {script.batch_size} texts of similar length\n")
+        times = time_speeds(model, rows, script.time_speeds)
+        print(f"\nMeasured on {model.device}\n")
         print(times.to_string(index=False, float_format="{:.2f}".format))
         table.attrs["times"] = times.to_dict("records")
     print()

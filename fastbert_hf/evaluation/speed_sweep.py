@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..modeling.exit_policies import exit_range, exit_uncertainties, first_exits
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
@@ -157,24 +158,24 @@ def task_metric(metric: str, labels: torch.Tensor | None, answers: torch.Tensor,
 
 
 def time_speeds(
-    model: FastBertForSequenceClassification,
+    model: PreTrainedModel,
     dataset: Sequence[Mapping[str, Any]],
-    data_collator: Callable[[list[Mapping[str, Any]]], Mapping[str, torch.Tensor]],
     speeds: Sequence[float] = (0.0, 0.1, 0.5, 0.8),
-    batch_size: int = 32,
+    batch_size: int | None = None,
     repeats: int = 5,
     progress: bool = True,
 ) -> pd.DataFrame:
     """
-    Wall-clock of the real adaptive forward. The speeds take turns within each repeat, so that a machine's moods reach
-    all of them, and each repeat compares them with its own full-depth pass.
+    Wall-clock of `model.predict`, which the pipeline uses, without the tokenizer. The speeds take turns within each
+    repeat, so that a machine's moods reach all of them, and each repeat compares them with its own full-depth pass.
 
     Args:
+        model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): Put into eval mode.
+        dataset (sequence of `dict`): Tokenized rows.
         speeds (sequence of `float`): In [0, 1]; full depth is always measured beside them.
-        batch_size (`int`): Rows in a batch; texts of similar length share one.
+        batch_size (`int`, *optional*): Texts that are answered at a time; by their tokens unless given.
         repeats (`int`): Rounds over all speeds, after one that is not counted.
-
-        The other arguments are those of [`record_exits`].
+        progress (`bool`): Whether to show a progress bar.
 
     Returns:
         `pandas.DataFrame`: `speed`, `texts_per_second` (median over the repeats), `time_speed_up` (median of the
@@ -183,20 +184,15 @@ def time_speeds(
     if len(dataset) == 0 or repeats < 1:
         raise ValueError(f"give at least one row and one repeat, got {len(dataset)} rows and repeats={repeats}.")
     model.eval()
-    rows = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        batch = dict(data_collator([dataset[row] for row in rows[start : start + batch_size]]))
-        batches.append({name: value.to(model.device) for name, value in batch.items() if name != "labels"})
+    texts = [dataset[row] for row in range(len(dataset))]
     speeds = list(dict.fromkeys([0.0, *map(float, speeds)]))
     seconds = {speed: [] for speed in speeds}
-    with torch.inference_mode(), tqdm(total=(repeats + 1) * len(speeds), desc="Timing", disable=not progress) as bar:
+    with tqdm(total=(repeats + 1) * len(speeds), desc="Timing", disable=not progress) as bar:
         for repeat in range(repeats + 1):
             for speed in speeds:
                 start = time.perf_counter()
-                for batch in batches:
-                    # The answers come back to the CPU, so the device has finished.
-                    model(**batch, speed=speed).logits.cpu()
+                for _ in model.predict(texts, speed=speed, batch_size=batch_size):
+                    pass
                 if repeat > 0:
                     seconds[speed].append(time.perf_counter() - start)
                 bar.update()

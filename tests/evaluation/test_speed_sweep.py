@@ -194,13 +194,19 @@ def test_a_table_of_another_kind_of_file_is_refused(tmp_path):
 
 
 def test_times_are_measured_for_every_speed_beside_full_depth():
-    model, collator = tiny_model(), DataCollatorWithPadding(tiny_tokenizer())
-    calls = []
-    model.register_forward_pre_hook(lambda _, __, inputs: calls.append(inputs["speed"]), with_kwargs=True)
-    table = time_speeds(model, rows(), collator, speeds=(0.8, 1.0), batch_size=16, repeats=3, progress=False)
+    model, calls = tiny_model(), []
+    predict = model.predict
+
+    def watched(texts, speed, batch_size):
+        answers = list(predict(texts, speed=speed, batch_size=batch_size))
+        calls.append((speed, len(answers), batch_size))
+        yield from answers
+
+    model.predict = watched
+    table = time_speeds(model, rows(), speeds=(0.8, 1.0), batch_size=16, repeats=3, progress=False)
     assert table["speed"].tolist() == [0.0, 0.8, 1.0]
-    # Three batches for each speed, one round that does not count, and the speeds take turns.
-    assert calls == [speed for _ in range(4) for speed in (0.0, 0.8, 1.0) for _ in range(3)]
+    # One round that does not count, and the speeds take turns, all texts each time.
+    assert calls == [(speed, 40, 16) for _ in range(4) for speed in (0.0, 0.8, 1.0)]
     assert (table["texts_per_second"] > 0).all()
     assert table["time_speed_up"][0] == 1
     assert (table["time_speed_up_min"] <= table["time_speed_up"]).all()
@@ -210,7 +216,7 @@ def test_times_are_measured_for_every_speed_beside_full_depth():
 @pytest.mark.parametrize(("data", "repeats"), [([], 3), (rows(number=2), 0)])
 def test_nothing_to_time_is_refused(data, repeats):
     with pytest.raises(ValueError, match="at least one row and one repeat"):
-        time_speeds(tiny_model(), data, DataCollatorWithPadding(tiny_tokenizer()), repeats=repeats)
+        time_speeds(tiny_model(), data, repeats=repeats)
 
 
 def dial(layers: list[float], accuracy: list[float]) -> pd.DataFrame:
