@@ -63,13 +63,18 @@ class CascadeConfig(PreTrainedConfig):
         # Transformers builds a config without arguments to compare others with.
         if self.members:
             self._check_members()
-        if self.exit_policy not in CASCADE_POLICIES:
-            raise ValueError(
-                f"exit_policy={self.exit_policy!r} is not for a cascade; choose one of {', '.join(CASCADE_POLICIES)}."
-            )
         check_speed(self.speed)
-        for member in self.members:
-            member.exit_policy = self.exit_policy
+        self.exit_policy = self.exit_policy  # reaches the members
+
+    def __setattr__(self, key, value):
+        if key == "exit_policy" and value not in CASCADE_POLICIES:
+            raise ValueError(
+                f"exit_policy={value!r} is not for a cascade; choose one of {', '.join(CASCADE_POLICIES)}."
+            )
+        super().__setattr__(key, value)
+        if key == "exit_policy" and getattr(self, "_post_init_done", False):
+            for member in self.members:
+                member.exit_policy = value
 
     def _check_members(self) -> None:
         if len(self.members) < 2:

@@ -144,10 +144,8 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         )
         with torch.device("meta"):  # all weights are the members' own
             cascade = cls(config)
-        for model in models:
-            # The cascade asks all of them by its own policy.
-            model.config.exit_policy = exit_policy
         cascade.members, config.members = nn.ModuleList(models), [model.config for model in models]
+        config.exit_policy = exit_policy  # that of every member
         cascade.tokenizers = tokenizers
         return cascade.to(models[-1].device).eval()
 

@@ -376,6 +376,24 @@ def test_loaded_members_are_left_alone(members):
     assert large.config.exit_policy == "margin"
 
 
+def test_the_policy_of_the_cascade_is_that_of_its_members(cascade, tmp_path):
+    cascade.save_pretrained(tmp_path)
+    for load in (
+        lambda: CascadeForSequenceClassification.from_pretrained(tmp_path, exit_policy="margin"),
+        lambda: CascadeForSequenceClassification(AutoConfig.from_pretrained(tmp_path, exit_policy="margin")),
+    ):
+        model = load()
+        assert [member.config.exit_policy for member in model.members] == ["margin"] * 3
+        model.config.exit_policy = "entropy"
+        assert [member.config.exit_policy for member in model.members] == ["entropy"] * 3
+        with pytest.raises(ValueError, match="'patience' is not for a cascade"):
+            model.config.exit_policy = "patience"
+    batch = ragged_batch()
+    changed = CascadeForSequenceClassification.from_pretrained(tmp_path, exit_policy="margin")
+    with torch.no_grad():
+        assert_answers(changed(**batch, speed=0.7), naive(changed, batch, [0.7] * 7))
+
+
 def test_threads_use_one_cascade_at_different_speeds(cascade):
     encoded = cascade.encode(tiny_texts(30))
     expected = {speed: [answer.exit_layer for answer in cascade.predict(encoded, speed=speed)] for speed in SPEEDS}
