@@ -56,6 +56,45 @@ def depth_weights(num_exits: int, device: torch.device | None = None) -> torch.T
     return depths / depths.sum()
 
 
+def difficulty_margin_loss(
+    logits: torch.Tensor, difficulty: torch.Tensor, margin: float = 0.5, sample_pairs: bool = False
+) -> torch.Tensor:
+    """
+    How far the confidences of easy rows fail to be above those of hard ones by a margin, max(0, margin - (c_easy -
+    c_hard)), averaged over all pairs of an easy and a hard row (CascadeBERT, Findings of EMNLP 2021, Eq. 4 to 6).
+    Confidence is the highest probability. In float32, or in float64 where the logits are.
+
+    With the sign of Eq. 6 as printed, the loss would raise the confidence of hard rows. Section 3.2 says that it is to
+    fall, and the authors' code does so: `MarginRankingLoss(margin)` of easy, hard and +1. Pairs of equal difficulty
+    would add the margin, without a gradient, and are left out.
+
+    Args:
+        logits (`torch.Tensor` of shape `[rows, num_labels]`): Of one batch.
+        difficulty (`torch.Tensor` of shape `[rows]`): 0 for easy rows, 1 for hard ones.
+        margin (`float`): The epsilon of Eq. 5, a difference of probabilities.
+        sample_pairs (`bool`):
+            Pairs each easy row with one hard row, drawn with replacement, as the authors' code does, instead of with
+            all of them. The expected loss is the same.
+
+    Returns:
+        `torch.Tensor` without dimensions; 0, with a gradient of 0, where all rows are easy or all are hard.
+    """
+    if difficulty.shape != logits.shape[:1] or not ((difficulty == 0) | (difficulty == 1)).all():
+        raise ValueError(
+            f"difficulty must be 0 (easy) or 1 (hard) for each of the {len(logits)} rows, got "
+            f"{difficulty.tolist()}. Example: torch.tensor([0, 1, 0])"
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    confidence = logits.softmax(-1).amax(-1)  # [rows]
+    easy, hard = confidence[difficulty == 0], confidence[difficulty == 1]
+    if sample_pairs and len(hard) > 0:
+        gaps = easy - hard[torch.randint(len(hard), easy.shape, device=hard.device)]  # [easy]
+    else:
+        gaps = easy[:, None] - hard  # [easy, hard]
+    # A mean would be NaN where there is no pair.
+    return (margin - gaps).clamp(min=0).sum() / max(1, gaps.numel())
+
+
 @dataclass(frozen=True)
 class Objective:
     """

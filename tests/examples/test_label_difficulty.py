@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import Trainer
+
+from ..common import load_script, tiny_stock_model, tiny_texts, tiny_tokenizer
+
+
+SCRIPT = Path(__file__).parent.parent.parent / "examples" / "label_difficulty.py"
+ROWS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Every training collects garbage; among all that is imported, that would take longer than the training."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbone")
+    tiny_stock_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def train_file(tmp_path):
+    path = tmp_path / "train.tsv"
+    rows = [f"{('no', 'yes')[index % 2]}\t{index}\t{text}" for index, text in enumerate(tiny_texts(ROWS))]
+    path.write_text("\n".join(["label\tnumber\ttext", *rows]) + "\n")
+    return path
+
+
+@pytest.fixture
+def arguments(tmp_path, backbone, train_file):
+    words = f"--model_name_or_path {backbone} --train_file {train_file} --use_cpu --num_folds 2 --seeds 1 2"
+    words += f" --num_train_epochs 1 --output_dir {tmp_path / 'answers'} --output_file {tmp_path / 'out.jsonl'}"
+    return words.split()
+
+
+def run(script, monkeypatch, capsys, *words) -> str:
+    monkeypatch.setattr(sys, "argv", ["label_difficulty.py", *map(str, words)])
+    script.main()
+    return capsys.readouterr().out
+
+
+def read(path: Path) -> list[dict]:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, **quoting))
+
+
+def wrong_rows(folder: Path) -> set[int]:
+    return {row for path in folder.rglob("fold_*.json") for row in json.loads(path.read_text())["wrong"]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_the_rows_come_back_with_their_difficulty(script, monkeypatch, capsys, arguments, train_file, tmp_path, kind):
+    output = tmp_path / f"new/out.{kind}"
+    printed = run(script, monkeypatch, capsys, *arguments, "--output_file", output)
+    given, labelled = read(train_file), read(output)
+    hard = [int(row.pop("difficulty")) for row in labelled]
+    assert [{name: str(value) for name, value in row.items()} for row in labelled] == given
+    assert {row for row, is_hard in enumerate(hard) if is_hard} == wrong_rows(tmp_path / "answers")
+    assert 0 < sum(hard) and set(hard) <= {0, 1}
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+    table = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.endswith("%")}
+    assert list(table) == ["no", "yes", "all"]
+    assert table["all"] == [str(ROWS), f"{sum(hard) / ROWS:.1%}"]
+    assert table["yes"] == [str(ROWS // 2), f"{sum(hard[1::2]) / (ROWS // 2):.1%}"]
+    assert "DifficultyAwareTrainer(" in printed.splitlines()[-1]
+
+
+def test_the_first_layers_with_the_chosen_exit_judge(script, monkeypatch, capsys, arguments, tmp_path):
+    models, original = [], Trainer.train
+
+    def remember(self, *args, **kwargs):
+        models.append((self.model, self.args.learning_rate, self.args.per_device_train_batch_size))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", remember)
+    words = "--num_hidden_layers 3 --exit_type linear --learning_rate 0.01 --per_device_train_batch_size 4".split()
+    run(script, monkeypatch, capsys, *arguments, *words)
+    assert len(models) == 4
+    for model, learning_rate, batch_size in models:
+        assert (model.config.num_hidden_layers, model.config.exit_type) == (3, "linear")
+        assert model.config.id2label == {0: "no", 1: "yes"}
+        assert (learning_rate, batch_size) == (0.01, 4)
+    # Finished trainings are not repeated, whatever the output is.
+    run(script, monkeypatch, capsys, *arguments, *words, "--output_file", tmp_path / "other.csv")
+    assert len(models) == 4
+
+
+def test_defaults_are_a_small_member_and_the_papers_rounds(script):
+    arguments = script.ScriptArguments()
+    assert (arguments.num_hidden_layers, arguments.exit_type) == (2, "linear_mean")
+    assert (arguments.num_folds, arguments.seeds) == (8, [1, 2, 3, 4, 5])
+    assert (arguments.learning_rate, arguments.num_train_epochs) == (1e-4, 3)
+    assert len(script.load_rows(arguments)) > 1000
+
+
+def test_some_random_rows_can_be_labelled(script, monkeypatch, capsys, arguments, tmp_path):
+    run(script, monkeypatch, capsys, *arguments, "--max_train_samples", 10)
+    assert len(read(tmp_path / "out.jsonl")) == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output_file", "rows.txt"], "--output_file must end with .jsonl, .csv or .tsv, got rows.txt"),
+        (["--exit_type", "round"], "--exit_type must be one of attention, linear, linear_mean, got 'round'"),
+        (["--text_column", "body"], "has no column 'body'"),
+        (["--num_hidden_layers", "9"], "--num_hidden_layers must be from 1 to 4, got 9"),
+        (["--num_folds", "1"], "num_folds must be from 2 to 24, the number of rows, got 1"),
+        (["--seeds", "1", "1"], "seeds must be one or more different numbers, got [1, 1]"),
+        (["--train_file", "no.tsv"], "there is no file no.tsv: correct --train_file"),
+        (["--data_dir", "nowhere"], "there is no folder 'nowhere': correct --data_dir"),
+        (["--model_name_or_path", "no/such/folder"], "the model cannot be loaded"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(script, monkeypatch, arguments, words, message, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["label_difficulty.py", *arguments, *words])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "answers").exists()
+
+
+def test_other_settings_in_the_same_folder_end_with_one_line(script, monkeypatch, capsys, arguments):
+    run(script, monkeypatch, capsys, *arguments)
+    with pytest.raises(SystemExit, match=r"learning_rate was 0.0001 and is 0.5"):
+        run(script, monkeypatch, capsys, *arguments, "--learning_rate", 0.5)
+
+
+@pytest.mark.parametrize("text", ["word7\tword8", "word7\nword8", "word7\rword8"])
+def test_texts_that_a_tsv_file_cannot_hold_are_refused_before_any_training(
+    script, monkeypatch, capsys, arguments, tmp_path, text
+):
+    rows = [{"label": index % 2, "text": text} for index in range(6)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*arguments, "--train_file", tmp_path / "train.jsonl", "--output_file", tmp_path / "out.tsv"]
+    with pytest.raises(SystemExit, match=r"a tab or a line break, which .tsv cannot hold: give --output_file as"):
+        run(script, monkeypatch, capsys, *words)
+    assert not (tmp_path / "answers").exists()
+    run(script, monkeypatch, capsys, *words, "--output_file", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert {row["text"] for row in csv.DictReader(file)} == {text}
+
+
+def test_rows_that_have_a_difficulty_are_refused(script, monkeypatch, capsys, arguments, tmp_path):
+    Dataset.from_list([{"label": 0, "text": "word7", "difficulty": 1}] * 4).to_json(tmp_path / "train.jsonl")
+    with pytest.raises(SystemExit, match="has a column 'difficulty' already: remove it to label the rows anew"):
+        run(script, monkeypatch, capsys, *arguments, "--train_file", tmp_path / "train.jsonl")
+
+
+def test_help_loads_no_model_code():
+    code = f"import runpy, sys; sys.argv = [{str(SCRIPT)!r}, '--help']; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+    code += "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally:\n    print([name for name in sys.modules if name in ('torch', 'fastbert_hf', 'datasets')])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--num_folds" in output and output.splitlines()[-1] == "[]"
