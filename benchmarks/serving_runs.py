@@ -28,29 +28,35 @@ from transformers import (
 )
 
 from fastbert_hf import (
+    DEFAULT_MODEL_DIR,
     CascadeForSequenceClassification,
     FastBertConfig,
     FastBertForSequenceClassification,
     FastTextClassificationPipeline,
 )
-from fastbert_hf.evaluation import executed_flops
+from fastbert_hf.evaluation import executed_flops, record_exits
+from fastbert_hf.evaluation.speed_sweep import SPEEDS
 from fastbert_hf.modeling.encoder_layouts import run_layer
+from fastbert_hf.modeling.exit_policies import exit_uncertainties, first_exits
 from fastbert_hf.modeling.packed_batch import pack_lists
 
 
 OWN_REVIEWS = Path(__file__).parent.parent / "examples" / "data" / "test.tsv"
-REAL_REVIEWS = Path("zh", "douban_book_review", "test.tsv.gz")
 CUT = {"truncation": True, "max_length": 128}
 SHAPES = {
     "BERT-base": {},
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
+# Where real reviews are below the folder of the data: English for the model that was trained on such.
+REVIEWS = {"BERT-base": "zh/douban_book_review", "MiniLM": "en/sst2"}
+# The model that comes with the package. All others have random weights.
+TRAINED = {"MiniLM": DEFAULT_MODEL_DIR}
 STOCK_BATCHES = (1, 8, 32, 64)
 
 
-def read_reviews(data_dir: str, count: int) -> list[str]:
+def read_reviews(data_dir: str, shape: str, count: int) -> list[str]:
     """Reviews in a random order: those of `data_dir`, or the project's own where there is none."""
-    path = Path(data_dir) / REAL_REVIEWS if data_dir else OWN_REVIEWS
+    path = Path(data_dir, REVIEWS[shape], "test.tsv.gz") if data_dir else OWN_REVIEWS
     column = "text_a" if data_dir else "text"
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         texts = [row[column] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
@@ -62,14 +68,20 @@ def load_tokenizer():
     return AutoTokenizer.from_pretrained(MODEL_DIR)
 
 
-def stock_model(shape: str, dtype: torch.dtype = torch.float32, **fields) -> BertForSequenceClassification:
+def stock_model(shape: str, dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
+    """A stock classifier with the encoder of `own_model`."""
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**{**SHAPES[shape], **fields})).eval().to(dtype)
+    encoder = own_model(shape, dtype).fastbert.backbone
+    model = BertForSequenceClassification(BertConfig.from_dict(encoder.config.to_dict()))
+    model.bert.load_state_dict(encoder.state_dict(), strict=False)  # all but the pooler
+    return model.eval().to(dtype)
 
 
 def own_model(
     shape: str, dtype: torch.dtype = torch.float32, num_labels: int = 2, **fields
 ) -> FastBertForSequenceClassification:
+    if shape in TRAINED and num_labels == 2 and not fields:
+        return FastBertForSequenceClassification.from_pretrained(TRAINED[shape], dtype=dtype)
     torch.manual_seed(0)
     config = FastBertConfig(text_config=BertConfig(**{**SHAPES[shape], **fields}), num_labels=num_labels)
     return FastBertForSequenceClassification(config).eval().to(dtype)
@@ -103,6 +115,21 @@ def leave_at_random(exits: nn.ModuleList, mean_depth: float) -> None:
 
     for exit_classifier in exits[:-1]:
         exit_classifier.register_forward_hook(replace_answers)
+
+
+def model_that_leaves(shape: str, share: float, texts: list[str]) -> tuple[FastBertForSequenceClassification, float]:
+    """A model and a speed at which these texts run through `share` of the layers on average, or nearly."""
+    model = own_model(shape)
+    wanted = share * model.config.num_hidden_layers
+    if shape not in TRAINED:
+        leave_at_random(model.exits, wanted)
+        return model, 0.5
+    tokenizer = load_tokenizer()
+    rows = [{"input_ids": ids} for ids in tokenizer(texts, **CUT)["input_ids"]]
+    record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), progress=False)
+    uncertainties = exit_uncertainties(record.exit_logits, model.config.exit_policy)
+    depths = {speed: first_exits(uncertainties, speed).double().mean().item() for speed in SPEEDS}
+    return model, min(depths, key=lambda speed: abs(depths[speed] - wanted))
 
 
 def in_turn(sides: dict[str, Callable[[], object]], repeats: int, title: str) -> dict[str, list[float]]:
@@ -213,9 +240,7 @@ def against_ideal(shape: str, texts: list[str], repeats: int, share: float, sing
     Exits on, texts running through `share` of the layers on average: the wall-clock speed-up over speed 0, as a part
     of the speed-up of the FLOPs that were really executed, layers, exits and attention.
     """
-    full, fast = own_model(shape), own_model(shape)
-    fast.load_state_dict(full.state_dict())
-    leave_at_random(fast.exits, share * fast.config.num_hidden_layers)
+    full, (fast, fast_speed) = own_model(shape), model_that_leaves(shape, share, texts)
     pipelines = {"full": own_pipeline(full), "fast": own_pipeline(fast)}
     exit_layers: list[list[int]] = []
 
@@ -231,7 +256,7 @@ def against_ideal(shape: str, texts: list[str], repeats: int, share: float, sing
         if speed:
             exit_layers.append([one["exit_layer"] for one in answers])
 
-    sides = {"full": lambda: answer("full", 0), "fast": lambda: answer("fast", 0.5)}
+    sides = {"full": lambda: answer("full", 0), "fast": lambda: answer("fast", fast_speed)}
     seconds = in_turn(sides, repeats, f"{shape}, {share:g} of the layers" + ", one at a time" * single)
     lengths = torch.tensor([len(ids) for ids in load_tokenizer()(texts, **CUT)["input_ids"]])
     everything = executed_flops(full, torch.full_like(lengths, len(full.exits)), lengths, students=False)
@@ -242,6 +267,8 @@ def against_ideal(shape: str, texts: list[str], repeats: int, share: float, sing
         speed_ups.append(first / second)
     return {
         "texts_per_second": rates(seconds, len(texts)),
+        "speed": fast_speed,
+        "mean_exit_layer": round(sum(exit_layers[-1]) / len(texts), 2),
         "speed_up": median(speed_ups),
         "ideal": median(ideals),
         **ratios(speed_ups, ideals),
@@ -254,10 +281,8 @@ def cascade_against_layers(shape: str, small_layers: int, texts: list[str], repe
     texts, chosen by chance: the wall-clock speed-up over the large member alone, as a part of the speed-up in layers
     executed.
     """
-    members = [
-        own_model(shape, num_hidden_layers=small_layers),
-        own_model(shape),
-    ]
+    large_layers = own_model(shape).config.num_hidden_layers
+    members = [own_model(shape, num_hidden_layers=layers) for layers in (small_layers, large_layers)]
     for member in members:
         member.config.min_exit_layer = member.config.num_hidden_layers
     cascade = CascadeForSequenceClassification.from_members(members)
@@ -369,10 +394,9 @@ def cost_of_a_layer(repeats: int) -> list[dict]:
 
 def with_and_without_regrouping(shape: str, texts: list[str], repeats: int, share: float) -> dict:
     """Exits on, a stream: the same texts and exits with survivors joined and not."""
-    model, tokenizer = own_model(shape), load_tokenizer()
-    leave_at_random(model.exits, share * model.config.num_hidden_layers)
+    (model, speed), tokenizer = model_that_leaves(shape, share, texts), load_tokenizer()
     sides = {
-        name: lambda regroup=regroup: list(model.predict(tokenizer(texts, **CUT), speed=0.5, regroup=regroup))
+        name: lambda regroup=regroup: list(model.predict(tokenizer(texts, **CUT), speed=speed, regroup=regroup))
         for name, regroup in (("joined", True), ("apart", False))
     }
     seconds = in_turn(sides, repeats, f"{shape}, regrouping")

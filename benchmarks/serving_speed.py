@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 class Arguments:
     data_dir: str = field(
         default=os.environ.get("FASTBERT_DATA", ""),
-        metadata={"help": "Folder with zh/douban_book_review/test.tsv.gz; the project's own reviews unless given."},
+        metadata={"help": "Folder with zh/douban_book_review and en/sst2; the project's own reviews unless given."},
     )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of comparisons; --list_names prints them."})
     repeats: int = field(default=5, metadata={"help": "Turns of each comparison, after one that is not counted."})
@@ -69,8 +69,9 @@ def measure(name: str, arguments: Arguments) -> object:
     import serving_runs as runs
     import torch
 
-    texts, repeats = runs.read_reviews(arguments.data_dir, max(arguments.texts, 1024)), arguments.repeats
-    stream = texts[: arguments.texts]
+    repeats = arguments.repeats
+    texts = {shape: runs.read_reviews(arguments.data_dir, shape, max(arguments.texts, 1024)) for shape in runs.SHAPES}
+    streams = {shape: reviews[: arguments.texts] for shape, reviews in texts.items()}
     kind, _, shape = name.rpartition("_")
     if kind in ("stream", "sorted", "equal", "single") and shape in ("base", "minilm"):
         full_name = {"base": "BERT-base", "minilm": "MiniLM"}[shape]
@@ -81,45 +82,47 @@ def measure(name: str, arguments: Arguments) -> object:
             "single": runs.one_at_a_time,
         }[kind]
         if kind == "equal":
-            return run(full_name, texts, repeats)
+            return run(full_name, texts[full_name], repeats)
         shorter = {"base": 4 if kind == "single" else 2, "minilm": 2 if kind == "single" else 1}[shape]
-        return run(full_name, stream[: len(stream) // shorter], repeats)
+        return run(full_name, streams[full_name][: arguments.texts // shorter], repeats)
     if name in ("exits_stream", "exits_single"):
         single = name == "exits_single"
         cases = {}
         for full_name in runs.SHAPES:
             for share in (0.5, 0.25):
+                stream = streams[full_name]
                 chosen = stream[: len(stream) // 4] if single else stream if full_name == "BERT-base" else stream * 2
                 cases[f"{full_name}, {share:g}"] = runs.against_ideal(full_name, chosen, repeats, share, single)
         return cases
     if name == "cascade":
         return {
-            f"{shape}, {share:g}": runs.cascade_against_layers(shape, 2, stream * factor, repeats, share)
+            f"{shape}, {share:g}": runs.cascade_against_layers(shape, 2, streams[shape] * factor, repeats, share)
             for shape, factor in (("BERT-base", 1), ("MiniLM", 4))
             for share in (0.6, 0.9)
         }
     if name in ("pypi_stream", "pypi_single"):
         single = name == "pypi_single"
-        chosen = stream[: len(stream) // (8 if single else 4)]
+        chosen = streams["BERT-base"][: arguments.texts // (8 if single else 4)]
         return {f"{share:g}": runs.against_pypi_fastbert(chosen, repeats, share, single) for share in (0.5, 0.25)}
     if name in ("peak_float32", "peak_bfloat16"):
         return runs.against_peak(getattr(torch, name.removeprefix("peak_")), 3 * repeats)
     if name == "bfloat16":
-        return {shape: runs.bfloat16_against_float32(shape, stream, repeats) for shape in runs.SHAPES}
+        return {shape: runs.bfloat16_against_float32(shape, streams[shape], repeats) for shape in runs.SHAPES}
     if name == "regrouping":
         cases = [(shape, share) for shape in runs.SHAPES for share in (0.5, 0.25)]
         return {
-            f"{shape}, {share:g}": runs.with_and_without_regrouping(shape, stream, 2 * repeats, share)
+            f"{shape}, {share:g}": runs.with_and_without_regrouping(shape, streams[shape], 2 * repeats, share)
             for shape, share in cases
         }
     if name == "layer_cost":
         return runs.cost_of_a_layer(2 * repeats)
     if name == "compiled":
         return {
-            shape: runs.compiled_against_plain(shape, stream[: len(stream) // 2], repeats) for shape in runs.SHAPES
+            shape: runs.compiled_against_plain(shape, streams[shape][: arguments.texts // 2], repeats)
+            for shape in runs.SHAPES
         }
     if name == "growth":
-        return runs.growth(texts, repeats)
+        return runs.growth(texts["MiniLM"], repeats)
     return runs.memory_of_streams()
 
 
@@ -131,8 +134,9 @@ def main() -> None:
     unknown = sorted(set(arguments.only) - set(NAMES))
     if unknown:
         raise SystemExit(f"unknown comparisons {', '.join(unknown)}; choose from {', '.join(NAMES)}")
-    if arguments.data_dir and not Path(arguments.data_dir, "zh", "douban_book_review").is_dir():
-        raise SystemExit(f"no folder 'zh/douban_book_review' in {arguments.data_dir!r}: leave out --data_dir")
+    for needed in ("zh/douban_book_review", "en/sst2") if arguments.data_dir else ():
+        if not Path(arguments.data_dir, needed).is_dir():
+            raise SystemExit(f"no folder {needed!r} in {arguments.data_dir!r}: leave out --data_dir")
     folder = Path(arguments.docs_dir, "performance")
     if not arguments.write_only:
         import torch
@@ -144,7 +148,7 @@ def main() -> None:
         settings = {
             "repeats": arguments.repeats,
             "texts": arguments.texts,
-            "reviews": "zh/douban_book_review" if arguments.data_dir else "examples/data",
+            "reviews": "zh/douban_book_review and en/sst2" if arguments.data_dir else "examples/data",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastbert_hf.modeling.prediction import CPU_BATCH_TOKENS
 
-from ..common import load_script
+from ..common import assert_close, load_script
 
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -33,7 +34,8 @@ def report():
 def texts(runs, monkeypatch):
     """Twelve reviews of the project's own, for models small enough to be timed here."""
     monkeypatch.setattr(runs, "SHAPES", {"BERT-base": TINY, "MiniLM": TINY})
-    return runs.read_reviews("", 12)
+    monkeypatch.setattr(runs, "TRAINED", {})
+    return runs.read_reviews("", "MiniLM", 12)
 
 
 @pytest.mark.parametrize("mean_depth", [1.5, 2.0, 3.0])
@@ -42,6 +44,27 @@ def test_texts_leave_by_chance_after_the_mean_depth_that_is_asked_for(runs, text
     runs.leave_at_random(model.exits, mean_depth)
     answers = list(model.predict(tokenizer(texts * 40, **runs.CUT), speed=0.5))
     assert sum(answer.exit_layer for answer in answers) / len(answers) == pytest.approx(mean_depth, abs=0.25)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_the_trained_model_leaves_by_its_own_exits(runs, share):
+    texts, tokenizer = runs.read_reviews("", "MiniLM", 64), runs.load_tokenizer()
+    model, speed = runs.model_that_leaves("MiniLM", share, texts)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    answers = list(model.predict(tokenizer(texts, **runs.CUT), speed=speed))
+    assert sum(answer.exit_layer for answer in answers) / 64 == pytest.approx(share * 6, abs=0.3)
+    stock, encoded = runs.stock_model("MiniLM"), tokenizer(texts[:3], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        own_states = model.fastbert(**encoded).last_hidden_state * encoded["attention_mask"][..., None]
+        states = stock.bert(**encoded).last_hidden_state * encoded["attention_mask"][..., None]
+    assert_close(own_states, states)
+
+
+def test_a_cascade_is_compared_with_the_layers_it_ran(runs, texts):
+    result = runs.cascade_against_layers("MiniLM", 2, texts * 20, 1, 0.75)
+    # 2 layers for three quarters of the texts and 2 + 4 for the rest, of 4.
+    assert result["ideal"] == pytest.approx(4 / 3, abs=0.2)
+    assert result["ratio"] == pytest.approx(result["speed_up"] / result["ideal"])
 
 
 def test_sides_take_turns_and_the_first_turn_does_not_count(runs):
