@@ -301,10 +301,13 @@ def as_member(name_or_path: str | os.PathLike | PreTrainedModel, **kwargs) -> Fa
         raise ValueError("a cascade cannot be a member of another: give its members.")
     if config.model_type == "fastbert":
         if not is_loaded:
-            return FastBertForSequenceClassification.from_pretrained(name_or_path, **kwargs)
-        if not hasattr(name_or_path, "exits"):
+            model = FastBertForSequenceClassification.from_pretrained(name_or_path, **kwargs)
+        elif hasattr(name_or_path, "exits"):
+            model = copy.deepcopy(name_or_path).eval()
+        else:
             raise ValueError(f"{type(name_or_path).__name__} has no exits: give a FastBertForSequenceClassification.")
-        return copy.deepcopy(name_or_path).eval()
+        refuse_untrained_exits(model)
+        return model
     # Students that share the teacher's pooler are a few weights each, and are never asked.
     return FastBertForSequenceClassification.from_classifier(
         name_or_path,
@@ -313,6 +316,19 @@ def as_member(name_or_path: str | os.PathLike | PreTrainedModel, **kwargs) -> Fa
         min_exit_layer=config.num_hidden_layers,
         **kwargs,
     )
+
+
+def refuse_untrained_exits(model: FastBertForSequenceClassification) -> None:
+    """Raises a `ValueError` if exits that may answer are as they were made: their biases are zero."""
+    config = model.config
+    exits = exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)
+    untrained = [depth for depth in exits if not model.exits[depth - 1].out_proj.bias.any()]
+    if untrained:
+        raise ValueError(
+            f"the exits after layers {untrained} of a member were never trained, but may answer. Self-distil the "
+            "member first, or let it answer at its end alone: member.config.min_exit_layer = "
+            f"{config.num_hidden_layers}"
+        )
 
 
 __all__ = ["CascadeForSequenceClassification"]

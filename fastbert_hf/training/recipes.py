@@ -174,7 +174,12 @@ def train_recipe(
                 rows = _with_answers_of(model.to(device), train_dataset, tokenizer)
             set_seed(training_arguments.get("seed", 42))
             student = FastBertForSequenceClassification.from_backbone(
-                backbone, num_hidden_layers=depth, id2label=id2label, label2id=label2id, **recipe.config
+                backbone,
+                num_hidden_layers=depth,
+                id2label=id2label,
+                label2id=label2id,
+                min_exit_layer=depth,  # with a fixed depth, the exits below it learn nothing
+                **recipe.config,
             )
             if model is not None:
                 _take_over(student, model)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import fastbert_hf  # noqa: F401
-from fastbert_hf import CascadeConfig, CascadeForSequenceClassification
+from fastbert_hf import CascadeConfig, CascadeForSequenceClassification, FastBertForSequenceClassification
 from fastbert_hf.modeling.exit_policies import exit_uncertainties
 
 from ..common import (
@@ -459,6 +459,15 @@ def test_a_member_whose_logits_are_not_finite_is_an_error(members, member):
 def test_members_that_make_no_cascade(make, message):
     with pytest.raises(ValueError, match=message):
         CascadeForSequenceClassification.from_members(make())
+
+
+def test_exits_that_were_never_trained_do_not_answer(members):
+    fine_tuned = FastBertForSequenceClassification.from_classifier(stock(num_layers=3))
+    with pytest.raises(ValueError, match=r"after layers \[1, 2\] of a member were never trained.*min_exit_layer = 3"):
+        CascadeForSequenceClassification.from_members([stock(num_layers=1), fine_tuned])
+    fine_tuned.config.min_exit_layer = 3
+    cascade = CascadeForSequenceClassification.from_members([stock(num_layers=1), fine_tuned])
+    assert set(cascade(**ragged_batch(), speed=0.7).exit_layer.tolist()) <= {1, 4}
 
 
 def test_labels_in_another_order_are_an_error():
