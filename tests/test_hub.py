@@ -22,11 +22,12 @@ from transformers import (
     AutoTokenizer,
     Pipeline,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     pipeline,
 )
 
 import fastbert_hf
-from fastbert_hf import FastBertForSequenceClassification
+from fastbert_hf import CascadeForSequenceClassification, FastBertForSequenceClassification
 
 from .common import load_script, tiny_model, tiny_rows, tiny_texts, tiny_tokenizer, training_settings
 from .hub_server import HubServer, run_with_hub
@@ -38,8 +39,11 @@ MAIN = "org/fastbert-chnsenticorp"
 SAVED, SHARDED, PIPELINE = "org/by-save-pretrained", "org/in-shards", "org/by-pipeline"
 DISTILLED, STOCK_TRAINER = "org/by-self-distillation", "tester/by-stock-trainer"
 WITH_CODE, SCRIPT = "org/with-code", "org/by-script"
-REPO_IDS = (MAIN, SAVED, SHARDED, PIPELINE, DISTILLED, STOCK_TRAINER, WITH_CODE, SCRIPT)
-# A second branch of MAIN, with weights of its own.
+# The members of the second have tokenizers of their own, and their code lies beside them.
+CASCADE, MIXED = "org/cascade", "org/mixed-cascade"
+REPO_IDS = (MAIN, SAVED, SHARDED, PIPELINE, DISTILLED, STOCK_TRAINER, WITH_CODE, SCRIPT, CASCADE, MIXED)
+SHARED_WITH_CODE = (WITH_CODE, MIXED)
+# A second branch of MAIN, with weights of its own, and one of MIXED, with other tokenizers.
 BRANCH = "other"
 
 DEFAULT_SPEED = 0.75
@@ -50,12 +54,14 @@ LABELS = {0: "negative", 1: "neutral", 2: "positive"}
 BASE_FILES = {".gitattributes", "README.md", "config.json", "tokenizer.json", "tokenizer_config.json"}
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 CODE = {path.name for path in (Path(fastbert_hf.__file__).parent / "modeling").glob("*.py")} - {"__init__.py"}
+CODE_OF_ONE_MODEL = {name for name in CODE if "cascade" not in name}
 FILES = {
-    **{repo_id: BASE_FILES | {"model.safetensors"} for repo_id in (MAIN, SAVED, PIPELINE, SCRIPT)},
+    **{repo_id: BASE_FILES | {"model.safetensors"} for repo_id in (MAIN, SAVED, PIPELINE, SCRIPT, CASCADE)},
     SHARDED: BASE_FILES | SHARDS | {"model.safetensors.index.json"},
     # Every Trainer adds its arguments as a pickle, which nobody with the package downloads.
     **{repo_id: BASE_FILES | {"model.safetensors", "training_args.bin"} for repo_id in (DISTILLED, STOCK_TRAINER)},
-    WITH_CODE: BASE_FILES | {"model.safetensors"} | CODE,
+    WITH_CODE: BASE_FILES | {"model.safetensors"} | CODE_OF_ONE_MODEL,
+    MIXED: BASE_FILES | {"model.safetensors", "member_2/tokenizer.json", "member_2/tokenizer_config.json"} | CODE,
 }
 FILES[DISTILLED] |= {"speed_accuracy.png"}
 
@@ -75,6 +81,18 @@ def classifier_of(model: PreTrainedModel) -> Pipeline:
     return pipeline("fast-text-classification", model=model, tokenizer=tiny_tokenizer())
 
 
+def cascade_of(seed: int, tokenizers: list[PreTrainedTokenizerBase], **config) -> CascadeForSequenceClassification:
+    """A member that answers at its last layer alone, as stock classifiers do, and one that texts leave early."""
+    small = tiny_model("distilbert", seed, exit_type="linear", share_exit_pooler=True, min_exit_layer=4, **config)
+    members = [small, tiny_model(seed=seed + 100, **config)]
+    return CascadeForSequenceClassification.from_members(members, tokenizers, speed=DEFAULT_SPEED)
+
+
+def ids_of_members(cascade: CascadeForSequenceClassification) -> list[list[list[int]]]:
+    """What each member reads of each text."""
+    return [[list(encoded["input_ids"]) for encoded in row] for row in cascade.encode(tiny_texts(6))]
+
+
 def error_of(function: Callable, *args, **kwargs) -> list[str]:
     """What a call raises, what that was raised from, and what it says."""
     try:
@@ -92,12 +110,16 @@ def push(folder: str) -> dict:
 
     from fastbert_hf import SelfDistillationArguments, SelfDistillationTrainer
 
+    from .modeling.test_cascade import other_tokenizer
+
     names = {"id2label": LABELS, "label2id": {label: index for index, label in LABELS.items()}}
     models = {
         name: tiny_model(seed=seed, speed=DEFAULT_SPEED, exit_hidden_size=32, **names)
         for seed, name in enumerate((*REPO_IDS, BRANCH))
     }
     tokenizer, rows = tiny_tokenizer(), tiny_rows(16)
+    models[CASCADE] = cascade_of(1, [tokenizer, tokenizer], **names)
+    models[MIXED] = cascade_of(2, [tokenizer, other_tokenizer()], **names)
     pushed = {}
 
     def note(name: str) -> PreTrainedModel:
@@ -150,8 +172,16 @@ def push(folder: str) -> dict:
     script = load_script(Path(__file__).parent.parent / "examples" / "run_self_distill.py")
     script.push(run, TrainingArguments(str(run), hub_model_id=SCRIPT, use_cpu=True))
 
+    # Each brings its own tokenizers.
+    note(CASCADE).push_to_hub(CASCADE)
+    note(MIXED).push_to_hub(MIXED, with_code=True)
+    ids_of_mixed = ids_of_members(models[MIXED])
+    models[MIXED].tokenizers.reverse()
+    models[MIXED].push_to_hub(MIXED, revision=BRANCH)
+
     return {
         "pushed": pushed,
+        "ids_of_mixed": ids_of_mixed,
         "metrics": metrics,
         "config": models[MAIN].config.to_dict(),
         "text_config": models[MAIN].config.text_config.to_dict(),
@@ -170,9 +200,19 @@ def load() -> dict:
     loaded[BRANCH] = what_it_says(pipeline("fast-text-classification", model=MAIN, revision=BRANCH))
     config, tokenizer = AutoConfig.from_pretrained(MAIN), AutoTokenizer.from_pretrained(MAIN)
     backbone, model = AutoModel.from_pretrained(MAIN), AutoModelForSequenceClassification.from_pretrained(MAIN)
+    of_cascade = [
+        load.from_pretrained(CASCADE) for load in (AutoConfig, AutoModel, AutoModelForSequenceClassification)
+    ]
+    mixed, of_branch = (
+        CascadeForSequenceClassification.from_pretrained(MIXED, revision=revision) for revision in ("main", BRANCH)
+    )
     return {
         "loaded": loaded,
         "types": [type(thing).__name__ for thing in (config, tokenizer, backbone, model)],
+        "types_of_cascade": [type(thing).__name__ for thing in of_cascade],
+        "cascade": [weight_hashes(model) for model in of_cascade[1:]],
+        "ids_of_mixed": ids_of_members(mixed),
+        "ids_of_branch": ids_of_members(of_branch),
         "config": config.to_dict(),
         "text_config": config.text_config.to_dict(),
         "input_ids": tokenizer(tiny_texts())["input_ids"],
@@ -231,8 +271,8 @@ def online(hub, before, home) -> dict:
 @pytest.fixture(scope="module")
 def elsewhere(hub, before, tmp_path_factory) -> dict:
     """Without the package."""
-    home = tmp_path_factory.mktemp("elsewhere") / "home"
-    return run_with_hub(hub, home, answers_by_id, WITH_CODE, tiny_texts(6)[0], token=None)
+    home, text = tmp_path_factory.mktemp("elsewhere") / "home", tiny_texts(6)[0]
+    return {repo_id: run_with_hub(hub, home, answers_by_id, repo_id, text, token=None) for repo_id in SHARED_WITH_CODE}
 
 
 @pytest.fixture(scope="module")
@@ -257,18 +297,20 @@ def assert_same_answers(actual: list[dict], expected: list[dict]) -> None:
 def test_repository_holds_the_files_of_a_checkpoint_and_code_where_it_was_asked_for(hub, before, repo_id):
     assert set(hub.files(repo_id)) == FILES[repo_id]
     of_code = {"auto_map", "custom_pipelines"} & json.loads(hub.files(repo_id)["config.json"].content).keys()
-    assert of_code == ({"auto_map", "custom_pipelines"} if repo_id == WITH_CODE else set())
+    assert of_code == ({"auto_map", "custom_pipelines"} if repo_id in SHARED_WITH_CODE else set())
     assert hub.card(repo_id)["library_name"]
 
 
-def test_without_the_package_the_code_beside_the_weights_answers(before, elsewhere):
-    assert [module.partition(".")[0] for module in elsewhere["modules"]] == ["transformers_modules"] * 2
-    for speed, answers in elsewhere["answers"].items():
-        assert_same_answers(answers, before["pushed"][WITH_CODE]["answers"][speed][:1])
-    assert "trust_remote_code=True" in elsewhere["refused"]
+@pytest.mark.parametrize("repo_id", SHARED_WITH_CODE)
+def test_without_the_package_the_code_beside_the_weights_answers(before, elsewhere, repo_id):
+    said = elsewhere[repo_id]
+    assert [module.partition(".")[0] for module in said["modules"]] == ["transformers_modules"] * 2
+    for speed, answers in said["answers"].items():
+        assert_same_answers(answers, before["pushed"][repo_id]["answers"][speed][:1])
+    assert "trust_remote_code=True" in said["refused"]
 
 
-@pytest.mark.parametrize("repo_id", [MAIN, SHARDED, PIPELINE])
+@pytest.mark.parametrize("repo_id", [MAIN, SHARDED, PIPELINE, CASCADE, MIXED])
 def test_a_push_writes_a_card_without_numbers_where_nothing_was_measured(hub, before, repo_id):
     text = hub.files(repo_id)["README.md"].content.decode()
     assert f'pipeline("fast-text-classification", model="{repo_id}")' in text
@@ -311,6 +353,7 @@ def test_those_with_the_package_download_neither_pickles_nor_code(online):
 
 def test_each_push_is_one_commit(hub, before):
     pushes = {MAIN: 3, SAVED: 2, SHARDED: 2, PIPELINE: 1, DISTILLED: 1, STOCK_TRAINER: 1, WITH_CODE: 3, SCRIPT: 1}
+    pushes.update({CASCADE: 1, MIXED: 2})
     # The first commit is the Hub's own.
     assert {repo_id: len(hub.repository(repo_id).commits) - 1 for repo_id in REPO_IDS} == pushes
 
@@ -342,6 +385,24 @@ def test_every_class_loads_by_id(before, after):
     assert after["model_of_branch"] == before["pushed"][BRANCH]["weights"]
     backbone = {f"fastbert.{name}": value for name, value in after["backbone"].items()}
     assert backbone == {name: value for name, value in weights.items() if name.startswith("fastbert.")}
+
+
+def test_every_class_loads_a_cascade_by_id(before, after):
+    assert after["types_of_cascade"] == ["CascadeConfig", *["CascadeForSequenceClassification"] * 2]
+    assert after["cascade"] == [before["pushed"][CASCADE]["weights"]] * 2
+
+
+def test_tokenizers_of_the_members_come_back_from_each_branch(before, after):
+    assert after["ids_of_mixed"] == before["ids_of_mixed"]
+    assert all(first != second for first, second in before["ids_of_mixed"])
+    assert after["ids_of_branch"] == [row[::-1] for row in before["ids_of_mixed"]]
+
+
+def test_both_members_answer(before):
+    for repo_id in (CASCADE, MIXED):
+        answers = before["pushed"][repo_id]["answers"]
+        assert {answer["exit_member"] for answer in answers[str(DEFAULT_SPEED)]} == {1, 2}
+        assert {answer["exit_member"] for answer in answers["0"]} == {2}
 
 
 def test_config_comes_back(before, after):

@@ -20,6 +20,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import fastbert_hf
 from fastbert_hf import (
+    CascadeConfig,
+    CascadeForSequenceClassification,
     FastBertConfig,
     FastBertForSequenceClassification,
     FastBertModel,
@@ -101,6 +103,31 @@ def test_auto_classes_know_the_models(folder):
     assert type(AutoModelForSequenceClassification.from_config(config)) is FastBertForSequenceClassification
 
 
+def test_auto_classes_know_the_cascade(tmp_path):
+    cascade = CascadeForSequenceClassification.from_members([tiny_model(), tiny_model(seed=1)])
+    cascade.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is CascadeConfig
+    assert type(AutoConfig.for_model("fastbert_cascade", members=[tiny_model().config] * 2)) is CascadeConfig
+    # It has no encoder of its own.
+    for auto_class in (AutoModel, AutoModelForSequenceClassification):
+        assert type(auto_class.from_pretrained(tmp_path)) is CascadeForSequenceClassification
+        assert type(auto_class.from_config(config)) is CascadeForSequenceClassification
+
+
+@pytest.mark.parametrize("loads", [FastBertConfig, FastBertForSequenceClassification])
+def test_a_cascade_is_no_model_with_exits(tmp_path, loads):
+    CascadeForSequenceClassification.from_members([tiny_model(), tiny_model(seed=1)]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the config of a 'fastbert_cascade' checkpoint"):
+        loads.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("loads", [CascadeConfig, CascadeForSequenceClassification])
+def test_a_model_with_exits_is_no_cascade(folder, loads):
+    with pytest.raises(ValueError, match="the config of a 'fastbert' checkpoint, not of a cascade"):
+        loads.from_pretrained(folder)
+
+
 def test_auto_classes_know_the_models_in_a_fresh_process(elsewhere):
     names = (elsewhere["config"], elsewhere["model"], elsewhere["classifier"])
     assert names == ("FastBertConfig", "FastBertModel", "FastBertForSequenceClassification")
@@ -144,6 +171,8 @@ def test_saved_model_points_to_no_custom_code(folder):
 
 def test_public_names_are_those_of_the_contract():
     assert set(fastbert_hf.__all__) >= {
+        "CascadeConfig",
+        "CascadeForSequenceClassification",
         "FastBertConfig",
         "FastBertForSequenceClassification",
         "FastBertModel",

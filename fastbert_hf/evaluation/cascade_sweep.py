@@ -29,8 +29,14 @@ def record_members(
     Returns:
         `list` of [`ExitRecord`], one for each member.
     """
+    number = len(cascade.members)
     if not cascade.config.own_tokenizers:
-        datasets, data_collators = [datasets] * len(cascade.members), [data_collators] * len(cascade.members)
+        datasets, data_collators = [datasets] * number, [data_collators] * number
+    elif callable(data_collators) or not len(datasets) == len(data_collators) == number:
+        raise ValueError(
+            f"each of the {number} members has its own tokenizer: give a list of {number} datasets, of the same rows, "
+            f"and one of {number} data collators."
+        )
     parts = zip(cascade.members, datasets, data_collators, strict=True)
     return [record_exits(member, rows, collator, batch_size, progress) for member, rows, collator in parts]
 
@@ -60,7 +66,13 @@ def sweep_cascade(
             f"a cascade of {len(cascade.members)} members needs a record of each, of the same rows, got "
             f"{[len(record.lengths) for record in records]} rows: record_members(cascade, dataset, data_collator)"
         )
-    check_metric(metric, records[-1])
+    for number, (member, record) in enumerate(zip(cascade.members, records, strict=True), start=1):
+        if record.num_exits != len(member.exits):
+            raise ValueError(
+                f"the record of member {number} has {record.num_exits} exits, but the member {len(member.exits)}: "
+                "give the records in the order of the members, as record_members returns them."
+            )
+    check_metric(metric, records[-1], stacklevel=3)
     policy, last = cascade.config.exit_policy, records[-1]
     uncertainties = [exit_uncertainties(record.exit_logits, policy) for record in records]
     full_answers = _answers(last, torch.full_like(last.lengths, cascade.exits_of(cascade.members[-1])[-1]))

@@ -77,9 +77,10 @@ def sweep_speeds(
     exits = exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)
     rows = []
     for policy in policies:
-        uncertainties = exit_uncertainties(record.exit_logits, policy, config.patience)
+        # Of these alone: patience counts the agreements of exits that were evaluated.
+        uncertainties = exit_uncertainties(record.exit_logits[:, exits[0] - 1 : exits[-1]], policy, config.patience)
         for speed in speeds:
-            exit_layer = first_exits(uncertainties, speed, exits)
+            exit_layer = first_exits(uncertainties, speed) + exits[0] - 1
             rows.append({"policy": policy, "speed": speed, **describe(exit_layer, students=speed > 0)})
     return pd.DataFrame(rows)
 
@@ -104,7 +105,7 @@ class _Describer:
     """The columns that follow from where each text leaves."""
 
     def __init__(self, model: FastBertForSequenceClassification, record: ExitRecord, metric: str):
-        check_metric(metric, record)
+        check_metric(metric, record, stacklevel=4)
         if record.num_exits != len(model.exits):
             raise ValueError(
                 f"the record has {record.num_exits} exits and the model {len(model.exits)}: give the model that "
@@ -140,15 +141,15 @@ class _Describer:
         }
 
 
-def check_metric(metric: str, record: ExitRecord) -> None:
-    """An error for an unknown metric, and a warning where there are no labels to compute it from."""
+def check_metric(metric: str, record: ExitRecord, stacklevel: int) -> None:
+    """An error for an unknown metric, and a warning, on the caller's line, where there are no labels for it."""
     if metric not in TASK_METRICS:
         raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(TASK_METRICS)}.")
     if record.labels is None:
         warnings.warn(
             f"the data has no labels, so there is no {metric}: the table reports the agreement with the full model "
             "(give a 'labels' column for more).",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

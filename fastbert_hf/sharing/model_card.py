@@ -148,7 +148,7 @@ def write_model_card(
     datasets = as_list(datasets)
     if measured is not None and measured.dataset and measured.dataset not in datasets:
         datasets.append(measured.dataset)
-    plot = measured is not None and write_plot(folder / PLOT, measured, num_layers)
+    plot = measured is not None and write_plot(folder / PLOT, measured, config.num_hidden_layers)
     data = ModelCardData(
         model_name=model_name,
         library_name="fastbert_hf",
@@ -210,11 +210,12 @@ def describe_backbone(config: PreTrainedConfig, names: list[str]) -> str:
 
 
 def describe_members(config: PreTrainedConfig) -> str:
-    parts = [
-        f"{describe_backbone(member, backbones_on_hub(member))} of {member.num_hidden_layers} layers"
-        + (", which a text can also leave early" if member.min_exit_layer != member.num_hidden_layers else "")
-        for member in config.members
-    ]
+    parts = []
+    for member in config.members:
+        number = member.num_hidden_layers
+        layers = "1 layer" if number == 1 else f"{number} layers"
+        leaves = "" if member.min_exit_layer == number else ", which a text can also leave early"
+        parts.append(f"{describe_backbone(member, backbones_on_hub(member))} of {layers}{leaves}")
     return "; then ".join(parts)
 
 

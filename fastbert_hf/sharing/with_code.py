@@ -80,9 +80,11 @@ def save_with_code(
 
 def write_code(folder: Path) -> None:
     """Puts the code into the folder of a saved model, and into its config where it is. The config comes last."""
-    for path in MODELING_FILES:
-        shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for path in MODELING_FILES:
+        # A cascade needs all of them, a single model only its own.
+        if "cascade" in config["model_type"] or "cascade" not in path.name:
+            shutil.copyfile(path, folder / path.name)
     part = folder / "config.json.part"
     config.update(auto_map=AUTO_MAPS[config["model_type"]], custom_pipelines=PIPELINE)
     part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

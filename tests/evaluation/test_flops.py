@@ -84,6 +84,30 @@ def test_executed_count_of_a_fixed_depth_has_one_exit():
         assert executed_flops(model, exit_layer, batch["attention_mask"].sum(1), students=False).sum() == total
 
 
+@pytest.mark.parametrize("min_exit_layer", range(1, NUM_LAYERS + 1))
+def test_executed_count_leaves_out_the_exits_before_the_first_that_may_answer(min_exit_layer):
+    model, batch, left = tiny_model(), ragged_batch(), set()
+    lengths = batch["attention_mask"].sum(1)
+    for speed in (0.0, 0.6, 0.8, 1.0):
+        total, exit_layer = counted(model, **batch, speed=speed, min_exit_layer=min_exit_layer)
+        left |= set(exit_layer.tolist())
+        options = {"students": speed > 0, "min_exit_layer": min_exit_layer}
+        assert executed_flops(model, exit_layer, lengths, **options).sum() == total
+    assert min(left) == min_exit_layer
+
+
+def test_paper_count_leaves_out_the_exits_before_the_first_that_may_answer():
+    model, layers = bert_base(), torch.arange(1, 13)
+    for first in (1, 2, 7, 12):
+        flops = paper_flops(model, layers[first - 1 :], min_exit_layer=first)
+        assert torch.equal(
+            paper_flops(model, layers[first - 1 :]) - flops, torch.full_like(flops, 41_975_808 * (first - 1))
+        )
+        # At speed 0 no student is asked, wherever the first may answer.
+        without = paper_flops(model, layers, students=False)
+        assert torch.equal(paper_flops(model, layers, students=False, min_exit_layer=first), without)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_counts_take_answers_from_a_device():
     exit_layer = torch.tensor([1, 2])

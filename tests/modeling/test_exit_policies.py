@@ -153,9 +153,35 @@ def test_first_exit_is_the_first_strictly_below_the_speed_else_the_last():
     assert first_exits(uncertainties, 0.5).dtype == torch.long
 
 
+@pytest.mark.parametrize(
+    ("exits", "speed", "expected"),
+    [
+        (range(1, 5), 0.5, [3, 2, 4]),
+        # The second row was sure at exit 2, and is asked again at exit 3.
+        (range(3, 5), 0.5, [3, 3, 4]),
+        (range(2, 4), 0.5, [3, 2, 3]),
+        (range(1, 2), 0.5, [1, 1, 1]),
+        (range(4, 5), 1, [4, 4, 4]),
+        (range(2, 4), 0, [3, 3, 3]),
+        (range(2, 4), 1, [2, 2, 2]),
+    ],
+)
+def test_first_exits_within_a_range_answers_at_its_last_at_the_latest(exits, speed, expected):
+    uncertainties = torch.tensor([[0.9, 0.5, 0.1, 0.6], [0.5, 0.49, 0.3, 0.0], [0.9, 0.8, 0.7, 0.6]])
+    assert first_exits(uncertainties, speed, exits).tolist() == expected
+    assert first_exits(uncertainties, speed, exits).dtype == torch.long
+
+
+def test_first_exits_without_a_range_are_those_of_all_exits():
+    uncertainties = torch.rand(50, 6, generator=torch.Generator().manual_seed(4))
+    for speed in (0, 0.2, 0.9, 1):
+        assert torch.equal(first_exits(uncertainties, speed), first_exits(uncertainties, speed, exit_range(6)))
+
+
 def test_first_exits_leaves_its_input_alone():
     uncertainties = torch.tensor([[0.9, 0.5]])
     first_exits(uncertainties, 0.1)
+    first_exits(uncertainties, 0.1, range(1, 2))
     assert uncertainties.tolist() == [[pytest.approx(0.9), 0.5]]
 
 

@@ -13,11 +13,18 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import DataCollatorWithPadding, Trainer
 
-from fastbert_hf import Measured, SelfDistillationArguments, SelfDistillationTrainer, write_model_card
-from fastbert_hf.evaluation import record_exits, sweep_speeds
+from fastbert_hf import (
+    CascadeForSequenceClassification,
+    Measured,
+    SelfDistillationArguments,
+    SelfDistillationTrainer,
+    write_model_card,
+)
+from fastbert_hf.evaluation import record_exits, record_members, sweep_cascade, sweep_speeds
 from fastbert_hf.sharing.with_code import write_code
 
 from ..common import tiny_model, tiny_texts, tiny_tokenizer
+from ..modeling.test_cascade import stock
 
 
 SPEEDS = [
@@ -206,6 +213,99 @@ def test_a_card_says_what_kind_of_exits_there_are(tmp_path, config):
     text = write_model_card(tmp_path, tiny_model(**config)).text
     ((name, value),) = config.items()
     assert f"`{name}={value}`" in text
+
+
+def tiny_cascade(small: str = "", large: str = "") -> CascadeForSequenceClassification:
+    """A stock member and one that texts leave early, under the names of their backbones."""
+    members = [stock("roberta", 1, 1), tiny_model(seed=1)]
+    cascade = CascadeForSequenceClassification.from_members(members, exit_policy="margin", speed=0.8)
+    for config, name in zip(cascade.config.members, (small, large), strict=True):
+        config.text_config._name_or_path = name
+    return cascade
+
+
+def test_the_card_of_a_cascade_speaks_of_its_members(tmp_path):
+    card = write_model_card(tmp_path, tiny_cascade("org/small", "org/large"), repo_id="org/cascade", language="en")
+    data = card.data.to_dict()
+    assert data["base_model"] == ["org/small", "org/large"]
+    assert (data["library_name"], data["pipeline_tag"]) == ("fastbert_hf", "text-classification")
+    assert "cascadebert" in data["tags"] and not {"fastbert", "early-exit"} & set(data["tags"])
+    for part in (
+        "`org/small` of 1 layer",
+        "`org/large` of 4 layers, which a text can also leave early",
+        "`exit_policy=margin`",
+        'pipeline("fast-text-classification", model="org/cascade")',
+        "A call without `speed` uses 0.8. Labels: LABEL_0, LABEL_1, LABEL_2.",
+        "Nothing was measured for this card. `sweep_cascade` of",
+        "li-etal-2021-cascadebert-accelerating",
+    ):
+        assert part in card.text
+    assert card.text.count("leave early") == 1
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == data
+    for text in (card.text, write_model_card(tmp_path, tiny_cascade(), SPEEDS).text):
+        for part in ("FastBERT", "liu-etal-2020", "exit after every layer", "exit_type", "max_layers", "sweep_speeds"):
+            assert part not in text
+
+
+def test_the_card_of_one_model_speaks_of_no_members(tmp_path):
+    text = write_model_card(tmp_path, tiny_model(), SPEEDS).text
+    assert not re.search("cascade|member", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        (("org/small", "org/large"), None, ["org/small", "org/large"]),
+        (("org/one", "org/one"), None, "org/one"),
+        (("", "org/large"), None, "org/large"),
+        (("FOLDER", "org/large"), None, "org/large"),
+        (("", ""), None, None),
+        (("", ""), ["org/a", "org/b"], ["org/a", "org/b"]),
+        (("org/small", "org/large"), "org/b", "org/b"),
+    ],
+)
+def test_base_models_of_a_cascade_are_those_with_a_name_on_the_hub(tmp_path, names, given, expected):
+    cascade = tiny_cascade(*(str(tmp_path) if name == "FOLDER" else name for name in names))
+    card = write_model_card(tmp_path, cascade, base_model=given)
+    assert card.data.to_dict().get("base_model") == expected
+    assert ("a roberta encoder" in card.text) == (names[0] in ("", "FOLDER"))
+    assert str(tmp_path) not in card.text
+
+
+def test_a_table_of_sweep_cascade_is_taken_as_it_is(tmp_path):
+    cascade, tokenizer = tiny_cascade(), tiny_tokenizer()
+    rows = [{**tokenizer(text), "labels": row % 3} for row, text in enumerate(tiny_texts(12))]
+    records = record_members(cascade, rows, DataCollatorWithPadding(tokenizer), progress=False)
+    table = sweep_cascade(cascade, records, [0, 0.3, 0.8])
+    card = write_model_card(tmp_path, cascade, Measured(table, rows=12, curve=sweep_cascade(cascade, records)))
+    header, _, *lines = table_of(card)
+    assert header == ["speed", "accuracy", "agreement", "layers", "fewer layers", "fewer FLOPs"]
+    for line, row in zip(lines, table.to_dict("records"), strict=True):
+        assert line == [
+            f"{row['speed']:g}",
+            f"{row['accuracy']:.1%}",
+            f"{row['agreement']:.1%}",
+            f"{row['mean_exit_layer']:.4g}",
+            f"{row['layer_speed_up']:.2f}x",
+            f"{row['executed_speed_up']:.2f}x",
+        ]
+    assert "Measured on 12 texts" in card.text
+    assert "the last member alone has 4." in card.text
+    assert card.data.metrics == ["accuracy"]
+    (result,) = card.data.to_dict()["model-index"][0]["results"]
+    assert [(metric["name"], metric["value"]) for metric in result["metrics"]] == [
+        ("accuracy at speed 0", table["accuracy"][0]),
+        ("accuracy at speed 0.8", table["accuracy"][2]),
+    ]
+
+
+def test_the_plot_of_a_cascade_has_room_for_texts_that_ran_through_every_member(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("fastbert_hf.evaluation.figures.save_png", lambda figure, path: figures.append(figure))
+    slowest = {"speed": 0.01, "accuracy": 0.9, "agreement": 1.0, "mean_exit_layer": 5.0}
+    write_model_card(tmp_path, tiny_cascade(), [SPEEDS[0], slowest, SPEEDS[1]])
+    left, right = figures[0].axes[0].get_xlim()
+    assert left < 1 and right > 5
 
 
 def test_a_row_without_its_layers_is_refused():
