@@ -252,8 +252,29 @@ def rivals(results: Results) -> str:
                 cells.append(spread(by_seed))
             rows.append([label, *cells])
         text += [f"Averages over {', '.join(complete)}:", ""]
-        text += [markdown(["recipe", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)], rows)]
+        text += [
+            markdown(["recipe", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)], rows),
+            "",
+            lost(results, complete),
+        ]
     return "\n".join(text)
+
+
+def lost(results: Results, names: list[str]) -> str:
+    """What FastBERT loses of its own full depth, on average over data sets and seeds."""
+    losses = {}
+    for speed_up in SPEED_UPS:
+        values = []
+        for name in names:
+            for seed in RIVAL_SEEDS:
+                points = results.reached(name, "fastbert", "", seed)
+                if points and points[speed_up]:
+                    full = results.get(name, "fastbert", seed, RIVAL_ROWS)["test"]["depth"]["accuracy"][-1]
+                    values.append(full - points[speed_up]["accuracy"])
+        if values:
+            losses[speed_up] = 100 * mean(values)
+    parts = ", ".join(f"{points:.2f} at {speed_up:g}x" for speed_up, points in losses.items())
+    return f"Points that FastBERT loses of its own full depth, on average over these sets and seeds: {parts}."
 
 
 def crossed(results: Results) -> str:
