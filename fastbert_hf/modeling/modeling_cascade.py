@@ -322,7 +322,8 @@ def refuse_untrained_exits(model: FastBertForSequenceClassification) -> None:
     """Raises a `ValueError` if exits that may answer are as they were made: their biases are zero."""
     config = model.config
     exits = exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)
-    untrained = [depth for depth in exits if not model.exits[depth - 1].out_proj.bias.any()]
+    students = [depth for depth in exits if depth < config.num_hidden_layers]
+    untrained = [depth for depth in students if not model.exits[depth - 1].out_proj.bias.any()]
     if untrained:
         raise ValueError(
             f"the exits after layers {untrained} of a member were never trained, but may answer. Self-distil the "

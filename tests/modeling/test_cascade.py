@@ -247,6 +247,9 @@ def test_save_and_reload(cascade, tmp_path):
         loaded = load.from_pretrained(tmp_path)
         assert type(loaded) is CascadeForSequenceClassification
         assert not loaded.training
+        weights = loaded.state_dict()
+        assert all(torch.equal(weights.pop(name), value) for name, value in cascade.state_dict().items())
+        assert not weights
         for speed in SPEEDS:
             before, after = cascade(**batch, speed=speed), loaded(**batch, speed=speed)
             assert_close(after.logits, before.logits, 1e-6)

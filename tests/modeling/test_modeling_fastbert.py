@@ -249,7 +249,10 @@ def assert_same_answers(actual: FastBertForSequenceClassification, expected: Fas
         for arguments in ({"output_exit_logits": True}, {"speed": 0.8}, {"max_layers": 2}):
             reference, output = expected(**batch, **arguments), actual(**batch, **arguments)
             assert set(output) == set(reference)
-            assert all(torch.equal(output[name], reference[name]) for name in reference)
+            assert torch.equal(output.exit_layer, reference.exit_layer)
+            # Where in memory the same weights lie decides the last bit of a product.
+            for name in reference:
+                assert_close(output[name], reference[name], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,9 @@ def test_save_and_reload_gives_the_same_answers(tmp_path, family, config):
     model.save_pretrained(tmp_path)
     reloaded = FastBertForSequenceClassification.from_pretrained(tmp_path)
     assert not reloaded.training
-    assert copied_state(reloaded).keys() == copied_state(model).keys()
+    before, after = copied_state(model), copied_state(reloaded)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
     assert_same_answers(reloaded, model)
 
 
