@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pandas as pd
 from paper_runs import CASCADE_SETS, RIVAL_ROWS
+from report_cells import NOT_YET, markdown, percent, spread
 
 from fastbert_hf.evaluation import at_speed_up
 
 
 SPEED_UPS = (2.0, 3.0, 4.0)
-NOT_YET = "not run"
 CASCADES = (
     "2 + 6 layers",
     "2 + 6 layers, DAR",
@@ -24,11 +26,8 @@ BESIDE = {
     "BERT-kL": ("bert_kl", None),
     "static student": ("distilled_kl", None),
 }
-SMALL = ("fine-tuned", "fine-tuned, DAR", "distilled", "distilled, DAR")
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+# The columns of the paper's Table 5.
+CALIBRATION = ("difficulty_inversion_score", "accuracy", "expected_calibration_error")
 
 
 def at_speed_ups(dev: pd.DataFrame, test: pd.DataFrame) -> list[float | None]:
@@ -37,7 +36,7 @@ def at_speed_ups(dev: pd.DataFrame, test: pd.DataFrame) -> list[float | None]:
     return [point and point["accuracy"] for point in points]
 
 
-def cascades(results) -> list[list[str]]:
+def cascades(results) -> str:
     """A row for each set and model: accuracy at full depth and at equal speed-ups; and the averages over the sets."""
     accuracies: dict[str, dict[str, list[float | None]]] = {}
     rows = []
@@ -61,24 +60,50 @@ def cascades(results) -> list[list[str]]:
             columns = zip(*(of_set[name] for name in complete), strict=True)
             means = [None if None in column else sum(column) / len(column) for column in columns]
             rows.append([f"mean of {len(complete)}", label, "", *cells(means)])
-    return rows
+    return markdown(["data set", "model", "full depth", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)], rows)
 
 
 def cells(accuracies: list[float | None]) -> list[str]:
     return [percent(value) if value is not None else "not reached" for value in accuracies]
 
 
-def regularisation(results) -> list[list[str]]:
-    """The columns of the paper's Table 5 for the small member, trained in each way."""
+def regularisation(results) -> str:
+    """The small member of each set without the regularisation and with each margin, over several trainings."""
     rows = []
     for name in CASCADE_SETS:
-        result = results.get(name, "cascade", 1, RIVAL_ROWS)
+        result = results.get(name, "regularisation", 1, RIVAL_ROWS)
         if result is None:
-            rows.append([name, NOT_YET, "", "", "", ""])
+            rows.append([name, NOT_YET, *[""] * (2 + len(CALIBRATION))])
             continue
-        hard = percent(result["hard_shares"]["all"])
-        for label in SMALL:
-            values = result["small"][label]["test"]
-            names = ("difficulty_inversion_score", "accuracy", "expected_calibration_error")
-            rows.append([name, label, *(percent(values[name]) for name in names), hard])
-    return rows
+        hard, chosen = percent(result["hard_shares"]["all"]), chosen_margin(result)
+        for case in result["cases"]:
+            on_test = [training["test"] for training in case["trainings"]]
+            margin = "without" if case["margin"] is None else f"{case['margin']:g}"
+            if case["small"] == "fine-tuned" and case["margin"] == chosen:
+                margin += " (dev)"
+            cells = [spread([values[column] for values in on_test]) for column in CALIBRATION]
+            rows.append([name, case["small"], margin, *cells, hard])
+    return markdown(["data set", "small member", "margin", "DIS", "accuracy", "ECE", "hard training rows"], rows)
+
+
+def chosen_margin(result: dict) -> float:
+    """The margin with the highest DIS on dev, for the fine-tuned member."""
+    cases = [case for case in result["cases"] if case["small"] == "fine-tuned" and case["margin"] is not None]
+    return max(cases, key=lambda case: mean(part["dev"][CALIBRATION[0]] for part in case["trainings"]))["margin"]
+
+
+def times(results) -> str:
+    """The wall-clock speed-up of trained cascades beside that in layers executed."""
+    rows = []
+    for name in CASCADE_SETS:
+        result = results.get(name, "cascade_times", 1, RIVAL_ROWS)
+        if result is None:
+            rows.append([name, NOT_YET, *[""] * 4])
+            continue
+        for label, points in result["times"].items():
+            for point in points:
+                layers, median = point["layer_speed_up"], point["time_speed_up"]
+                span = f"{point['time_speed_up_min']:.2f} to {point['time_speed_up_max']:.2f}"
+                cells = [f"{point['speed']:g}", f"{layers:.2f}x", f"{median:.2f}x ({span})", f"{median / layers:.2f}"]
+                rows.append([name, label, *cells])
+    return markdown(["data set", "cascade", "speed", "in layers", "in time", "time / layers"], rows)

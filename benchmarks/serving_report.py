@@ -9,12 +9,12 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from report_cells import NOT_YET
 
 from fastbert_hf.evaluation.figures import COLOURS, MARKERS, STYLE, save_figure
 from fastbert_hf.evaluation.speed_sweep import write_whole
 
 
-NOT_YET = "not run"
 # Name of the comparison, case within it, what it is, against what, target, and what the target is of.
 TARGETS = (
     ("stream_base", None, "speed 0, reviews, BERT-base", "stock pipeline at its best batch size", 1.8),

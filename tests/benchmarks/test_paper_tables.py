@@ -29,6 +29,11 @@ def runs():
 
 
 @pytest.fixture(scope="module")
+def cascades(runs):
+    return load_script(BENCHMARKS / "cascade_runs.py")
+
+
+@pytest.fixture(scope="module")
 def report(runs):
     return load_script(BENCHMARKS / "paper_report.py")
 
@@ -62,10 +67,10 @@ def result(run, dev: list[float], test: list[float], layers: tuple[float, ...] =
     return {"run": {}, "rows": rows, "unseen_rows": 20, "unseen": None, **splits, "logs": []}
 
 
-def test_every_run_has_its_own_name_and_a_known_recipe(runs):
+def test_every_run_has_its_own_name_and_a_known_recipe(runs, cascades):
     everything = {run for part in runs.PARTS.values() for run in part()}
     assert len({run.name for run in everything}) == len(everything)
-    assert {run.recipe for run in everything} == {*RECIPES, "cascade"}
+    assert {run.recipe for run in everything} == {*RECIPES, *cascades.EXECUTE}
     for run in everything:
         whole_model, exits_alone = run.settings()
         assert whole_model.learning_rate > 0 and exits_alone.learning_rate > 0
@@ -137,7 +142,9 @@ def test_rivals_are_averaged_over_the_sets_that_all_of_them_have(report, runs, t
 
 def test_nothing_that_was_not_run_gets_a_number(report, tmp_path):
     results = report.Results(tmp_path)
-    for part in (report.table_2, report.table_3, report.rivals, report.crossed, report.tried):
+    own = (report.table_2, report.table_3, report.rivals, report.crossed, report.tried)
+    cascades = report.cascade_report
+    for part in (*own, cascades.cascades, cascades.regularisation, cascades.times):
         body = part(results).splitlines()[2:]
         assert not any(character.isdigit() for line in body for character in line.split("not run")[-1])
         assert "not run" in part(results)
@@ -220,6 +227,49 @@ def test_an_interrupted_table_goes_on_and_loses_no_finished_row(tables, runs, re
     assert (tmp_path / "docs" / "results.md").exists()
 
 
+def test_cascades_are_trained_measured_and_written(runs, cascades, report, monkeypatch, tmp_path):
+    write_set(tmp_path / "en" / "toy")
+    short = runs.StageSettings(1e-3, 1)
+    monkeypatch.setitem(runs.WHOLE_MODEL, "toy", (short, short))
+    monkeypatch.setitem(runs.EXITS_ALONE, "toy", (short, short))
+    members = sys.modules["cascade_members"]
+    monkeypatch.setattr(members, "NUM_FOLDS", 2)
+    monkeypatch.setattr(members, "SEEDS", (1,))
+    monkeypatch.setitem(members.MARGINS, "toy", 0.3)
+    for name, value in {"PAPER_MARGINS": (0.3,), "TRAINING_SEEDS": (1,), "REPEATS": 1}.items():
+        monkeypatch.setattr(cascades, name, value)
+    monkeypatch.setattr(report.cascade_report, "CASCADE_SETS", ("toy",))
+    results_dir, trained = tmp_path / "results", {}
+    for recipe in ("cascade", "regularisation", "cascade_times"):
+        run = runs.Run("toy", recipe, 1, 3000)
+        runs.keep(cascades.EXECUTE[recipe](run, tmp_path, tmp_path / "work"), run, results_dir)
+        files = [*(tmp_path / "work").rglob("model.safetensors"), *(tmp_path / "work").rglob("fold_*.json")]
+        trained[recipe] = {str(file): file.stat().st_mtime_ns for file in files}
+    # Large and its two stages, 1 and 2 distilled layers, DAR, its student, two folds; then one more and two without.
+    assert [len(models) for models in trained.values()] == [8, 11, 11]
+    assert trained["cascade"].items() <= trained["regularisation"].items() == trained["cascade_times"].items()
+    results = report.Results(results_dir)
+    dials = results.get("toy", "cascade", 1, 3000)["cascades"]
+    assert list(dials) == list(cascades.CASCADES)
+    for label, dial in dials.items():
+        assert dial["test"]["layer_speed_up"][0] == 1
+        members_shares = [dial["test"][f"member_{number + 1}"] for number in range(len(cascades.CASCADES[label]))]
+        assert [sum(shares) for shares in zip(*members_shares, strict=True)] == pytest.approx([1] * len(runs.SPEEDS))
+    found = results.get("toy", "regularisation", 1, 3000)
+    assert [(case["small"], case["margin"]) for case in found["cases"]] == [
+        ("fine-tuned", None),
+        ("fine-tuned", 0.3),
+        ("distilled", None),
+        ("distilled", 0.3),
+    ]
+    assert "0.3 (dev)" in report.cascade_report.regularisation(results)
+    assert "| toy | cascade, 2 + 6 layers |" in report.cascade_report.cascades(results)
+    times = results.get("toy", "cascade_times", 1, 3000)["times"]
+    for points in times.values():
+        for point in points:
+            assert point["layer_speed_up"] >= 1 and point["time_speed_up_min"] <= point["time_speed_up_max"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -244,7 +294,9 @@ def test_real_sets_have_their_sizes(runs):
 def test_the_committed_results_are_those_of_the_committed_numbers(report):
     results = report.Results(DOCS / "results")
     text = (DOCS / "results.md").read_text(encoding="utf-8")
-    for part in (report.table_2, report.speeds_to_choose, report.table_3, report.rivals, report.crossed, report.tried):
+    own = (report.table_2, report.speeds_to_choose, report.table_3, report.rivals, report.crossed, report.tried)
+    cascades = report.cascade_report
+    for part in (*own, cascades.cascades, cascades.regularisation, cascades.times):
         assert part(results) in text
 
 
