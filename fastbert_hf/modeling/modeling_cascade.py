@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,11 +31,6 @@ from .modeling_fastbert import FastBertForSequenceClassification
 from .prediction import PredictionSettings, answer_block, checked_speeds, predict
 from .pretrained_fastbert import DOWNLOAD_ARGUMENTS, FastBertPreTrainedModel
 from .texts_in_flight import TextsInFlight
-
-
-if TYPE_CHECKING:
-    # Code beside weights is copied as far as its imports go, and the pipeline must go with it.
-    from .pipeline_fastbert import FastTextClassificationPipeline  # noqa: F401
 
 
 class CascadeForSequenceClassification(FastBertPreTrainedModel):
