@@ -68,27 +68,32 @@ def cells(accuracies: list[float | None]) -> list[str]:
 
 
 def regularisation(results) -> str:
-    """The small member of each set without the regularisation and with each margin, over several trainings."""
+    """The small member of each set without the regularisation and with each margin."""
     rows = []
     for name in CASCADE_SETS:
         result = results.get(name, "regularisation", 1, RIVAL_ROWS)
         if result is None:
-            rows.append([name, NOT_YET, *[""] * (2 + len(CALIBRATION))])
-            continue
-        hard, chosen = percent(result["hard_shares"]["all"]), chosen_margin(result)
-        for case in result["cases"]:
-            on_test = [training["test"] for training in case["trainings"]]
+            rows.append([name, "fine-tuned", NOT_YET, *[""] * (1 + len(CALIBRATION))])
+        for case in result["cases"] if result else ():
             margin = "without" if case["margin"] is None else f"{case['margin']:g}"
-            if case["small"] == "fine-tuned" and case["margin"] == chosen:
+            if case["margin"] == chosen_margin(result):
                 margin += " (dev)"
-            cells = [spread([values[column] for values in on_test]) for column in CALIBRATION]
-            rows.append([name, case["small"], margin, *cells, hard])
-    return markdown(["data set", "small member", "margin", "DIS", "accuracy", "ECE", "hard training rows"], rows)
+            rows.append([name, "fine-tuned", margin, *calibration([part["test"] for part in case["trainings"]])])
+        result = results.get(name, "cascade", 1, RIVAL_ROWS)
+        if result is not None:
+            margin = f"{result['settings']['difficulty_margin']:g}"
+            for label, member in (("without", "distilled"), (margin, "distilled, DAR")):
+                rows.append([name, "distilled", label, *calibration([result["small"][member]["test"]])])
+    return markdown(["data set", "small member", "margin", "trainings", "DIS", "accuracy", "ECE"], rows)
+
+
+def calibration(trainings: list[dict[str, float]]) -> list[str]:
+    return [str(len(trainings)), *(spread([values[column] for values in trainings]) for column in CALIBRATION)]
 
 
 def chosen_margin(result: dict) -> float:
-    """The margin with the highest DIS on dev, for the fine-tuned member."""
-    cases = [case for case in result["cases"] if case["small"] == "fine-tuned" and case["margin"] is not None]
+    """The margin with the highest DIS on dev."""
+    cases = [case for case in result["cases"] if case["margin"] is not None]
     return max(cases, key=lambda case: mean(part["dev"][CALIBRATION[0]] for part in case["trainings"]))["margin"]
 
 

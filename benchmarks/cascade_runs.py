@@ -44,6 +44,7 @@ def cascade(run: Run, data_dir: Path, work_dir: Path) -> dict:
     records = {name: {split: workshop.record(model, split) for split in SPLITS} for name, model in models.items()}
     return {
         **about(workshop),
+        "small": {name: {split: calibration(records[name][split]) for split in SPLITS} for name in workshop.small},
         "cascades": {
             label: {
                 split: dial(joined([models[name] for name in names], label), [records[name][split] for name in names])
@@ -55,18 +56,14 @@ def cascade(run: Run, data_dir: Path, work_dir: Path) -> dict:
 
 
 def regularisation(run: Run, data_dir: Path, work_dir: Path) -> dict:
-    """The small member without the regularisation and with it, several times each: the paper's Table 5."""
+    """The fine-tuned small member without the regularisation and with each margin, several times each."""
     workshop = Workshop.of(run, data_dir, work_dir)
-    cases = [("fine-tuned", margin) for margin in (None, *PAPER_MARGINS)]
-    cases += [("distilled", margin) for margin in (None, MARGINS[run.set])]
-    found = []
-    for kind, margin in cases:
-        trainings = []
-        for seed in TRAINING_SEEDS:
-            model = workshop.regularised(margin, seed, kind == "distilled")
-            trainings.append({split: calibration(workshop.record(model, split)) for split in SPLITS})
-        found.append({"small": kind, "margin": margin, "trainings": trainings})
-    return {**about(workshop), "training_seeds": TRAINING_SEEDS, "cases": found}
+    cases = []
+    for margin in (None, *PAPER_MARGINS):
+        models = [workshop.regularised(margin, seed) for seed in TRAINING_SEEDS]
+        trainings = [{split: calibration(workshop.record(model, split)) for split in SPLITS} for model in models]
+        cases.append({"margin": margin, "trainings": trainings})
+    return {**about(workshop), "training_seeds": TRAINING_SEEDS, "cases": cases}
 
 
 def cascade_times(run: Run, data_dir: Path, work_dir: Path) -> dict:
