@@ -9,15 +9,10 @@ import pytest
 
 from fastbert_hf.evaluation import load_table
 
-from ..common import load_script, tiny_model, tiny_texts, tiny_tokenizer
+from ..common import tiny_model, tiny_texts, tiny_tokenizer
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "examples" / "evaluate_speeds.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +31,11 @@ def data_file(tmp_path_factory):
     return path
 
 
-def run(script, monkeypatch, capsys, *arguments) -> str:
-    monkeypatch.setattr(sys, "argv", ["evaluate_speeds.py", *map(str, arguments)])
-    script.main()
-    return capsys.readouterr().out
-
-
-def error_of(script, monkeypatch, *arguments) -> str:
-    monkeypatch.setattr(sys, "argv", ["evaluate_speeds.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as error:
-        script.main()
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
-def test_the_table_is_printed_and_all_speeds_are_kept(
-    script, monkeypatch, capsys, tmp_path, model_dir, data_file, suffix
-):
+def test_the_table_is_printed_and_all_speeds_are_kept(run, tmp_path, model_dir, data_file, suffix):
     output = tmp_path / f"speeds{suffix}"
     arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--output", output)
-    printed = run(script, monkeypatch, capsys, *arguments, "--policies", "entropy", "margin", "--speeds", 0, 0.125)
+    printed = run(*arguments, "--policies", "entropy", "margin", "--speeds", 0, 0.125)
     table = load_table(output)
     assert len(table) == 2 * 192  # 0.125 is none of the 191
     lines = [line.split() for line in printed.splitlines() if line.strip().startswith(("entropy", "margin"))]
@@ -72,10 +50,10 @@ def test_the_table_is_printed_and_all_speeds_are_kept(
         assert json.loads(output.read_text())["settings"]["rows"] == 40
 
 
-def test_figures_and_times_are_made_on_request(script, monkeypatch, capsys, tmp_path, model_dir, data_file):
+def test_figures_and_times_are_made_on_request(run, tmp_path, model_dir, data_file):
     figures = tmp_path / "figures"
     arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--figures_dir", figures)
-    printed = run(script, monkeypatch, capsys, *arguments, "--time_speeds", 0.9, "--policies", "entropy", "patience")
+    printed = run(*arguments, "--time_speeds", 0.9, "--policies", "entropy", "patience")
     assert "texts_per_second" in printed
     assert {path.name for path in figures.glob("*.png")} == {
         "trade_off.png",
@@ -101,9 +79,9 @@ def test_data_without_labels_gives_agreement_and_says_that_accuracy_needs_them(
     assert "agreement" in captured.out and "accuracy" not in captured.out
 
 
-def test_max_samples_takes_some_rows(script, monkeypatch, capsys, model_dir, data_file):
+def test_max_samples_takes_some_rows(run, model_dir, data_file):
     arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--max_samples", 7)
-    assert "7 rows, 4 layers" in run(script, monkeypatch, capsys, *arguments)
+    assert "7 rows, 4 layers" in run(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +100,9 @@ def test_max_samples_takes_some_rows(script, monkeypatch, capsys, model_dir, dat
         (["--text_column", "body"], "has no column 'body', only label, text: correct --text_column"),
     ],
 )
-def test_wrong_arguments_end_with_one_line(script, monkeypatch, model_dir, data_file, arguments, message):
+def test_wrong_arguments_end_with_one_line(error_of, model_dir, data_file, arguments, message):
     common = ["--model_name_or_path", model_dir, "--data_file", data_file]
-    assert message in error_of(script, monkeypatch, *common, *arguments)
+    assert message in error_of(*common, *arguments)
 
 
 def test_help_loads_no_model_code():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 import subprocess
 import sys
@@ -11,32 +10,11 @@ import pytest
 from datasets import Dataset
 from transformers import Trainer
 
-from ..common import load_script, tiny_stock_model, tiny_texts, tiny_tokenizer
+from ..common import tiny_texts
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "examples" / "label_difficulty.py"
 ROWS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """Every training collects garbage; among all that is imported, that would take longer than the training."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script(SCRIPT)
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone")
-    tiny_stock_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -54,12 +32,6 @@ def arguments(tmp_path, backbone, train_file):
     return words.split()
 
 
-def run(script, monkeypatch, capsys, *words) -> str:
-    monkeypatch.setattr(sys, "argv", ["label_difficulty.py", *map(str, words)])
-    script.main()
-    return capsys.readouterr().out
-
-
 def read(path: Path) -> list[dict]:
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -73,9 +45,9 @@ def wrong_rows(folder: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
-def test_the_rows_come_back_with_their_difficulty(script, monkeypatch, capsys, arguments, train_file, tmp_path, kind):
+def test_the_rows_come_back_with_their_difficulty(run, arguments, train_file, tmp_path, kind):
     output = tmp_path / f"new/out.{kind}"
-    printed = run(script, monkeypatch, capsys, *arguments, "--output_file", output)
+    printed = run(*arguments, "--output_file", output)
     given, labelled = read(train_file), read(output)
     hard = [int(row.pop("difficulty")) for row in labelled]
     assert [{name: str(value) for name, value in row.items()} for row in labelled] == given
@@ -90,7 +62,7 @@ def test_the_rows_come_back_with_their_difficulty(script, monkeypatch, capsys, a
     assert "DifficultyAwareTrainer(" in printed.splitlines()[-1]
 
 
-def test_the_first_layers_with_the_chosen_exit_judge(script, monkeypatch, capsys, arguments, tmp_path):
+def test_the_first_layers_with_the_chosen_exit_judge(run, monkeypatch, arguments, tmp_path):
     models, original = [], Trainer.train
 
     def remember(self, *args, **kwargs):
@@ -99,14 +71,14 @@ def test_the_first_layers_with_the_chosen_exit_judge(script, monkeypatch, capsys
 
     monkeypatch.setattr(Trainer, "train", remember)
     words = "--num_hidden_layers 3 --exit_type linear --learning_rate 0.01 --per_device_train_batch_size 4".split()
-    run(script, monkeypatch, capsys, *arguments, *words)
+    run(*arguments, *words)
     assert len(models) == 4
     for model, learning_rate, batch_size in models:
         assert (model.config.num_hidden_layers, model.config.exit_type) == (3, "linear")
         assert model.config.id2label == {0: "no", 1: "yes"}
         assert (learning_rate, batch_size) == (0.01, 4)
     # Finished trainings are not repeated, whatever the output is.
-    run(script, monkeypatch, capsys, *arguments, *words, "--output_file", tmp_path / "other.csv")
+    run(*arguments, *words, "--output_file", tmp_path / "other.csv")
     assert len(models) == 4
 
 
@@ -118,8 +90,8 @@ def test_defaults_are_a_small_member_and_the_papers_rounds(script):
     assert len(script.load_rows(arguments)) > 1000
 
 
-def test_some_random_rows_can_be_labelled(script, monkeypatch, capsys, arguments, tmp_path):
-    run(script, monkeypatch, capsys, *arguments, "--max_train_samples", 10)
+def test_some_random_rows_can_be_labelled(run, arguments, tmp_path):
+    run(*arguments, "--max_train_samples", 10)
     assert len(read(tmp_path / "out.jsonl")) == 10
 
 
@@ -137,39 +109,34 @@ def test_some_random_rows_can_be_labelled(script, monkeypatch, capsys, arguments
         (["--model_name_or_path", "no/such/folder"], "the model cannot be loaded"),
     ],
 )
-def test_wrong_arguments_end_with_one_line(script, monkeypatch, arguments, words, message, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["label_difficulty.py", *arguments, *words])
-    with pytest.raises(SystemExit) as error:
-        script.main()
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_wrong_arguments_end_with_one_line(error_of, arguments, words, message, tmp_path):
+    assert message in error_of(*arguments, *words)
     assert not (tmp_path / "answers").exists()
 
 
-def test_other_settings_in_the_same_folder_end_with_one_line(script, monkeypatch, capsys, arguments):
-    run(script, monkeypatch, capsys, *arguments)
+def test_other_settings_in_the_same_folder_end_with_one_line(run, arguments):
+    run(*arguments)
     with pytest.raises(SystemExit, match=r"learning_rate was 0.0001 and is 0.5"):
-        run(script, monkeypatch, capsys, *arguments, "--learning_rate", 0.5)
+        run(*arguments, "--learning_rate", 0.5)
 
 
 @pytest.mark.parametrize("text", ["word7\tword8", "word7\nword8", "word7\rword8"])
-def test_texts_that_a_tsv_file_cannot_hold_are_refused_before_any_training(
-    script, monkeypatch, capsys, arguments, tmp_path, text
-):
+def test_texts_that_a_tsv_file_cannot_hold_are_refused_before_any_training(run, arguments, tmp_path, text):
     rows = [{"label": index % 2, "text": text} for index in range(6)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [*arguments, "--train_file", tmp_path / "train.jsonl", "--output_file", tmp_path / "out.tsv"]
     with pytest.raises(SystemExit, match=r"a tab or a line break, which .tsv cannot hold: give --output_file as"):
-        run(script, monkeypatch, capsys, *words)
+        run(*words)
     assert not (tmp_path / "answers").exists()
-    run(script, monkeypatch, capsys, *words, "--output_file", tmp_path / "out.csv")
+    run(*words, "--output_file", tmp_path / "out.csv")
     with (tmp_path / "out.csv").open(newline="") as file:
         assert {row["text"] for row in csv.DictReader(file)} == {text}
 
 
-def test_rows_that_have_a_difficulty_are_refused(script, monkeypatch, capsys, arguments, tmp_path):
+def test_rows_that_have_a_difficulty_are_refused(run, arguments, tmp_path):
     Dataset.from_list([{"label": 0, "text": "word7", "difficulty": 1}] * 4).to_json(tmp_path / "train.jsonl")
     with pytest.raises(SystemExit, match="has a column 'difficulty' already: remove it to label the rows anew"):
-        run(script, monkeypatch, capsys, *arguments, "--train_file", tmp_path / "train.jsonl")
+        run(*arguments, "--train_file", tmp_path / "train.jsonl")
 
 
 def test_help_loads_no_model_code():

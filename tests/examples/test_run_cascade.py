@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import re
 import subprocess
@@ -18,9 +17,7 @@ from fastbert_hf import CascadeForSequenceClassification, FastBertForSequenceCla
 from ..common import (
     VOCAB_SIZE,
     assert_close,
-    load_script,
     spread_out,
-    tiny_stock_model,
     tiny_text_config,
     tiny_texts,
     tiny_tokenizer,
@@ -32,27 +29,6 @@ ROWS = 24
 LABELS = ["no", "yes"]
 LARGE = "linear_mean_shared-fine_tuning"
 TAUGHT = f"{LARGE}-distillation_2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """Every training collects garbage; among all that is imported, that would take longer than the training."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script(SCRIPT)
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone")
-    tiny_stock_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +76,6 @@ def trainings(monkeypatch):
 
     monkeypatch.setattr(Trainer, "train", remember)
     return seen
-
-
-def run(script, monkeypatch, capsys, *words) -> str:
-    monkeypatch.setattr(sys, "argv", ["run_cascade.py", *map(str, words)])
-    script.main()
-    return capsys.readouterr().out
-
-
-def error_of(script, monkeypatch, *words) -> str:
-    monkeypatch.setattr(sys, "argv", ["run_cascade.py", *map(str, words)])
-    with pytest.raises(SystemExit) as error:
-        script.main()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def table_of(printed: str, header: str) -> dict[str, list[float]]:
@@ -168,8 +130,8 @@ def assert_answers_are_the_cascades(printed: str, folder: Path, rows: list[dict]
         assert int(score) == pytest.approx(100 * answer["score"], abs=0.51)
 
 
-def test_all_stages_leave_a_cascade_that_answers(script, monkeypatch, capsys, arguments, rows, trainings, tmp_path):
-    printed = run(script, monkeypatch, capsys, *arguments)
+def test_all_stages_leave_a_cascade_that_answers(run, arguments, rows, trainings, tmp_path):
+    printed = run(*arguments)
     out, stages = tmp_path / "out", tmp_path / "out" / "stages"
     assert_table_is_what_the_cascade_does(printed, out, rows)
     quality = table_of(printed, "\nsmall member")
@@ -208,29 +170,29 @@ def test_all_stages_leave_a_cascade_that_answers(script, monkeypatch, capsys, ar
     assert str(tmp_path) not in str(card)
 
 
-def test_finished_stages_are_not_repeated(script, monkeypatch, capsys, arguments, trainings, tmp_path):
-    before = run(script, monkeypatch, capsys, *arguments)
+def test_finished_stages_are_not_repeated(run, arguments, trainings, tmp_path):
+    before = run(*arguments)
     trainings.clear()
-    again = run(script, monkeypatch, capsys, *arguments)
+    again = run(*arguments)
     assert not trainings
     tables = [printed[printed.index("\nsmall member") :] for printed in (before, again)]
     assert tables[0] == tables[1]
     # Another margin needs no other labels of difficulty.
-    run(script, monkeypatch, capsys, *arguments, "--difficulty_margin", 0.1, "--difficulty_weight", 2)
+    run(*arguments, "--difficulty_margin", 0.1, "--difficulty_weight", 2)
     ((trainer, _),) = trainings
     assert (trainer.args.difficulty_margin, trainer.args.difficulty_weight) == (0.1, 2)
     assert len(folders(tmp_path)) == 5
     # One more round labels more rows as hard, and stage 4 learns from them.
     trainings.clear()
-    run(script, monkeypatch, capsys, *arguments, "--seeds", 1, 2)
+    run(*arguments, "--seeds", 1, 2)
     assert [type(trainer).__name__ for trainer, _ in trainings] == ["Trainer", "Trainer", "DifficultyAwareTrainer"]
     with pytest.raises(SystemExit, match=r"learning_rate was 0.001 and is 0.5\): give another output_dir"):
-        run(script, monkeypatch, capsys, *arguments, "--learning_rate", 0.5)
+        run(*arguments, "--learning_rate", 0.5)
 
 
-def test_pairs_without_difficulty(script, monkeypatch, capsys, arguments, rows, trainings, tmp_path):
+def test_pairs_without_difficulty(run, arguments, rows, trainings, tmp_path):
     words = "--no_difficulty --text_pair_column other --exit_type linear --exit_policy entropy".split()
-    printed = run(script, monkeypatch, capsys, *arguments, *words)
+    printed = run(*arguments, *words)
     assert_table_is_what_the_cascade_does(printed, tmp_path / "out", rows, pairs=True)
     assert_answers_are_the_cascades(printed, tmp_path / "out", rows, pairs=True)
     assert list(table_of(printed, "\nsmall member")) == ["after stage 2"]
@@ -242,9 +204,9 @@ def test_pairs_without_difficulty(script, monkeypatch, capsys, arguments, rows, 
     assert "difficulty_margin" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_labelled_rows_are_used_as_they_are(script, monkeypatch, capsys, arguments, rows, trainings, tmp_path):
+def test_labelled_rows_are_used_as_they_are(run, arguments, rows, trainings, tmp_path):
     words = ["--train_file", tmp_path / "labelled.jsonl", "--no_knowledge_distillation"]
-    printed = run(script, monkeypatch, capsys, *arguments, *words)
+    printed = run(*arguments, *words)
     assert "Hard rows: no 50.0%, yes 50.0%, all 50.0%." in printed and "Stage 3" not in printed
     assert [type(trainer).__name__ for trainer, _ in trainings] == ["Trainer", "Trainer", "DifficultyAwareTrainer"]
     assert trainings[2][0].train_dataset["difficulty"] == [row["difficulty"] for row in rows]
@@ -258,11 +220,9 @@ def test_labelled_rows_are_used_as_they_are(script, monkeypatch, capsys, argumen
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_complete_small_model_keeps_its_tokenizer(
-    script, monkeypatch, capsys, arguments, rows, trainings, small_backbone, tmp_path
-):
+def test_a_complete_small_model_keeps_its_tokenizer(run, arguments, rows, trainings, small_backbone, tmp_path):
     words = ["--small_model_name_or_path", small_backbone, "--train_file", tmp_path / "labelled.jsonl"]
-    printed = run(script, monkeypatch, capsys, *arguments, *words)
+    printed = run(*arguments, *words)
     assert_table_is_what_the_cascade_does(printed, tmp_path / "out", rows)
     assert CascadeForSequenceClassification.from_pretrained(tmp_path / "out").config.own_tokenizers
     assert folders(tmp_path) == [LARGE, "small"]
@@ -303,20 +263,20 @@ def test_a_complete_small_model_keeps_its_tokenizer(
         (["--small_model_name_or_path", "no/such/folder"], "the model cannot be loaded"),
     ],
 )
-def test_wrong_arguments_end_with_one_line(script, monkeypatch, arguments, words, message, tmp_path):
-    assert message in error_of(script, monkeypatch, *arguments, *words)
+def test_wrong_arguments_end_with_one_line(error_of, arguments, words, message, tmp_path):
+    assert message in error_of(*arguments, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_a_small_member_ends_with_one_line(
-    script, monkeypatch, arguments, backbone, small_backbone, rows, tmp_path
+    error_of, arguments, backbone, small_backbone, rows, tmp_path
 ):
     members = ["--model_name_or_path", small_backbone, "--small_model_name_or_path", backbone]
-    assert "members go from cheap to expensive" in error_of(script, monkeypatch, *arguments, *members)
+    assert "members go from cheap to expensive" in error_of(*arguments, *members)
     write(tmp_path / "labelled.jsonl", [{**row, "difficulty": 2 * row["difficulty"]} for row in rows])
     labelled = ["--train_file", tmp_path / "labelled.jsonl"]
     message = "the column 'difficulty' of the training data must be 0 (easy) or 1 (hard), got 2: label the rows with"
-    assert message in error_of(script, monkeypatch, *arguments, *labelled)
+    assert message in error_of(*arguments, *labelled)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,23 +8,10 @@ import pytest
 
 from fastbert_hf.training.recipes import RECIPES
 
-from ..common import load_script, tiny_stock_model, tiny_texts, tiny_tokenizer
+from ..common import tiny_texts
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "examples" / "run_recipe.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script(SCRIPT)
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone")
-    tiny_stock_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -37,14 +24,8 @@ def arguments(tmp_path, backbone):
     return words.split()
 
 
-def run(script, monkeypatch, capsys, *words) -> str:
-    monkeypatch.setattr(sys, "argv", ["run_recipe.py", *map(str, words)])
-    script.main()
-    return capsys.readouterr().out
-
-
-def test_every_recipe_runs_by_its_name_and_gets_a_line(script, monkeypatch, capsys, arguments, tmp_path):
-    printed = run(script, monkeypatch, capsys, *arguments, "--recipes", *RECIPES, "--num_hidden_layers", 2)
+def test_every_recipe_runs_by_its_name_and_gets_a_line(run, arguments, tmp_path):
+    printed = run(*arguments, "--recipes", *RECIPES, "--num_hidden_layers", 2)
     lines = [line.split() for line in printed[printed.index("accuracy on the validation rows") :].splitlines()]
     table = {line[0]: line[1:] for line in lines if line and line[0] in RECIPES}
     assert list(table) == list(RECIPES)
@@ -54,13 +35,13 @@ def test_every_recipe_runs_by_its_name_and_gets_a_line(script, monkeypatch, caps
     assert (tmp_path / "out" / "attention-fine_tuning-self_distillation" / "model" / "config.json").exists()
 
 
-def test_exits_can_be_others_than_the_recipes_own(script, monkeypatch, capsys, arguments, tmp_path):
-    run(script, monkeypatch, capsys, *arguments, "--recipes", "deebert", "--exit_type", "linear_mean")
+def test_exits_can_be_others_than_the_recipes_own(run, arguments, tmp_path):
+    run(*arguments, "--recipes", "deebert", "--exit_type", "linear_mean")
     assert (tmp_path / "out" / "linear_mean-fine_tuning-frozen_cross_entropy").exists()
 
 
-def test_the_list_needs_no_data(script, monkeypatch, capsys):
-    printed = run(script, monkeypatch, capsys, "--list_recipes")
+def test_the_list_needs_no_data(run):
+    printed = run("--list_recipes")
     assert [line.split()[0] for line in printed.splitlines()] == list(RECIPES)
 
 

@@ -22,18 +22,12 @@ from transformers import (
 
 import fastbert_hf
 
-from ..common import load_script, spread_out
+from ..common import spread_out
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "examples" / "run_self_distill.py"
 DATA_DIR = SCRIPT.parent / "data"
 WORDS = "good bad fine poor warm cold nice dull film food room we it was the not very and but never".split()
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The example as a module, so that it runs in this process."""
-    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

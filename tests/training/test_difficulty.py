@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from functools import partial
@@ -44,14 +43,6 @@ from ..common import (
     training_settings,
     without_dropout,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """Every training collects garbage; among all that is imported, that would take longer than the training."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
