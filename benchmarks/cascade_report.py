@@ -18,6 +18,7 @@ CASCADES = (
     "1 + 6 layers",
     "1 + 2 + 6 layers, DAR",
     "FastBERT 2 + 6 layers, DAR",
+    "FastBERT 2 + 6 layers, DAR, entropy",
 )
 BESIDE = {
     "FastBERT": ("fastbert", ""),
@@ -44,7 +45,7 @@ def cascades(results) -> str:
         result = results.get(name, "cascade", 1, RIVAL_ROWS)
         dials = {label: results.dial(name, recipe, variant, 1) for label, (recipe, variant) in BESIDE.items()}
         for label in CASCADES:
-            splits = result and result["cascades"][label]
+            splits = result and result["cascades"].get(label)
             dials[f"cascade, {label}"] = splits and tuple(pd.DataFrame(splits[split]) for split in ("dev", "test"))
         for label, dial in dials.items():
             if dial is None:

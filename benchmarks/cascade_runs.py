@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -22,12 +23,29 @@ from fastbert_hf.training import hard_shares
 
 
 SPLITS = ("dev", "test")
+
+
+@dataclass(frozen=True)
+class Members:
+    """
+    Args:
+        names (`tuple` of `str`): What [`members_of`] calls them.
+        exit_policy (`str`): How the cascade tells that it is sure.
+        leave_early (`bool`): Whether a text can also leave inside a member.
+    """
+
+    names: tuple[str, ...]
+    exit_policy: str = "confidence"
+    leave_early: bool = False
+
+
 CASCADES = {
-    "2 + 6 layers": ("distilled", "large"),
-    "2 + 6 layers, DAR": ("distilled, DAR", "large"),
-    "1 + 6 layers": ("distilled, 1 layer", "large"),
-    "1 + 2 + 6 layers, DAR": ("distilled, 1 layer", "distilled, DAR", "large"),
-    "FastBERT 2 + 6 layers, DAR": ("FastBERT", "large"),
+    "2 + 6 layers": Members(("distilled", "large")),
+    "2 + 6 layers, DAR": Members(("distilled, DAR", "large")),
+    "1 + 6 layers": Members(("distilled, 1 layer", "large")),
+    "1 + 2 + 6 layers, DAR": Members(("distilled, 1 layer", "distilled, DAR", "large")),
+    "FastBERT 2 + 6 layers, DAR": Members(("FastBERT", "large"), leave_early=True),
+    "FastBERT 2 + 6 layers, DAR, entropy": Members(("FastBERT", "large"), "entropy", leave_early=True),
 }
 # The margins among which the paper chooses, and the trainings of each.
 PAPER_MARGINS = (0.1, 0.3, 0.5, 0.7)
@@ -47,10 +65,10 @@ def cascade(run: Run, data_dir: Path, work_dir: Path) -> dict:
         "small": {name: {split: calibration(records[name][split]) for split in SPLITS} for name in workshop.small},
         "cascades": {
             label: {
-                split: dial(joined([models[name] for name in names], label), [records[name][split] for name in names])
+                split: dial(joined(models, members), [records[name][split] for name in members.names])
                 for split in SPLITS
             }
-            for label, names in CASCADES.items()
+            for label, members in CASCADES.items()
         },
     }
 
@@ -75,9 +93,8 @@ def cascade_times(run: Run, data_dir: Path, work_dir: Path) -> dict:
     models = members_of(workshop)
     texts, found = texts_of(workshop), {}
     for label in TIMED:
-        names = CASCADES[label]
-        model = joined([models[name] for name in names], label)
-        dev = pd.DataFrame(dial(model, [workshop.record(models[name], "dev") for name in names]))
+        model = joined(models, CASCADES[label])
+        dev = pd.DataFrame(dial(model, [workshop.record(models[name], "dev") for name in CASCADES[label].names]))
         speeds = [dev["speed"][i] for i in (dev["layer_speed_up"].ge(s - 1e-6).idxmax() for s in TIMED_SPEED_UPS)]
         speeds = [speed for speed in speeds if speed > 0]  # idxmax of nothing is the first row, speed 0
         classifier = transformers.pipeline("fast-text-classification", model=model, tokenizer=workshop.tokenizer)
@@ -122,12 +139,12 @@ def calibration(record: ExitRecord) -> dict[str, float]:
     return values
 
 
-def joined(models: list[FastBertForSequenceClassification], label: str) -> CascadeForSequenceClassification:
-    """A cascade of copies. Only members that are FastBERT models let a text leave early."""
-    members = [copy.deepcopy(model) for model in models]
-    for member in members:
-        member.config.min_exit_layer = None if label.startswith("FastBERT") else member.config.num_hidden_layers
-    return CascadeForSequenceClassification.from_members(members)
+def joined(models: dict[str, FastBertForSequenceClassification], members: Members) -> CascadeForSequenceClassification:
+    """A cascade of copies."""
+    copies = [copy.deepcopy(models[name]) for name in members.names]
+    for member in copies:
+        member.config.min_exit_layer = None if members.leave_early else member.config.num_hidden_layers
+    return CascadeForSequenceClassification.from_members(copies, exit_policy=members.exit_policy)
 
 
 def dial(model: CascadeForSequenceClassification, records: list[ExitRecord]) -> dict[str, list[float]]:

@@ -58,11 +58,8 @@ def test_the_list_needs_no_data(run):
         (["--model_name_or_path", "no/such/folder"], "the model cannot be loaded"),
     ],
 )
-def test_wrong_arguments_end_with_one_line(script, monkeypatch, arguments, words, message):
-    monkeypatch.setattr(sys, "argv", ["run_recipe.py", *arguments, *words])
-    with pytest.raises(SystemExit) as error:
-        script.main()
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_wrong_arguments_end_with_one_line(error_of, arguments, words, message):
+    assert message in error_of(*arguments, *words)
 
 
 def test_help_loads_no_model_code():
