@@ -14,10 +14,19 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.utils import cached_file
 
 from .encoded_texts import EncodedText, TextReader, rows_of, with_speeds
+from .encoder_layouts import max_text_tokens
 from .pretrained_fastbert import DOWNLOAD_ARGUMENTS
 
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+# Any of them is a tokenizer to `AutoTokenizer`; older ones have no config.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 MEMBER_FOLDER = "member_{}"
 
 
@@ -27,29 +36,32 @@ class CascadeText:
     One text as the members read it.
 
     Args:
-        of_members (`list` of [`EncodedText`]): One for each member; the same one where they share a tokenizer.
+        of_members (`list` of [`EncodedText`] or `None`): One for each member that may be asked.
     """
 
-    of_members: list[EncodedText]
+    of_members: list[EncodedText | None]
 
     def __len__(self) -> int:
-        return len(self.of_members[0])
+        return max(len(text) for text in self.of_members if text is not None)
 
     @property
     def position(self) -> int:
         """In the caller's stream, from 0."""
-        return self.of_members[0].position
+        return self.of_members[-1].position
 
     @property
     def speed(self) -> float:
         """In [0, 1]."""
-        return self.of_members[0].speed
+        return self.of_members[-1].speed
 
 
 def read_cascade(
     encoded_texts: Iterable[Any] | Mapping[str, Any], speed: float | Iterable[float] | None, config: PreTrainedConfig
 ) -> Iterator[CascadeText]:
-    """The texts of a caller, one by one, checked for every member. What is wrong with a text names its position."""
+    """
+    The texts of a caller, one by one, checked for every member that may be asked. What is wrong with a text names its
+    position and the member.
+    """
     readers = [TextReader(member.text_config) for member in config.members]
     if config.own_tokenizers and isinstance(encoded_texts, Mapping):
         raise ValueError(
@@ -67,9 +79,14 @@ def read_cascade(
                 f"text {position} must be what each of the {len(readers)} tokenizers of this cascade gave, as "
                 f"cascade.encode(texts) returns it, got {row!r:.40}."
             )
-        yield CascadeText(
-            [reader.read(part, position, own_speed) for reader, part in zip(readers, parts, strict=True)]
-        )
+        of_members: list[EncodedText | None] = []
+        for number, (reader, part) in enumerate(zip(readers, parts, strict=True), start=1):
+            may_be_asked = own_speed > 0 or number == len(readers)
+            try:
+                of_members.append(reader.read(part, position, own_speed) if may_be_asked else None)
+            except ValueError as error:
+                raise ValueError(f"member {number}: {error}") from None
+        yield CascadeText(of_members)
 
 
 def inputs_of_members(
@@ -85,7 +102,12 @@ def inputs_of_members(
         )
         kind = "of its own" if config.own_tokenizers else "that it shares"
         raise ValueError(f"every member of this cascade has a tokenizer {kind}: give {wanted}.")
-    inputs = [given] * number if member_inputs is None else [dict(own) for own in member_inputs]
+    inputs = [given] * number
+    if member_inputs is not None:
+        inputs = [{name: value for name, value in own.items() if value is not None} for own in member_inputs]
+    unknown = sorted({name for own in inputs for name in own} - set(shared))
+    if unknown:
+        raise ValueError(f"the inputs of a member are {', '.join(shared)}, not {', '.join(unknown)}: leave them out.")
     if len(inputs) != number or any(own.get("input_ids") is None or own["input_ids"].dim() != 2 for own in inputs):
         raise ValueError(
             f"each of the {number} members needs input_ids of shape [batch_size, sequence_length], as its tokenizer "
@@ -94,6 +116,8 @@ def inputs_of_members(
     rows = {len(value) for own in inputs for value in own.values()}
     if len(rows) > 1:
         raise ValueError(f"the inputs of one call are of equally many rows, got {sorted(rows)}.")
+    if rows == {0}:
+        raise ValueError("the batch has no rows: give at least one text.")
     return inputs
 
 
@@ -122,14 +146,20 @@ def tokenizers_of(
     Returns:
         `tuple`: one for each member, one for all, or `None` where it is not known; and whether each has its own.
     """
+    if isinstance(tokenizers, PreTrainedTokenizerBase):
+        raise ValueError("tokenizers is a list, one for each member: from_members([...], tokenizers=[...])")
     if tokenizers is None:
-        tokenizers = [
-            None if isinstance(member, PreTrainedModel) else load_tokenizer(member, **download) for member in members
-        ]
+        tokenizers = [None] * len(models)
     if len(tokenizers) != len(models):
         raise ValueError(f"got {len(tokenizers)} tokenizers for {len(models)} members: give one for each, or none.")
+    tokenizers = [
+        load_tokenizer(member, **download) if given is None and not isinstance(member, PreTrainedModel) else given
+        for member, given in zip(members, tokenizers, strict=True)
+    ]
     known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    if len({fingerprint(tokenizer) for tokenizer in known}) > 1:
+    # Where a text is cut decides what is read of it, too.
+    limit = max(max_text_tokens(model.config.text_config) for model in models)
+    if len({(fingerprint(tokenizer), min(tokenizer.model_max_length, limit)) for tokenizer in known}) > 1:
         if len(known) < len(models):
             raise ValueError(
                 "some of the members' tokenizers are not known, and the others differ: give tokenizers=[...]."
@@ -138,7 +168,7 @@ def tokenizers_of(
     sizes = [model.config.text_config.vocab_size for model in models]
     if len(known) < len(models) and len(set(sizes)) > 1:
         raise ValueError(f"the members read vocabularies of {sizes} tokens: give tokenizers=[...], one for each.")
-    return known[:1] or None, False
+    return [min(known, key=lambda tokenizer: tokenizer.model_max_length)] if known else None, False
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -160,8 +190,11 @@ def load_tokenizer(
     arguments = {name: value for name, value in kwargs.items() if name in (*DOWNLOAD_ARGUMENTS, "trust_remote_code")}
     arguments.update(subfolder=subfolder, force_download=False)
     download = {name: value for name, value in arguments.items() if name != "trust_remote_code"}
-    found = cached_file(name_or_path, TOKENIZER_CONFIG, _raise_exceptions_for_missing_entries=False, **download)
-    return None if found is None else AutoTokenizer.from_pretrained(name_or_path, config=config, **arguments)
+    found = (
+        cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **download)
+        for name in TOKENIZER_FILES
+    )
+    return AutoTokenizer.from_pretrained(name_or_path, config=config, **arguments) if any(found) else None
 
 
 def load_tokenizers(
@@ -183,6 +216,17 @@ def load_tokenizers(
             f"{', '.join(missing)}: save it again with cascade.save_pretrained(folder)."
         )
     return None if missing else tokenizers
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises where a tokenizer to be saved beside a model would take the place of that of a cascade's first member."""
+    if tokenizer is None or not getattr(model.config, "own_tokenizers", False):
+        return
+    if fingerprint(tokenizer) != fingerprint(model.known_tokenizers()[0]):
+        raise ValueError(
+            "every member of this cascade has its own tokenizer, which is saved with it, and the one given is not "
+            "that of the first: leave tokenizer out."
+        )
 
 
 def save_tokenizers(folder: str | os.PathLike, tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:

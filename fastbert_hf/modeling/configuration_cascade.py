@@ -14,6 +14,8 @@ from .exit_policies import check_speed
 
 # Patience counts agreements of neighbouring exits, and most members have one exit that may answer.
 CASCADE_POLICIES = ("confidence", "entropy", "margin")
+# What reaches every member where it is set.
+OF_ALL_MEMBERS = ("exit_policy", "id2label", "label2id", "dtype")
 
 
 @strict
@@ -64,7 +66,7 @@ class CascadeConfig(PreTrainedConfig):
         if self.members:
             self._check_members()
         check_speed(self.speed)
-        self.exit_policy = self.exit_policy  # reaches the members
+        self.exit_policy, self.dtype = self.exit_policy, self.dtype  # they reach the members
 
     def __setattr__(self, key, value):
         if key == "exit_policy" and value not in CASCADE_POLICIES:
@@ -72,9 +74,11 @@ class CascadeConfig(PreTrainedConfig):
                 f"exit_policy={value!r} is not for a cascade; choose one of {', '.join(CASCADE_POLICIES)}."
             )
         super().__setattr__(key, value)
-        if key == "exit_policy" and getattr(self, "_post_init_done", False):
-            for member in self.members:
-                member.exit_policy = value
+        if key in OF_ALL_MEMBERS and getattr(self, "_post_init_done", False):
+            for member in self.members or ():
+                setattr(member, key, copy.copy(value))
+                if key == "dtype":  # Transformers builds a backbone in that of its own config
+                    member.text_config.dtype = value
 
     def _check_members(self) -> None:
         if len(self.members) < 2:

@@ -119,6 +119,11 @@ class FastBertConfig(PreTrainedConfig):
             # to it. Loaded as such code itself, this class keeps what says where it is.
             config_dict = {name: value for name, value in config_dict.items() if name not in CODE_FIELDS}
         model_type = config_dict.get("model_type", cls.model_type)
+        if model_type == "fastbert_cascade":
+            raise ValueError(
+                "This is the config of a cascade of models: load it with CascadeForSequenceClassification or "
+                "AutoModelForSequenceClassification."
+            )
         if model_type != cls.model_type:
             raise ValueError(
                 f"This is the config of a {model_type!r} checkpoint, not of a FastBERT model, and loading it as one "

@@ -30,6 +30,7 @@ from .exit_policies import exit_range, row_speeds
 from .modeling_fastbert import FastBertForSequenceClassification
 from .prediction import PredictionSettings, answer_block, checked_speeds, predict
 from .pretrained_fastbert import DOWNLOAD_ARGUMENTS, FastBertPreTrainedModel
+from .stock_checkpoints import dtype_of
 from .texts_in_flight import TextsInFlight
 
 
@@ -67,6 +68,11 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             raise ValueError(
                 "the config names no members. Example: CascadeConfig(members=[small.config, large.config])"
             )
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"problem_type={config.problem_type!r} is not supported: a cascade classifies each text into one of "
+                "its labels. Example: problem_type=None"
+            )
         for member in config.members:
             member._attn_implementation = config._attn_implementation
         self.num_labels = config.num_labels
@@ -96,6 +102,8 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             raise ValueError(
                 "push_to_hub=True would leave the tokenizers behind: call cascade.push_to_hub(repo_id) instead."
             )
+        if self.config.own_tokenizers:
+            self.known_tokenizers()  # without them it could not be loaded again
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             save_tokenizers(save_directory, self.tokenizers or ())
@@ -118,18 +126,21 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
                 a text can also leave early. Of loaded models copies are made.
             tokenizers (sequence, *optional*):
                 One for each member. Those of the members' own folders or repositories unless given; needed for loaded
-                models that read different vocabularies.
+                models that read different vocabularies. One serves all where they differ in nothing, not even in
+                the length at which they cut a text.
             exit_policy (`str`): As in [`CascadeConfig`].
             speed (`float`): The speed that the pipeline uses when the call names none.
-            kwargs: Arguments of `from_pretrained` (`revision`, `token`, ...), for every member.
+            kwargs: Arguments of `from_pretrained` (`revision`, `token`, `dtype`, ...), for every member.
 
         Returns:
             [`CascadeForSequenceClassification`], in eval mode.
         """
         if isinstance(members, (str, os.PathLike, PreTrainedModel)) or len(members) < 2:
             raise ValueError("a cascade has at least two members: from_members([small, large])")
+        attn_implementation = kwargs.pop("attn_implementation", None)
         models = [as_member(member, **kwargs) for member in members]
         check_order(models)
+        dtype = common_dtype(models, kwargs.get("dtype"))
         tokenizers, own_tokenizers = tokenizers_of(members, models, tokenizers, **kwargs)
         config = CascadeConfig(
             members=[model.config for model in models],
@@ -140,9 +151,11 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         with torch.device("meta"):  # all weights are the members' own
             cascade = cls(config)
         cascade.members, config.members = nn.ModuleList(models), [model.config for model in models]
-        config.exit_policy = exit_policy  # that of every member
+        config.exit_policy, config.dtype = exit_policy, dtype  # those of every member
         cascade.tokenizers = tokenizers
-        return cascade.to(models[-1].device).eval()
+        if attn_implementation is not None:
+            cascade.set_attn_implementation(attn_implementation)
+        return cascade.to(models[-1].device, dtype).eval()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
@@ -164,22 +177,31 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         task_type_ids: torch.Tensor | None = None,
         speed: float | list[float] | torch.Tensor | None = None,
         member_inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> CascadeSequenceClassifierOutput:
         """
         Args:
             input_ids, attention_mask, token_type_ids, task_type_ids (`torch.Tensor` of shape `[batch_size, length]`):
                 What the tokenizer gave, padded, as for the stock classifiers.
-            labels (`torch.Tensor` of shape `[batch_size]`, *optional*): For the cross entropy of the answers.
+            labels (`torch.Tensor` of shape `[batch_size]`, or `[batch_size, num_labels]`, *optional*):
+                For the cross entropy of the answers: label ids, or probabilities.
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row: the uncertainty below which a member answers. Rows at speed 0,
                 and all without a speed, are answered by the last member, and no other runs on them.
             member_inputs (sequence of `dict`, *optional*):
                 In place of `input_ids` and the others where every member has its own tokenizer: what each of them
                 gave.
+            output_hidden_states, output_attentions (`bool`, *optional*): Not available; a member may return the first.
 
         Returns:
             [`CascadeSequenceClassifierOutput`]
         """
+        if output_hidden_states or output_attentions:
+            raise ValueError(
+                "a cascade returns no hidden states and no attentions: ask a member, as in "
+                "cascade.members[0](input_ids, attention_mask, output_hidden_states=True)"
+            )
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -217,8 +239,10 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
                 f"the logits of rows {uncertainty.isnan().nonzero()[:, 0].tolist()} are not finite, so there is no "
                 "answer: check the weights of every member, and the inputs, for NaN and infinity."
             )
+        if labels is not None and not labels.is_floating_point():
+            labels = labels.view(-1)
         return CascadeSequenceClassifierOutput(
-            loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels.view(-1)),
+            loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels),
             logits=logits,
             exit_layer=exit_layer + layers_before.to(exit_layer.device),
             uncertainty=uncertainty,
@@ -234,13 +258,18 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             text_pairs (`list[str]`, *optional*): The second ones.
             kwargs: Arguments of the tokenizers, such as `truncation=True`.
         """
-        if self.tokenizers is None:
-            raise ValueError(
-                "the cascade does not know its tokenizer: give predict what yours returns, as in "
-                "cascade.predict(tokenizer(texts)), or name it: from_members(members, tokenizers=[...])"
-            )
-        encoded = [rows_of(tokenizer(texts, text_pairs, **kwargs)) for tokenizer in self.tokenizers]
+        encoded = [rows_of(tokenizer(texts, text_pairs, **kwargs)) for tokenizer in self.known_tokenizers()]
         return list(zip(*encoded, strict=True)) if self.config.own_tokenizers else list(encoded[0])
+
+    def known_tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        """`tokenizers`, or a `ValueError` where they are not known."""
+        if self.tokenizers is None:
+            number = len(self.members) if self.config.own_tokenizers else 1
+            raise ValueError(
+                "the cascade does not know its tokenizers: name them, as in from_members(members, tokenizers=[...]), "
+                f"or set cascade.tokenizers to a list of {number}."
+            )
+        return self.tokenizers
 
     def predict(
         self,
@@ -271,6 +300,8 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
     def _answer_block(self, texts: list[CascadeText], settings: PredictionSettings, batch_tokens: int) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(texts)
         layers_before = [0] * len(texts)
+        # Uncertainties have no more digits either.
+        speeds = torch.tensor([text.speed for text in texts], dtype=torch.float32).tolist()
         for number, member in enumerate(self.members, start=1):
             is_last = number == len(self.members)
             asked = [row for row, text in enumerate(texts) if answers[row] is None and (is_last or text.speed > 0)]
@@ -279,7 +310,7 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             exits, own = self.exits_of(member), [texts[row].of_members[number - 1] for row in asked]
             for row, answer in zip(asked, answer_block(member, own, exits, settings, batch_tokens), strict=True):
                 # NaN is no reason to ask the next member: it is an error.
-                if is_last or not answer.uncertainty >= texts[row].speed:
+                if is_last or not answer.uncertainty >= speeds[row]:
                     answers[row] = answer._replace(
                         exit_layer=layers_before[row] + answer.exit_layer, exit_member=number
                     )
@@ -291,6 +322,11 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
 def as_member(name_or_path: str | os.PathLike | PreTrainedModel, **kwargs) -> FastBertForSequenceClassification:
     """A FastBERT model as it is, or a stock classifier as one that answers at its last layer alone."""
     is_loaded = isinstance(name_or_path, PreTrainedModel)
+    if not is_loaded and not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(
+            f"a member is a folder, the id of a repository or a loaded model, got {type(name_or_path).__name__}. "
+            "Example: from_members(['org/small-classifier', 'org/large-classifier'])"
+        )
     config = name_or_path.config if is_loaded else AutoConfig.from_pretrained(name_or_path, **kwargs)
     if config.model_type == "fastbert_cascade":
         raise ValueError("a cascade cannot be a member of another: give its members.")
@@ -311,6 +347,19 @@ def as_member(name_or_path: str | os.PathLike | PreTrainedModel, **kwargs) -> Fa
         min_exit_layer=config.num_hidden_layers,
         **kwargs,
     )
+
+
+def common_dtype(models: Sequence[PreTrainedModel], dtype: str | torch.dtype | None) -> torch.dtype:
+    """The one that the caller asks for, or that all members have."""
+    if dtype_of(dtype) is not None:
+        return dtype_of(dtype)
+    dtypes = [model.dtype for model in models]
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"the members are of {', '.join(map(str, dtypes))}, but a cascade is saved in one dtype: choose it, as in "
+            "from_members([...], dtype=torch.float32)"
+        )
+    return dtypes[0]
 
 
 def refuse_untrained_exits(model: FastBertForSequenceClassification) -> None:

@@ -54,6 +54,9 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
                 f"fast-text-classification needs a FastBERT model, got one of type {model_type!r}. Wrap it with "
                 "FastBertForSequenceClassification.from_classifier(name) and self-distil it first."
             )
+        if getattr(self.model.config, "own_tokenizers", False):
+            # It would be saved in the place of the first member's.
+            self.tokenizer = self.model.known_tokenizers()[0]
 
     def _sanitize_parameters(self, speed=None, min_exit_layer=None, max_layers=None, progress_bar=None, **kwargs):
         preprocess, _, postprocess = super()._sanitize_parameters(**kwargs)
@@ -147,7 +150,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
         """That of the pipeline, or those of the members of a cascade where they differ."""
-        return self.model.tokenizers if getattr(self.model.config, "own_tokenizers", False) else [self.tokenizer]
+        has_own = getattr(self.model.config, "own_tokenizers", False)
+        return self.model.known_tokenizers() if has_own else [self.tokenizer]
 
     def postprocess(self, model_outputs, **kwargs):
         answers = super().postprocess(model_outputs, **kwargs)

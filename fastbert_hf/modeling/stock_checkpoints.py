@@ -135,11 +135,11 @@ def refuse_wrapped(config: PreTrainedConfig) -> None:
         )
 
 
-def copy_of(model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
+def copy_of(model: PreTrainedModel, dtype: str | torch.dtype | None = None, **kwargs) -> PreTrainedModel:
     """A copy of a loaded model, which needs no other arguments of `from_pretrained`."""
     if kwargs:
         raise ValueError(f"the model is loaded already: leave out {', '.join(kwargs)}, or give its name.")
-    return copy.deepcopy(model).to(dtype or model.dtype)
+    return copy.deepcopy(model).to(dtype_of(dtype) or model.dtype)
 
 
 def bare_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
@@ -172,6 +172,13 @@ def keep_first_layers(encoder: PreTrainedModel, num_hidden_layers: int) -> None:
     config.num_hidden_layers = num_hidden_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_hidden_layers]
+
+
+def dtype_of(asked: str | torch.dtype | None) -> torch.dtype | None:
+    """What the `dtype` of a call of `from_pretrained` stands for; `None` where that is the model's own."""
+    if asked == "auto":
+        return None
+    return getattr(torch, asked) if isinstance(asked, str) else asked
 
 
 def without_dtype(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.cascade_inputs import check_tokenizer
 from .model_card import as_list, write_model_card
 from .with_code import write_code
 
@@ -44,6 +45,7 @@ def push_to_hub(
     """
     model = getattr(self, "model", self)
     tokenizer = tokenizer or getattr(self, "tokenizer", None)
+    check_tokenizer(model, tokenizer)
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr/"):

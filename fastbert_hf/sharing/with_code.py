@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from .. import modeling
+from ..modeling.cascade_inputs import check_tokenizer
 from ..modeling.pretrained_fastbert import FastBertPreTrainedModel
 from .model_card import write_model_card
 
@@ -70,6 +71,7 @@ def save_with_code(
         )
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file: give a folder, as in save_with_code(model, 'outputs/shared').")
+    check_tokenizer(model, tokenizer)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

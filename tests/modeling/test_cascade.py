@@ -41,10 +41,12 @@ from ..common import (
 SPEEDS = (0.0, 0.2, 0.5, 0.7, 0.85, 0.95, 1.0)
 
 
-def stock(family: str = "bert", num_layers: int = 2, seed: int = 0, num_labels: int = 3) -> PreTrainedModel:
+def stock(family: str = "bert", num_layers: int = 2, seed: int = 0, num_labels: int = 3, **fields) -> PreTrainedModel:
     """A fine-tuned stock classifier, as far as a test can tell."""
     config = tiny_text_config(family, num_layers)
     config.num_labels = num_labels
+    for name, value in fields.items():
+        setattr(config, name, value)
     torch.manual_seed(seed)
     return spread_out(AutoModelForSequenceClassification.from_config(config), seed)
 
