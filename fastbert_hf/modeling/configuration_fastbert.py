@@ -121,8 +121,8 @@ class FastBertConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type == "fastbert_cascade":
             raise ValueError(
-                "This is the config of a cascade of models: load it with CascadeForSequenceClassification or "
-                "AutoModelForSequenceClassification."
+                "This is the config of a 'fastbert_cascade' checkpoint, not of a FastBERT model: load it with "
+                "CascadeForSequenceClassification.from_pretrained(name)."
             )
         if model_type != cls.model_type:
             raise ValueError(
