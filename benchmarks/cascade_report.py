@@ -74,22 +74,25 @@ def regularisation(results) -> str:
     for name in CASCADE_SETS:
         result = results.get(name, "regularisation", 1, RIVAL_ROWS)
         if result is None:
-            rows.append([name, "fine-tuned", NOT_YET, *[""] * (1 + len(CALIBRATION))])
+            rows.append([name, "fine-tuned", NOT_YET, *[""] * (2 + len(CALIBRATION))])
         for case in result["cases"] if result else ():
             margin = "without" if case["margin"] is None else f"{case['margin']:g}"
             if case["margin"] == chosen_margin(result):
                 margin += " (dev)"
-            rows.append([name, "fine-tuned", margin, *calibration([part["test"] for part in case["trainings"]])])
+            rows.append([name, "fine-tuned", margin, *calibration(case["trainings"])])
         result = results.get(name, "cascade", 1, RIVAL_ROWS)
         if result is not None:
             margin = f"{result['settings']['difficulty_margin']:g}"
             for label, member in (("without", "distilled"), (margin, "distilled, DAR")):
-                rows.append([name, "distilled", label, *calibration([result["small"][member]["test"]])])
-    return markdown(["data set", "small member", "margin", "trainings", "DIS", "accuracy", "ECE"], rows)
+                rows.append([name, "distilled", label, *calibration([result["small"][member]])])
+    header = ["data set", "small member", "margin", "trainings", "DIS on dev", "DIS on test", "accuracy", "ECE"]
+    return markdown(header, rows)
 
 
-def calibration(trainings: list[dict[str, float]]) -> list[str]:
-    return [str(len(trainings)), *(spread([values[column] for values in trainings]) for column in CALIBRATION)]
+def calibration(trainings: list[dict[str, dict[str, float]]]) -> list[str]:
+    on_dev = spread([values["dev"][CALIBRATION[0]] for values in trainings])
+    on_test = [spread([values["test"][column] for values in trainings]) for column in CALIBRATION]
+    return [str(len(trainings)), on_dev, *on_test]
 
 
 def chosen_margin(result: dict) -> float:

@@ -206,9 +206,7 @@ def test_wrong_members_and_calls_say_what_to_do(folders, mixed, batch, tmp_path)
     cascade.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="problem_type='multi_label_classification' is not supported"):
         CascadeForSequenceClassification.from_pretrained(tmp_path, problem_type="multi_label_classification")
-    with pytest.raises(
-        ValueError, match="not of a FastBERT model: load it with Cascade"
-    ):
+    with pytest.raises(ValueError, match="not of a FastBERT model: load it with Cascade"):
         FastBertForSequenceClassification.from_pretrained(tmp_path)
 
 
