@@ -105,17 +105,17 @@ class Workshop:
         The small member with difficulty-aware regularisation, or without it for no margin: as bert_kl, or `distilled`
         as distilled_kl.
         """
-        rows = self.labelled
-        set_seed(seed)
-        model = self.new_small()
-        if distilled:
-            answers = self.record(self.large, "train").exit_logits[:, -1].softmax(-1).tolist()
-            rows = rows.remove_columns("labels").add_column("labels", answers)
-            layers = self.large.fastbert.state_dict()
-            model.fastbert.load_state_dict({name: layers[name] for name in model.fastbert.state_dict()})
-            model.teacher.load_state_dict(self.large.teacher.state_dict())
 
         def make() -> DifficultyAwareTrainer:
+            rows = self.labelled
+            set_seed(seed)
+            model = self.new_small()
+            if distilled:
+                answers = self.record(self.large, "train").exit_logits[:, -1].softmax(-1).tolist()
+                rows = rows.remove_columns("labels").add_column("labels", answers)
+                layers = self.large.fastbert.state_dict()
+                model.fastbert.load_state_dict({name: layers[name] for name in model.fastbert.state_dict()})
+                model.teacher.load_state_dict(self.large.teacher.state_dict())
             arguments = DifficultyAwareArguments(
                 str(self.folder / "part"),
                 warmup_steps=0.1,
@@ -134,15 +134,15 @@ class Workshop:
 
     def with_student(self) -> FastBertForSequenceClassification:
         """The distilled, regularised member with an exit inside it, which learned from its own last one."""
-        set_seed(self.run.seed)
-        model = FastBertForSequenceClassification.from_backbone(
-            MODEL_DIR, num_hidden_layers=SMALL_LAYERS, id2label=self.id2label
-        )
-        small, exits_alone = self.small["distilled, DAR"], self.run.settings()[1]
-        model.fastbert.load_state_dict(small.fastbert.state_dict())
-        model.teacher.load_state_dict(small.teacher.state_dict())
 
         def make() -> SelfDistillationTrainer:
+            small, exits_alone = self.small["distilled, DAR"], self.run.settings()[1]
+            set_seed(self.run.seed)
+            model = FastBertForSequenceClassification.from_backbone(
+                MODEL_DIR, num_hidden_layers=SMALL_LAYERS, id2label=self.id2label
+            )
+            model.fastbert.load_state_dict(small.fastbert.state_dict())
+            model.teacher.load_state_dict(small.teacher.state_dict())
             arguments = SelfDistillationArguments(
                 str(self.folder / "part"),
                 learning_rate=exits_alone.learning_rate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import mean
 
 import pandas as pd
+from cascade_runs import CASCADES
 from paper_runs import CASCADE_SETS, RIVAL_ROWS
 from report_cells import NOT_YET, markdown, percent, spread
 
@@ -12,14 +13,6 @@ from fastbert_hf.evaluation import at_speed_up
 
 
 SPEED_UPS = (2.0, 3.0, 4.0)
-CASCADES = (
-    "2 + 6 layers",
-    "2 + 6 layers, DAR",
-    "1 + 6 layers",
-    "1 + 2 + 6 layers, DAR",
-    "FastBERT 2 + 6 layers, DAR",
-    "FastBERT 2 + 6 layers, DAR, entropy",
-)
 BESIDE = {
     "FastBERT": ("fastbert", ""),
     "DeeBERT (mean of the tokens)": ("deebert", "mean"),
@@ -45,7 +38,7 @@ def cascades(results) -> str:
         result = results.get(name, "cascade", 1, RIVAL_ROWS)
         dials = {label: results.dial(name, recipe, variant, 1) for label, (recipe, variant) in BESIDE.items()}
         for label in CASCADES:
-            splits = result and result["cascades"].get(label)
+            splits = result and result["cascades"][label]
             dials[f"cascade, {label}"] = splits and tuple(pd.DataFrame(splits[split]) for split in ("dev", "test"))
         for label, dial in dials.items():
             if dial is None:
