@@ -11,6 +11,7 @@ from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.modeling_cascade import CascadeForSequenceClassification
 from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
+from .modeling.processing_cascade import CascadeProcessor
 from .sharing import Measured, push_to_hub, save_with_code, write_model_card
 from .version import __version__
 
@@ -56,6 +57,7 @@ __all__ = [
     "DEFAULT_MODEL_DIR",
     "CascadeConfig",
     "CascadeForSequenceClassification",
+    "CascadeProcessor",
     "FastBertConfig",
     "FastBertForSequenceClassification",
     "FastBertModel",

@@ -15,9 +15,9 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .encoder_layouts import ENCODER_LAYOUTS, get_encoder_layout
 from .exit_policies import check_speed, exit_range
-from .packed_batch import INNER_ATTENTIONS
+from .families import ENCODER_FAMILIES
+from .packed_attention import ATTENTION_KERNELS
 
 
 # The largest value of every number that sizes a model; the smallest is 1. No BERT-like encoder comes near them.
@@ -38,6 +38,9 @@ SPARE_PARAMETERS = 10_000_000
 DEEPEST_NESTING = 8
 MOST_MEMBERS = 16
 WEIGHTS_FILE = r"[\w.-]+\.safetensors"
+IS_EXIT = re.compile(r"(exits|shared_pooler)\.").match
+# A pooler that no exit reads, and numbers that are counted anew.
+IS_HARMLESS = re.compile(r"(.*\.)?(pooler\.dense\.(weight|bias)|position_ids|token_type_ids)$").fullmatch
 # What a file says may be of any length and depth, a message not.
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
@@ -46,7 +49,7 @@ shortened = SHORT.repr
 
 def check_raw_config(config: dict[str, Any]) -> None:
     """
-    Raises a `ValueError` unless the model of a config can be built in bounded time and memory.
+    Raise a `ValueError` unless the model of a config can be built in bounded time and memory.
 
     Args:
         config (`dict`): What config.json says.
@@ -61,10 +64,10 @@ def check_raw_config(config: dict[str, Any]) -> None:
             '{"model_type": "bert", "num_hidden_layers": 12}.'
         )
     model_type = text_config.get("model_type", "bert")
-    if not isinstance(model_type, str) or model_type not in ENCODER_LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in ENCODER_FAMILIES:
         raise ValueError(
             f"the config says text_config.model_type={shortened(model_type)}: such a backbone is not supported. "
-            f"Supported are: {', '.join(ENCODER_LAYOUTS)}."
+            f"Supported are: {', '.join(ENCODER_FAMILIES)}."
         )
     check_speed(config.get("speed", 0))
     for prefix, part in (("", config), ("text_config.", text_config)):
@@ -82,7 +85,7 @@ def check_raw_config(config: dict[str, Any]) -> None:
 
 def check_raw_cascade(config: dict[str, Any]) -> None:
     """
-    The same for a cascade: every member by itself, and all of them together.
+    Raise the same for a cascade: for every member by itself, and all of them together.
 
     Args:
         config (`dict`): What config.json says.
@@ -113,7 +116,7 @@ def check_raw_cascade(config: dict[str, Any]) -> None:
 
 
 def check_parameters(parameters: int) -> None:
-    """Raises unless a model of so many parameters may be built."""
+    """Raise unless a model of so many parameters may be built."""
     if parameters > MOST_PARAMETERS:
         raise ValueError(
             f"the config describes a model of about {parameters:,} parameters, but at most {MOST_PARAMETERS:,} are "
@@ -122,17 +125,17 @@ def check_parameters(parameters: int) -> None:
 
 
 def check_kernel(config: dict[str, Any], prefix: str) -> None:
-    """Raises at an attention that Transformers would fetch from the Hub and run, as it does not know it."""
+    """Raise at an attention that Transformers would fetch from the Hub and run, as it does not know it."""
     kernel = config.get("attn_implementation")
-    if kernel not in (None, *INNER_ATTENTIONS):
+    if kernel not in (None, *ATTENTION_KERNELS):
         raise ValueError(
             f"the config says {prefix}attn_implementation={shortened(kernel)}, but a checkpoint may ask for "
-            f"{' or '.join(INNER_ATTENTIONS)} only: leave it out."
+            f"{' or '.join(ATTENTION_KERNELS)} only: leave it out."
         )
 
 
 def check_values(config: dict[str, Any], prefix: str) -> None:
-    """Raises at a number that is not finite, and at nesting that no config has."""
+    """Raise at a number that is not finite, and at nesting that no config has."""
     waiting = [(prefix + str(key), value, 1) for key, value in config.items()]
     while waiting:
         name, value, depth = waiting.pop()
@@ -148,7 +151,7 @@ def check_values(config: dict[str, Any], prefix: str) -> None:
 
 
 def check_sizes(config: dict[str, Any], prefix: str) -> None:
-    """Raises unless everything that sizes the model is a whole number, none of them absurd."""
+    """Raise unless everything that sizes the model is a whole number, none of them absurd."""
     for name, largest in LARGEST_SIZES.items():
         # Not isinstance, for which True is a whole number.
         if name in config and (type(config[name]) is not int or not 1 <= config[name] <= largest):
@@ -161,7 +164,7 @@ def check_sizes(config: dict[str, Any], prefix: str) -> None:
 
 
 def check_labels(config: dict[str, Any], prefix: str) -> None:
-    """Raises unless the ids of the labels are whole numbers from 0, and not too many."""
+    """Raise unless the ids of the labels are whole numbers from 0, and not too many."""
     largest = LARGEST_SIZES["num_labels"]
     for name, example in (("id2label", '{"0": "bad", "1": "good"}'), ("label2id", '{"bad": 0, "good": 1}')):
         labels = config.get(name)
@@ -181,7 +184,7 @@ def check_labels(config: dict[str, Any], prefix: str) -> None:
 
 
 def check_other_files(config: dict[str, Any], architecture: str) -> None:
-    """Raises at what would make Transformers build or read something that these checks never see."""
+    """Raise at what would make Transformers build or read something that these checks never see."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or any(name in transformers.__all__ for name in architectures):
         # A pipeline goes on to these classes when the model does not load.
@@ -198,7 +201,7 @@ def check_other_files(config: dict[str, Any], architecture: str) -> None:
 
 
 def backbone_size(text_config: dict[str, Any], name: str) -> int:
-    """One size of a backbone under its common name: its family's default unless given, 0 for what it does not have."""
+    """Return one size of a backbone by its common name: its family's default unless given, 0 if it has none."""
     family = CONFIG_MAPPING[text_config.get("model_type", "bert")]
     own = {"intermediate_size": "hidden_dim", **family.attribute_map}.get(name, name)
     own = name if hasattr(family, name) else own
@@ -208,7 +211,7 @@ def backbone_size(text_config: dict[str, Any], name: str) -> int:
 
 
 def estimated_parameters(config: dict[str, Any]) -> int:
-    """About how many parameters the model of a raw config has, in all matrices that any family may have."""
+    """Return about how many parameters the model of a raw config has, with all that any family or exit may have."""
     text_config = config.get("text_config") or {}
     hidden, layers = (backbone_size(text_config, name) for name in ("hidden_size", "num_hidden_layers"))
     # ALBERT repeats a few groups of layers; the other families have neither number.
@@ -216,96 +219,50 @@ def estimated_parameters(config: dict[str, Any]) -> int:
     # Four of the attention, and three of a gated feed-forward layer.
     backbone = (groups or layers) * (4 * hidden**2 + 3 * hidden * backbone_size(text_config, "intermediate_size"))
     tables = ["vocab_size", "type_vocab_size", "task_type_vocab_size", "max_position_embeddings"]
-    if ENCODER_LAYOUTS[text_config.get("model_type", "bert")].positions == "rotary":
+    if ENCODER_FAMILIES[text_config.get("model_type", "bert")].positions == "rotary":
         tables.remove("max_position_embeddings")
     rows = sum(backbone_size(text_config, name) for name in tables)
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     width = config.get("exit_hidden_size", 128)
-    if config.get("exit_type", "attention") == "attention":
-        exits = layers * (hidden * width + 5 * width**2 + width * labels)
-    else:
-        exits = layers * (hidden**2 + hidden * labels)
+    exits = layers * (hidden**2 + hidden * width + 5 * width**2 + max(hidden, width) * labels)
     return backbone + rows * (backbone_size(text_config, "embedding_size") or hidden) + exits
 
 
-def check_weights(
-    shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, check_names: bool = True, check_shapes: bool = True
-) -> None:
-    """
-    Raises a `ValueError` unless the weights are those of the model that the config describes, as far as it is told by
-    their number, the numbering of layers and exits, and the shapes of the exits.
-
-    Args:
-        shapes (`dict`): Shape of every tensor in the files.
-        config (`FastBertConfig`): The checkpoint's config.
-        check_names (`bool`): Whether the weights have the names that the model gives them.
-        check_shapes (`bool`): Whether they have its shapes.
-    """
-    parameters = estimated_parameters({**config.to_dict(), "num_labels": config.num_labels})
+def check_size(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, is_packed: bool) -> None:
+    """Raise unless weights of these shapes could be about all of the model, so that building it costs no surprise."""
+    members = getattr(config, "members", None) or [config]
+    parameters = sum(estimated_parameters({**own.to_dict(), "num_labels": own.num_labels}) for own in members)
     # Quantised weights are packed, up to eight into one number.
-    held = sum(map(math.prod, shapes.values())) * (1 if check_shapes else 8)
-    if parameters > 2 * held + SPARE_PARAMETERS:
+    held = sum(map(math.prod, shapes.values())) * (8 if is_packed else 1)
+    if parameters > 2 * held + SPARE_PARAMETERS * len(members):
         raise ValueError(
             f"the config describes a model of about {parameters:,} parameters, but the weights hold {held:,}: load "
             "the config that was saved with them."
         )
-    if not check_names:
-        return
-    text_config, num_layers = config.text_config, config.num_hidden_layers
-    layers = rf"(?:fastbert\.)?backbone\.{re.escape(get_encoder_layout(text_config).layers)}\.(\d{{1,9}})\."
-    check_numbering(shapes, layers, getattr(text_config, "num_hidden_groups", num_layers), "backbone layers")
-    if any(name.startswith("exits.") for name in shapes):
-        check_numbering(shapes, r"exits\.(\d{1,9})\.", num_layers, "exits")
-        for name, shape in exit_shapes(config).items():
-            if name not in shapes or (check_shapes and shapes[name] != shape):
-                raise ValueError(
-                    f"the config asks for {name} of shape {list(shape)}, but the weights hold "
-                    f"{shortened(list(shapes[name])) if name in shapes else 'none'}: num_labels={config.num_labels}, "
-                    f"hidden_size={config.hidden_size}, exit_hidden_size={config.exit_hidden_size} and "
-                    f"exit_type={config.exit_type!r} must be those that the weights were saved with."
-                )
 
 
-def check_cascade_weights(
-    shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, check_names: bool = True, check_shapes: bool = True
+def check_weights(
+    shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], prefix: str, check_shapes: bool = True
 ) -> None:
-    """The same for the members of a cascade. Arguments as in [`check_weights`], with a `CascadeConfig`."""
-    if check_names:
-        check_numbering(shapes, r"members\.(\d{1,9})\.", len(config.members), "members")
-    for index, member in enumerate(config.members):
-        start = f"members.{index}."
-        own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
-        check_weights(own if check_names else shapes, member, check_names, check_shapes)
-
-
-def check_numbering(shapes: dict[str, tuple[int, ...]], pattern: str, number: int, what: str) -> None:
-    """Raises unless the weights hold the parts 0 to `number - 1`."""
-    found = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
-    if found != set(range(number)):
-        missing = sorted(set(range(number)) - found)
-        fault = f"not number {missing[0]}" if missing else f"also number {max(found)}"
+    """
+    Raise a `ValueError` unless a file holds every weight that the model wants, in its shape, and no others. `prefix`
+    stands before the names of an encoder inside a classifier.
+    """
+    found, wanted = ({name.removeprefix(prefix): shape for name, shape in of.items()} for of in (shapes, wanted))
+    # An encoder needs no exits, and a classifier may be built on an encoder alone, with all its exits new.
+    if not (any(map(IS_EXIT, found)) and any(map(IS_EXIT, wanted))):
+        found, wanted = ({name: shape for name, shape in of.items() if not IS_EXIT(name)} for of in (found, wanted))
+    faults = [f"lack {name}" for name in wanted if name not in found]
+    faults += [f"also hold {name}" for name in found if name not in wanted and not IS_HARMLESS(name)]
+    if check_shapes:
+        faults += [
+            f"hold {name} of shape {list(found[name])} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ]
+    if faults:
+        listed = ", ".join(faults[:3])[:400] + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise ValueError(
-            f"the config asks for {number} {what}, numbered from 0, but the weights hold {len(found)}, {fault}: load "
-            "the config that was saved with them."
+            f"the weights are not those of the model that the config describes: they {listed}. Load the config that "
+            "was saved with them."
         )
-
-
-def exit_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of the exits."""
-    hidden, width = config.hidden_size, config.exit_hidden_size
-    square = ("exit_query", "exit_key", "exit_value", "exit_output", "exit_dense")
-    poolers = {
-        "attention": {"exit_projection": (width, hidden), **dict.fromkeys(square, (width, width))},
-        "linear": {"exit_dense": (hidden, hidden)},
-        "linear_mean": {"exit_dense": (hidden, hidden)},
-    }
-    linears = {}
-    if config.share_exit_pooler:
-        linears.update({f"shared_pooler.{name}": shape for name, shape in poolers[config.exit_type].items()})
-    for index in range(config.num_hidden_layers):
-        exit_type = config.teacher_exit_type if index == config.num_hidden_layers - 1 else config.exit_type
-        if not config.share_exit_pooler or exit_type != config.exit_type:
-            linears.update({f"exits.{index}.pooler.{name}": shape for name, shape in poolers[exit_type].items()})
-        linears[f"exits.{index}.out_proj"] = (config.num_labels, width if exit_type == "attention" else hidden)
-    biases = {f"{name}.bias": shape[:1] for name, shape in linears.items()}
-    return {**{f"{name}.weight": shape for name, shape in linears.items()}, **biases}

@@ -9,13 +9,13 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoint_checks import check_raw_config
-from .encoder_layouts import get_encoder_layout
+from .exit_classifiers import EXIT_TYPES
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
+from .families import get_encoder_family
 
 
 # Written by `save_with_code`.
 CODE_FIELDS = ("auto_map", "custom_pipelines")
-EXIT_TYPES = ("attention", "linear", "linear_mean")
 
 
 @strict
@@ -89,7 +89,7 @@ class FastBertConfig(PreTrainedConfig):
         # The model writes its attention into the backbone's config, so it must not be the caller's.
         self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
-        get_encoder_layout(self.text_config)
+        get_encoder_family(self.text_config)
         if self.teacher_exit_type is None:
             self.teacher_exit_type = self.exit_type
         for name, allowed in (

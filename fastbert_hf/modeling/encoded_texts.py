@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from numbers import Integral
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
 
-from .encoder_layouts import max_text_tokens, too_long
 from .exit_policies import check_speed
+from .families import max_text_tokens, too_long
 
 
 INPUT_SIZES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "task_type_ids": "task_type_vocab_size"}
@@ -21,31 +21,32 @@ HOW_TO_ENCODE = (
 )
 
 Item = TypeVar("Item")
-# What `predict` reads: something with a `position`, whose `len` is its number of tokens.
-Text = TypeVar("Text")
 
 
 @dataclass(frozen=True)
 class EncodedText:
     """
+    A text as the members of a cascade read it; a single model is its own only member.
+
     Args:
         position (`int`): In the caller's stream, from 0.
-        inputs (`dict`): Lists of `len(self)` numbers each, by the names that the tokenizer gives them.
+        of_members (`list`):
+            For each member lists of numbers, by the names that the tokenizer gives them; `None` where it is not asked.
         speed (`float`): In [0, 1].
     """
 
     position: int
-    inputs: dict[str, list[int]]
+    of_members: list[dict[str, list[int]] | None]
     speed: float
 
     def __len__(self) -> int:
-        return len(self.inputs["input_ids"])
+        return max(len(inputs["input_ids"]) for inputs in self.of_members if inputs is not None)
 
 
 def read_blocks(items: Iterable[Item], limit: int, weigh: Callable[[Item], int] | None = None) -> Iterator[list[Item]]:
     """
-    Lists of items that together reach a limit, of their number or of their weights. What the source raises is raised
-    after the items before it.
+    Yield lists of items that together reach a limit, of their number or of their weights. What the source raises is
+    raised after the items before it.
     """
     items, block, weight, failure = iter(items), [], 0, None
     while True:
@@ -66,9 +67,9 @@ def read_blocks(items: Iterable[Item], limit: int, weigh: Callable[[Item], int] 
         raise failure
 
 
-class TextReader:
+class InputReader:
     """
-    Checks the texts of one stream, one by one, against what a backbone reads.
+    Checks the inputs of one stream, text by text, against what a backbone reads.
 
     Args:
         text_config (`PreTrainedConfig`): The backbone's.
@@ -78,44 +79,80 @@ class TextReader:
         self.sizes = {name: getattr(text_config, size, None) for name, size in INPUT_SIZES.items()}
         self.limit, self.names = max_text_tokens(text_config), None
 
-    def read(self, row: Mapping[str, Any], position: int, speed: float) -> EncodedText:
-        """A text, or a `ValueError` that names its position and what is wrong with it."""
-        text = EncodedText(position, lists_of(row, position, self.sizes), speed)
-        if len(text) > self.limit:
-            raise too_long(len(text), self.limit, f"text {position}")
-        self.names = self.names or list(text.inputs)
-        if self.names != list(text.inputs):
+    def read(self, row: Mapping[str, Any], position: int) -> dict[str, list[int]]:
+        """Return the inputs of a text, or raise a `ValueError` that says where it is and what is wrong with it."""
+        inputs = lists_of(row, position, self.sizes)
+        if len(inputs["input_ids"]) > self.limit:
+            raise too_long(len(inputs["input_ids"]), self.limit, f"text {position}")
+        self.names = self.names or list(inputs)
+        if self.names != list(inputs):
             raise ValueError(
-                f"text {position} has {', '.join(text.inputs)}, but those before it have {', '.join(self.names)}: "
+                f"text {position} has {', '.join(inputs)}, but those before it have {', '.join(self.names)}: "
                 "encode all of them alike."
             )
-        return text
-
-
-def with_speeds(rows: Iterable[Item], speed: float | Iterable[float] | None) -> Iterator[tuple[int, Item, float]]:
-    """The position, the row and the speed of each text, or a `ValueError` where there are too few speeds."""
-    speeds = iter(speed) if isinstance(speed, Iterable) else repeat(0.0 if speed is None else speed)
-    for position, row in enumerate(rows):
-        own = next(speeds, None)
-        if own is None:
-            raise ValueError(f"there are {position} speeds but more texts: give one number for all, or one for each.")
-        check_speed(own)
-        yield position, row, own
+        return inputs
 
 
 def read_texts(
-    encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    encoded_texts: Iterable[Any] | Mapping[str, Any],
     speed: float | Iterable[float] | None,
-    text_config: PreTrainedConfig,
+    text_configs: Sequence[PreTrainedConfig],
+    own_tokenizers: bool = False,
 ) -> Iterator[EncodedText]:
-    """The texts of a caller, one by one. What is wrong with a text raises a `ValueError` that names its position."""
-    reader = TextReader(text_config)
-    for position, row, own_speed in with_speeds(rows_of(encoded_texts), speed):
-        yield reader.read(row, position, own_speed)
+    """
+    Yield the texts of a caller, one by one. What is wrong with a text raises a `ValueError` that names its position,
+    and in a cascade the member.
+
+    Args:
+        encoded_texts (iterable): As `predict` takes them.
+        speed (`float` or iterable of `float`, *optional*): For all texts or one for each; 0 unless given.
+        text_configs (sequence of `PreTrainedConfig`): The backbone of every member.
+        own_tokenizers (`bool`): Whether each text brings what every member's own tokenizer gave.
+    """
+    readers, is_cascade = list(map(InputReader, text_configs)), len(text_configs) > 1
+    if own_tokenizers and isinstance(encoded_texts, Mapping):
+        raise ValueError(
+            "every member of this cascade has its own tokenizer: give what its CascadeProcessor returns, or for each "
+            f"text what each of the {len(readers)} tokenizers gave."
+        )
+    rows = encoded_texts if own_tokenizers else rows_of(encoded_texts)
+    speeds = iter(speed) if isinstance(speed, Iterable) else repeat(0.0 if speed is None else speed)
+    for position, row in enumerate(rows):
+        own_speed = next(speeds, None)
+        if own_speed is None:
+            raise ValueError(f"there are {position} speeds but more texts: give one number for all, or one for each.")
+        check_speed(own_speed)
+        if not own_tokenizers:
+            parts = [row] * len(readers)
+        elif isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(readers):
+            parts = row
+        else:
+            raise ValueError(
+                f"text {position} must be what each of the {len(readers)} tokenizers of this cascade gave, as its "
+                f"CascadeProcessor returns it, got {row!r:.40}."
+            )
+        of_members: list[dict[str, list[int]] | None] = []
+        for number, (reader, part) in enumerate(zip(readers, parts, strict=True), start=1):
+            try:
+                # At speed 0 the last member answers alone.
+                is_asked = own_speed > 0 or number == len(readers)
+                of_members.append(reader.read(part, position) if is_asked else None)
+            except ValueError as error:
+                raise (ValueError(f"member {number}: {error}") if is_cascade else error) from None
+        yield EncodedText(position, of_members, own_speed)
+
+
+def checked_speeds(speed: float | Iterable[float] | None) -> float | Iterable[float] | None:
+    """Return the `speed` of a call of `predict`. Where there are many, each is checked when its text is read."""
+    if hasattr(speed, "tolist"):  # tensors, NumPy arrays and NumPy numbers
+        speed = speed.tolist()
+    if speed is not None and (isinstance(speed, str) or not isinstance(speed, Iterable)):
+        check_speed(speed)
+    return speed
 
 
 def rows_of(encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """One mapping for each text, also of columns as the tokenizer returns them."""
+    """Return one mapping for each text, also of columns as the tokenizer returns them."""
     if not isinstance(encoded_texts, Iterable) or isinstance(encoded_texts, (str, bytes)):
         raise TypeError(f"predict takes encoded texts, got {encoded_texts!r:.40}: {HOW_TO_ENCODE}")
     if not isinstance(encoded_texts, Mapping):
@@ -130,7 +167,7 @@ def rows_of(encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> I
 
 
 def lists_of(row: Mapping[str, Any], position: int, sizes: Mapping[str, int | None]) -> dict[str, list[int]]:
-    """The inputs of one text as lists, checked and without padding."""
+    """Return the inputs of one text as lists, checked and without padding."""
     if not isinstance(row, Mapping) or "input_ids" not in row:
         got = f"a mapping of {', '.join(map(repr, row))}" if isinstance(row, Mapping) else f"{row!r:.40}"
         raise ValueError(f"text {position} has no input_ids (got {got}): {HOW_TO_ENCODE}")

@@ -1,4 +1,4 @@
-"""The exits: what reads the packed hidden states of one layer and names a label for every text."""
+"""The exits: what reads the packed hidden states of one layer and answers for every text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .encoder_layouts import get_encoder_layout
-from .packed_batch import PackedBatch, attend_within_texts
+from .families import get_encoder_family
+from .packed_attention import attend_within_texts
+from .packed_batch import PackedBatch
 
 
 class AttentionExitPooler(nn.Module):
@@ -30,6 +31,18 @@ class AttentionExitPooler(nn.Module):
         self.exit_output = nn.Linear(size, size)
         self.exit_dense = nn.Linear(size, size)
 
+    @staticmethod
+    def features(config: PreTrainedConfig) -> int:
+        """Return the size of a text's vector."""
+        return config.exit_hidden_size
+
+    def macs(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the multiply-accumulates of all matrix products for texts of so many tokens, shaped as `tokens`."""
+        size = self.exit_dense.out_features
+        # Projection, key and value of every token, its score and its share of the weighted sum; the rest once.
+        every_token = self.exit_projection.in_features * size + 2 * size**2 + 2 * size
+        return tokens * every_token + 3 * size**2
+
     def forward(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
         hidden_states = self.exit_projection(hidden_states).tanh()  # [1, total_tokens, size]
         first_tokens = hidden_states[:, packed_batch.first_tokens]  # [1, texts, size]
@@ -49,11 +62,18 @@ class LinearExitPooler(nn.Module):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.exit_dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[get_encoder_layout(config.text_config).head_activation]
+        self.activation = ACT2FN[get_encoder_family(config.text_config).head_activation]
         self.dropout = nn.Dropout(config.exit_dropout)
 
+    @staticmethod
+    def features(config: PreTrainedConfig) -> int:
+        return config.hidden_size
+
+    def macs(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(tokens, self.exit_dense.weight.numel())
+
     def read(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-        """`[1, total_tokens, hidden_size]` to one vector a text, `[texts, hidden_size]`."""
+        """Return one vector for each text, `[texts, hidden_size]`, out of `[1, total_tokens, hidden_size]`."""
         return hidden_states[0, packed_batch.first_tokens]
 
     def forward(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
@@ -64,7 +84,7 @@ class MeanExitPooler(LinearExitPooler):
     """The same on the mean of the text's tokens, for backbones whose lower layers put little into the first one."""
 
     def read(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-        groups = hidden_states[0].split([texts * length for texts, length in packed_batch.groups])
+        groups = hidden_states[0].split(packed_batch.group_tokens)
         means = [
             tokens.unflatten(0, (texts, -1)).mean(1)
             for tokens, (texts, _) in zip(groups, packed_batch.groups, strict=True)
@@ -72,7 +92,12 @@ class MeanExitPooler(LinearExitPooler):
         return torch.cat(means)
 
 
-EXIT_POOLERS = {"attention": AttentionExitPooler, "linear": LinearExitPooler, "linear_mean": MeanExitPooler}
+# What `exit_type` can be: how the hidden states of a text become one vector. No other code knows which there are.
+EXIT_TYPES: dict[str, type[nn.Module]] = {
+    "attention": AttentionExitPooler,
+    "linear": LinearExitPooler,
+    "linear_mean": MeanExitPooler,
+}
 
 
 class ExitClassifier(nn.Module):
@@ -81,27 +106,33 @@ class ExitClassifier(nn.Module):
 
     Args:
         config (`FastBertConfig`): The model's config.
-        exit_type (`str`): A key of `EXIT_POOLERS`.
+        exit_type (`str`): A key of `EXIT_TYPES`.
         shared_pooler (`bool`): Whether the caller brings the pooler that the exits share.
     """
 
     def __init__(self, config: PreTrainedConfig, exit_type: str, shared_pooler: bool = False):
         super().__init__()
-        self.pooler = None if shared_pooler else EXIT_POOLERS[exit_type](config)
-        features = config.exit_hidden_size if exit_type == "attention" else config.hidden_size
-        self.out_proj = nn.Linear(features, config.num_labels)
+        self.pooler = None if shared_pooler else EXIT_TYPES[exit_type](config)
+        self.out_proj = nn.Linear(EXIT_TYPES[exit_type].features(config), config.num_labels)
 
     def forward(
         self, hidden_states: torch.Tensor, packed_batch: PackedBatch, shared_pooler: nn.Module | None = None
     ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `[1, total_tokens, hidden_size]`): Of the layer below.
-            packed_batch (`PackedBatch`): Where the texts are.
-            shared_pooler (`nn.Module`, *optional*): The pooler that the exits share.
-
-        Returns:
-            `torch.Tensor` of shape `[texts, num_labels]`.
-        """
+        """Return what the exit says of each text, `[texts, num_labels]`, of `[1, total_tokens, hidden_size]`."""
         pooler = shared_pooler if self.pooler is None else self.pooler
         return self.out_proj(pooler(hidden_states, packed_batch))
+
+
+def build_exits(config: PreTrainedConfig) -> tuple[nn.ModuleList, nn.Module | None]:
+    """
+    Return the exits of a config, first to last, and the pooler that they share, if they do.
+
+    A teacher of another type than the students keeps a pooler of its own.
+    """
+    exit_types = [config.exit_type] * (config.num_hidden_layers - 1) + [config.teacher_exit_type]
+    shared_pooler = EXIT_TYPES[config.exit_type](config) if config.share_exit_pooler else None
+    exits = nn.ModuleList(
+        ExitClassifier(config, exit_type, config.share_exit_pooler and exit_type == config.exit_type)
+        for exit_type in exit_types
+    )
+    return exits, shared_pooler

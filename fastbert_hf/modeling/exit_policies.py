@@ -1,23 +1,26 @@
-"""When a row is done: uncertainties in [0, 1], the speeds they are compared with, and the depth limit."""
+"""When a text leaves: the uncertainty of an exit, the thresholds it is compared with, and the one exit rule."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
+from transformers import PreTrainedConfig
+
+from .tasks import Task, task_of
 
 
 EXIT_POLICIES = ("entropy", "confidence", "margin", "patience")
 
 
-def exit_uncertainty(
-    logits: torch.Tensor, policy: str, patience: int = 1, state: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+@dataclass(frozen=True)
+class ExitPolicy:
     r"""
-    The uncertainty of one exit's answers, computed in float32 whatever the dtype of the logits.
+    How the logits of an exit become an uncertainty in [0, 1], computed in float32 whatever their dtype.
 
-    | policy | uncertainty | source |
+    | name | uncertainty | source |
     |---|---|---|
     | `"entropy"` | \\( -\sum_i p_i \ln p_i / \ln N \\) | FastBERT (ACL 2020), Eq. 7 |
     | `"confidence"` | \\( (1 - \max_i p_i) \cdot N / (N - 1) \\) | maximum softmax probability |
@@ -25,79 +28,111 @@ def exit_uncertainty(
     | `"patience"` | \\( 1 - a / \text{patience} \\), `a` exits in a row agreed with the one before | PABEE |
 
     Args:
-        logits (`torch.Tensor` of shape `[rows, num_labels]`): What the exit says.
-        policy (`str`): One of `EXIT_POLICIES`.
-        patience (`int`): Agreements after which the patience policy is certain.
-        state (`torch.Tensor` of shape `[rows, 2]`, *optional*):
-            What the policy remembers of the exit before; `None` at the first exit. Drop its rows with the batch's.
-
-    Returns:
-        `tuple`: the uncertainty, float32 of shape `[rows]`, NaN where the logits are, and the new state (`None` for
-        policies that remember nothing).
+        name (`str`): One of `EXIT_POLICIES`.
+        task ([`Task`]): What the logits mean.
+        patience (`int`): Agreements after which `"patience"` is certain.
     """
-    probabilities = logits.float().softmax(-1)  # [rows, num_labels]
-    if policy == "entropy":
-        entropy = torch.special.entr(probabilities).sum(-1)
-        return (entropy / math.log(logits.shape[-1])).clamp(0, 1), None
-    if policy == "confidence":
-        num_labels = logits.shape[-1]
-        # Written so that equal probabilities round to exactly 1.
-        return (1 - (probabilities.amax(-1) * num_labels - 1) / (num_labels - 1)).clamp(0, 1), None
-    if policy == "margin":
-        best, second = probabilities.topk(2).values.unbind(-1)
-        return 1 - (best - second), None
-    if policy == "patience":
-        labels = probabilities.argmax(-1)
-        agreements = torch.zeros_like(labels)
-        if state is not None:
-            agreements = torch.where(labels == state[:, 0], state[:, 1] + 1, 0)
+
+    name: str
+    task: Task
+    patience: int = 1
+
+    def __post_init__(self):
+        if self.name not in EXIT_POLICIES:
+            raise ValueError(f"exit policy {self.name!r} is not known; choose one of {', '.join(EXIT_POLICIES)}.")
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, name: str | None = None) -> ExitPolicy:
+        """Return the policy of a config, or another one by its `name`."""
+        return cls(name or config.exit_policy, task_of(config), getattr(config, "patience", 1))
+
+    def start(self, texts: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """Return what the policy remembers of texts before their first exit, `None` if it remembers nothing."""
+        return torch.full((texts, 2), -1, device=device) if self.name == "patience" else None
+
+    def uncertainty(
+        self, logits: torch.Tensor, state: torch.Tensor | None = None, asked: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Return the uncertainty of one exit's answers, float32 of shape `[rows]`, and what the policy remembers of them.
+
+        Args:
+            logits (`torch.Tensor` of shape `[rows, num_labels]`): What the exit says. NaN stays NaN.
+            state (`torch.Tensor`, *optional*): What this method returned at the exit before, [`start`] at the first.
+            asked (`torch.Tensor` of shape `[rows]`, bool, CPU, *optional*):
+                The rows that this exit may answer; of the others nothing is remembered. All unless given.
+        """
+        if self.name != "patience":
+            return self.task.uncertainties[self.name](logits.float()), state
+        state = self.start(len(logits), logits.device) if state is None else state
+        answers = self.task.predictions(logits)
+        agreements = torch.where(answers == state[:, 0], state[:, 1] + 1, 0)
         # Not 1 - a / patience, whose rounding error would pass for an agreement at speeds that are k / patience.
-        uncertainty = (patience - agreements).clamp(min=0).float() / patience
-        uncertainty = uncertainty.masked_fill(probabilities.isnan().any(-1), math.nan)
-        return uncertainty, torch.stack([labels, agreements], -1)
-    raise ValueError(f"exit policy {policy!r} is not known; choose one of {', '.join(EXIT_POLICIES)}.")
+        uncertainty = (self.patience - agreements).clamp(min=0).float() / self.patience
+        uncertainty = uncertainty.masked_fill(self.task.probabilities(logits).isnan().any(-1), math.nan)
+        remembered = torch.stack([answers, agreements], -1)
+        if asked is not None and not asked.all():
+            remembered = torch.where(asked.to(state.device)[:, None], remembered, state)
+        return uncertainty, remembered
 
 
-def exit_uncertainties(exit_logits: torch.Tensor, policy: str, patience: int = 1) -> torch.Tensor:
+def leaves(uncertainty: torch.Tensor, threshold: torch.Tensor, at_end: bool = False) -> torch.Tensor:
     """
-    The uncertainty of every exit on every row, from a full-depth pass.
+    Decide which texts leave at an exit: those whose uncertainty is below their threshold. This is the one exit rule.
+
+    NaN is below no threshold but infinity: such a text goes on, and where it ends its answer is an error.
 
     Args:
-        exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): `exit_logits` of a model output.
-        policy (`str`): One of `EXIT_POLICIES`.
-        patience (`int`): As in [`exit_uncertainty`].
-
-    Returns:
-        `torch.Tensor`: float32 of shape `[rows, L]`.
+        uncertainty, threshold (`torch.Tensor` of shape `[texts]`): Of this exit; see [`exit_thresholds`].
+        at_end (`bool`):
+            Whether no exit of this model may answer after this one. What is NaN here leaves, so that no other member
+            of a cascade answers in place of a broken one.
     """
-    state, columns = None, []
-    for logits in exit_logits.unbind(1):
-        uncertainty, state = exit_uncertainty(logits, policy, patience, state)
-        columns.append(uncertainty)
-    return torch.stack(columns, 1)
+    leaving = (uncertainty < threshold) | (threshold == math.inf)
+    return leaving | uncertainty.isnan() if at_end else leaving
 
 
-def first_exits(uncertainties: torch.Tensor, speed: float, exits: range | None = None) -> torch.Tensor:
+def exit_thresholds(
+    speeds: torch.Tensor,
+    num_hidden_layers: int,
+    min_exit_layer: int | None = None,
+    max_layers: int | None = None,
+    is_last_member: bool = True,
+) -> torch.Tensor:
     """
-    The exit layer that each row takes at a speed: the first one whose uncertainty is below it, else the last.
+    Return the threshold of every exit for every text, float32 of shape `[texts, L]`: 0 where it may not answer,
+    infinity where it always does.
 
     Args:
-        uncertainties (`torch.Tensor` of shape `[rows, L]`): From [`exit_uncertainties`].
-        speed (`float`): In [0, 1].
-        exits (`range`, *optional*): The layers whose exits may answer, from [`exit_range`]; all unless given.
-
-    Returns:
-        `torch.Tensor`: long of shape `[rows]`, 1 to L.
+        speeds (`torch.Tensor` of shape `[texts]`): In [0, 1].
+        num_hidden_layers, min_exit_layer, max_layers: As in [`exit_range`].
+        is_last_member (`bool`):
+            Whether no other model answers what is left. Otherwise the last exit, too, answers only below the speed.
     """
-    check_speed(speed)
-    exits = range(1, uncertainties.shape[1] + 1) if exits is None else exits
-    done = uncertainties[:, exits.start - 1 : exits.stop - 1] < torch.tensor(float(speed), dtype=torch.float32)
-    done[:, -1] = True
-    return done.int().argmax(1) + exits.start
+    exits = exit_range(num_hidden_layers, min_exit_layer, max_layers)
+    thresholds = torch.zeros(len(speeds), num_hidden_layers)
+    thresholds[:, exits.start - 1 : exits.stop - 1] = speeds[:, None]
+    if is_last_member:
+        thresholds[:, exits.stop - 2 :] = math.inf
+    return thresholds
+
+
+def config_thresholds(config: PreTrainedConfig, speeds: torch.Tensor) -> list[torch.Tensor]:
+    """
+    Return the thresholds within the limits that a [`FastBertConfig`] or [`CascadeConfig`] sets: `[texts, L]` for each
+    member, where a single model is its own only one.
+    """
+    members = getattr(config, "members", None) or [config]
+    return [
+        exit_thresholds(
+            speeds, member.num_hidden_layers, member.min_exit_layer, member.max_layers, number == len(members)
+        )
+        for number, member in enumerate(members, start=1)
+    ]
 
 
 def check_speed(speed: float) -> None:
-    """Raises a `ValueError` unless `speed` is one number in [0, 1]."""
+    """Raise a `ValueError` unless `speed` is one number in [0, 1]."""
     is_number = isinstance(speed, Real) and not isinstance(speed, bool)
     # NaN fails both comparisons.
     if not is_number or not 0 <= speed <= 1:
@@ -108,17 +143,7 @@ def check_speed(speed: float) -> None:
 
 
 def row_speeds(speed: float | list | torch.Tensor | None, batch_size: int) -> torch.Tensor:
-    """
-    The speed of every row of a batch.
-
-    Args:
-        speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
-            One number in [0, 1] for all rows, or one per row. `None` means 0.
-        batch_size (`int`): Number of rows.
-
-    Returns:
-        `torch.Tensor`: float32 of shape `[batch_size]`, on the CPU, where the rows are kept in account.
-    """
+    """Return the speed of every row, float32 on the CPU, from one number for all or one per row; `None` means 0."""
     if hasattr(speed, "tolist"):  # tensors, NumPy arrays and NumPy numbers
         speed = speed.tolist()
     if speed is None:
@@ -138,15 +163,15 @@ def row_speeds(speed: float | list | torch.Tensor | None, batch_size: int) -> to
 
 def exit_range(num_hidden_layers: int, min_exit_layer: int | None = None, max_layers: int | None = None) -> range:
     """
-    The layers whose exits may answer. Every text has answered at the last of them.
+    Return the layers whose exits may answer. Every text has answered at the last of them.
 
     Args:
         num_hidden_layers (`int`): Layers of the model, L.
         min_exit_layer (`int`, *optional*): The first of them, 1 unless given.
         max_layers (`int`, *optional*): The last of them, L unless given.
 
-    Returns:
-        `range`, or a `ValueError` unless 1 <= `min_exit_layer` <= `max_layers` <= L.
+    Raises:
+        ValueError: Unless 1 <= `min_exit_layer` <= `max_layers` <= L.
     """
     limits = {"min_exit_layer": (min_exit_layer, 1), "max_layers": (max_layers, num_hidden_layers)}
     for name, (value, default) in limits.items():

@@ -6,6 +6,8 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,25 +15,17 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import can_return_tuple
 
-from .answers import Answer, CascadeSequenceClassifierOutput, in_order
-from .cascade_inputs import (
-    CascadeText,
-    check_order,
-    inputs_of_members,
-    load_tokenizers,
-    read_cascade,
-    save_tokenizers,
-    tokenizers_of,
-)
-from .checkpoint_checks import check_cascade_weights
 from .configuration_cascade import CascadeConfig
-from .encoded_texts import rows_of
-from .exit_policies import exit_range, row_speeds
+from .encoded_texts import checked_speeds, read_texts
+from .exit_policies import ExitPolicy, config_thresholds, exit_range, row_speeds
 from .modeling_fastbert import FastBertForSequenceClassification
-from .prediction import PredictionSettings, answer_block, checked_speeds, predict
-from .pretrained_fastbert import DOWNLOAD_ARGUMENTS, FastBertPreTrainedModel
+from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
+from .packed_batch import PackedBatch
+from .pretrained_fastbert import FastBertPreTrainedModel
+from .processing_cascade import CascadeProcessor
+from .scheduler import Member, answer_rows, predict
 from .stock_checkpoints import dtype_of
-from .texts_in_flight import TextsInFlight
+from .tasks import task_of
 
 
 class CascadeForSequenceClassification(FastBertPreTrainedModel):
@@ -46,12 +40,13 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
     Example:
 
     ```python
-    >>> from fastbert_hf import CascadeForSequenceClassification
+    >>> from fastbert_hf import CascadeForSequenceClassification, CascadeProcessor
     >>> from transformers import pipeline
 
-    >>> cascade = CascadeForSequenceClassification.from_members(["org/small-classifier", "org/large-classifier"])
-    >>> cascade.save_pretrained("outputs/cascade")
-    >>> classifier = pipeline("fast-text-classification", model="outputs/cascade")
+    >>> members = ["org/small-classifier", "org/large-classifier"]
+    >>> cascade = CascadeForSequenceClassification.from_members(members)
+    >>> processor = CascadeProcessor.from_members(members)  # their tokenizers
+    >>> classifier = pipeline("fast-text-classification", model=cascade, tokenizer=processor)
     >>> classifier("I would go there again.", speed=0.3)
     [{'label': 'positive', 'score': 0.98, 'exit_layer': 2, 'exit_member': 1}]
     ```
@@ -60,7 +55,6 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
     config_class = CascadeConfig
     base_model_prefix = "cascade"
     supports_gradient_checkpointing = False
-    _check_weights = staticmethod(check_cascade_weights)
 
     def __init__(self, config: CascadeConfig):
         super().__init__(config)
@@ -68,45 +62,19 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             raise ValueError(
                 "the config names no members. Example: CascadeConfig(members=[small.config, large.config])"
             )
-        if config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"problem_type={config.problem_type!r} is not supported: a cascade classifies each text into one of "
-                "its labels. Example: problem_type=None"
-            )
+        task_of(config)
         for member in config.members:
             member._attn_implementation = config._attn_implementation
         self.num_labels = config.num_labels
         self.members = nn.ModuleList(FastBertForSequenceClassification(member) for member in config.members)
-        # One for each member where `config.own_tokenizers`, else the one of all, if it is known.
-        self.tokenizers: list[PreTrainedTokenizerBase] | None = None
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
-        """As [`FastBertForSequenceClassification.from_pretrained`], and with the tokenizers of the members."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for member in model.members:
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        for member in (loaded[0] if isinstance(loaded, tuple) else loaded).members:
             member._freeze_students()
-        if pretrained_model_name_or_path is not None:
-            download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
-            model.tokenizers = load_tokenizers(pretrained_model_name_or_path, model.config, **download)
         return loaded
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """
-        As `PreTrainedModel.save_pretrained`, and with the tokenizers: that of the first member, or of all, in the
-        folder itself, and those of the others in `member_2`, ... where they differ.
-        """
-        if push_to_hub:
-            raise ValueError(
-                "push_to_hub=True would leave the tokenizers behind: call cascade.push_to_hub(repo_id) instead."
-            )
-        if self.config.own_tokenizers:
-            self.known_tokenizers()  # without them it could not be loaded again
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            save_tokenizers(save_directory, self.tokenizers or ())
 
     @classmethod
     def from_members(
@@ -118,16 +86,15 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         **kwargs,
     ) -> CascadeForSequenceClassification:
         """
-        Puts two or more classifiers of the same labels one behind the other, cheapest first.
+        Put two or more classifiers of the same labels one behind the other, cheapest first.
 
         Args:
             members (sequence of `str`, `PathLike` or `PreTrainedModel`):
                 Stock classifiers of supported families, which answer at their last layer, or FastBERT models, in which
                 a text can also leave early. Of loaded models copies are made.
             tokenizers (sequence, *optional*):
-                One for each member. Those of the members' own folders or repositories unless given; needed for loaded
-                models that read different vocabularies. One serves all where they differ in nothing, not even in
-                the length at which they cut a text.
+                One for each member, as [`CascadeProcessor.from_members`] takes them. They are not kept: whether they
+                differ goes into the config as `own_tokenizers`.
             exit_policy (`str`): As in [`CascadeConfig`].
             speed (`float`): The speed that the pipeline uses when the call names none.
             kwargs: Arguments of `from_pretrained` (`revision`, `token`, `dtype`, ...), for every member.
@@ -141,10 +108,10 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         models = [as_member(member, **kwargs) for member in members]
         check_order(models)
         dtype = common_dtype(models, kwargs.get("dtype"))
-        tokenizers, own_tokenizers = tokenizers_of(members, models, tokenizers, **kwargs)
+        processor = CascadeProcessor.from_members(members, tokenizers, **kwargs)
         config = CascadeConfig(
             members=[model.config for model in models],
-            own_tokenizers=own_tokenizers,
+            own_tokenizers=processor is not None and processor.own_tokenizers,
             exit_policy=exit_policy,
             speed=speed,
         )
@@ -152,7 +119,6 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             cascade = cls(config)
         cascade.members, config.members = nn.ModuleList(models), [model.config for model in models]
         config.exit_policy, config.dtype = exit_policy, dtype  # those of every member
-        cascade.tokenizers = tokenizers
         if attn_implementation is not None:
             cascade.set_attn_implementation(attn_implementation)
         return cascade.to(models[-1].device, dtype).eval()
@@ -161,11 +127,6 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         for member in self.members:
             member.set_attn_implementation(attn_implementation, allow_all_kernels)
-
-    def exits_of(self, member: FastBertForSequenceClassification) -> range:
-        """The layers of a member whose exits may answer."""
-        config = member.config
-        return exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)
 
     @can_return_tuple
     def forward(
@@ -179,8 +140,10 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         member_inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> CascadeSequenceClassifierOutput:
+    ) -> FastBertSequenceClassifierOutput:
         """
+        Answer a padded batch.
+
         Args:
             input_ids, attention_mask, token_type_ids, task_type_ids (`torch.Tensor` of shape `[batch_size, length]`):
                 What the tokenizer gave, padded, as for the stock classifiers.
@@ -195,81 +158,33 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             output_hidden_states, output_attentions (`bool`, *optional*): Not available; a member may return the first.
 
         Returns:
-            [`CascadeSequenceClassifierOutput`]
+            [`FastBertSequenceClassifierOutput`]
         """
         if output_hidden_states or output_attentions:
             raise ValueError(
                 "a cascade returns no hidden states and no attentions: ask a member, as in "
                 "cascade.members[0](input_ids, attention_mask, output_hidden_states=True)"
             )
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "task_type_ids": task_type_ids,
-        }
+        names = ("input_ids", "attention_mask", "token_type_ids", "task_type_ids")
+        given = dict(zip(names, (input_ids, attention_mask, token_type_ids, task_type_ids), strict=True))
         inputs = inputs_of_members(given, member_inputs, self.config)
         num_rows = len(inputs[0]["input_ids"])
-        speeds = row_speeds(speed, num_rows)
-        # Kept on the CPU, where the rows are.
-        layers_before, exit_member = torch.zeros(num_rows, dtype=torch.long), torch.zeros(num_rows, dtype=torch.long)
-        open_rows, answers = torch.arange(num_rows), []
-        for number, (member, own) in enumerate(zip(self.members, inputs, strict=True), start=1):
-            is_last = number == len(self.members)
-            asked = open_rows if is_last else open_rows[speeds[open_rows] > 0]
-            if len(asked) == 0:
-                continue
-            places = asked.to(own["input_ids"].device)
-            hidden_states, packed_batch, _ = member.fastbert.embed(**{name: own[name][places] for name in own})
-            packed_batch = replace(packed_batch, rows=asked[packed_batch.rows])
-            exits = self.exits_of(member)
-            texts = TextsInFlight(packed_batch, hidden_states, speeds[packed_batch.rows])
-            for leaving in member.answer_batch(texts, exits):
-                if leaving.exit_layer == exits[-1] and not is_last:
-                    # Here also texts answered of which it is not sure. NaN is no reason to ask another member.
-                    leaving = leaving.keep(~(leaving.uncertainty.cpu() >= speeds[leaving.rows]))
-                answers.append(leaving)
-                exit_member[leaving.rows] = number
-            going_on = asked[exit_member[asked] == 0]
-            layers_before[going_on] += exits[-1]
-            open_rows = open_rows[exit_member[open_rows] == 0]
-        logits, uncertainty, exit_layer = in_order(answers)
-        if not self.training and uncertainty.isnan().any():
-            raise ValueError(
-                f"the logits of rows {uncertainty.isnan().nonzero()[:, 0].tolist()} are not finite, so there is no "
-                "answer: check the weights of every member, and the inputs, for NaN and infinity."
-            )
-        if labels is not None and not labels.is_floating_point():
-            labels = labels.view(-1)
-        return CascadeSequenceClassifierOutput(
-            loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels),
-            logits=logits,
-            exit_layer=exit_layer + layers_before.to(exit_layer.device),
-            uncertainty=uncertainty,
-            exit_member=exit_member.to(exit_layer.device),
+        thresholds = config_thresholds(self.config, row_speeds(speed, num_rows))
+        policy = ExitPolicy.of(self.config)
+        members = [
+            Member(member.engine(), of_member, partial(embed_padded, member, own))
+            for member, of_member, own in zip(self.members, thresholds, inputs, strict=True)
+        ]
+        answers = answer_rows(members, policy)
+        if not self.training:
+            answers.check_finite()
+        return FastBertSequenceClassifierOutput(
+            loss=None if labels is None else policy.task.mean_loss(answers.logits, labels),
+            logits=answers.logits,
+            exit_layer=answers.exit_layer,
+            uncertainty=answers.uncertainty,
+            exit_member=answers.exit_member,
         )
-
-    def encode(self, texts: list[str], text_pairs: list[str] | None = None, **kwargs) -> list[Any]:
-        """
-        What `predict` takes: texts encoded by the tokenizer, or by that of every member.
-
-        Args:
-            texts (`list[str]`): Texts, or the first ones of pairs.
-            text_pairs (`list[str]`, *optional*): The second ones.
-            kwargs: Arguments of the tokenizers, such as `truncation=True`.
-        """
-        encoded = [rows_of(tokenizer(texts, text_pairs, **kwargs)) for tokenizer in self.known_tokenizers()]
-        return list(zip(*encoded, strict=True)) if self.config.own_tokenizers else list(encoded[0])
-
-    def known_tokenizers(self) -> list[PreTrainedTokenizerBase]:
-        """`tokenizers`, or a `ValueError` where they are not known."""
-        if self.tokenizers is None:
-            number = len(self.members) if self.config.own_tokenizers else 1
-            raise ValueError(
-                "the cascade does not know its tokenizers: name them, as in from_members(members, tokenizers=[...]), "
-                f"or set cascade.tokenizers to a list of {number}."
-            )
-        return self.tokenizers
 
     def predict(
         self,
@@ -277,50 +192,84 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         speed: float | Iterable[float] | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
-        regroup: bool = True,
-    ) -> Iterator[Answer]:
+        rebatch: bool = True,
+    ) -> Iterator[Prediction]:
         """
-        As [`FastBertForSequenceClassification.predict`], through the members: answers texts of any number in their
-        order.
+        Answer texts of any number in their order, as [`FastBertForSequenceClassification.predict`], through the
+        members.
 
         Args:
             encoded_texts (iterable):
                 As there; where every member has its own tokenizer, for each text what each of them gave, as
-                [`encode`] returns it.
+                [`CascadeProcessor`] returns it.
 
             The other arguments are those of [`FastBertForSequenceClassification.predict`].
 
         Returns:
-            An iterator over one [`Answer`] for each text, with its `exit_member`.
+            An iterator over one [`Prediction`] for each text, with its `exit_member`.
         """
-        settings = PredictionSettings.of(self, batch_size, batch_tokens, regroup)
-        texts = read_cascade(encoded_texts, checked_speeds(speed), self.config)
-        return predict(texts, lambda block, tokens: self._answer_block(block, settings, tokens), settings)
+        text_configs = [member.text_config for member in self.config.members]
+        texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers)
+        engines = [member.engine(inference=True) for member in self.members]
+        return predict(
+            self, engines, texts, partial(config_thresholds, self.config), batch_size, batch_tokens, rebatch
+        )
 
-    def _answer_block(self, texts: list[CascadeText], settings: PredictionSettings, batch_tokens: int) -> list[Answer]:
-        answers: list[Answer | None] = [None] * len(texts)
-        layers_before = [0] * len(texts)
-        # Uncertainties have no more digits either.
-        speeds = torch.tensor([text.speed for text in texts], dtype=torch.float32).tolist()
-        for number, member in enumerate(self.members, start=1):
-            is_last = number == len(self.members)
-            asked = [row for row, text in enumerate(texts) if answers[row] is None and (is_last or text.speed > 0)]
-            if not asked:
-                continue
-            exits, own = self.exits_of(member), [texts[row].of_members[number - 1] for row in asked]
-            for row, answer in zip(asked, answer_block(member, own, exits, settings, batch_tokens), strict=True):
-                # NaN is no reason to ask the next member: it is an error.
-                if is_last or not answer.uncertainty >= speeds[row]:
-                    answers[row] = answer._replace(
-                        exit_layer=layers_before[row] + answer.exit_layer, exit_member=number
-                    )
-                else:
-                    layers_before[row] += exits[-1]
-        return answers
+
+def embed_padded(
+    model: FastBertForSequenceClassification, inputs: Mapping[str, torch.Tensor], rows: torch.Tensor
+) -> list[tuple[torch.Tensor, PackedBatch]]:
+    """Pack rows of a padded batch and run the embedding layer of a member on them."""
+    chosen = rows.to(inputs["input_ids"].device)
+    packed_batch, packed, _ = model.fastbert.pack(**{name: value[chosen] for name, value in inputs.items()})
+    return [model.engine().embed(replace(packed_batch, rows=rows[packed_batch.rows]), packed)]
+
+
+def inputs_of_members(
+    shared: Mapping[str, torch.Tensor | None],
+    member_inputs: Sequence[Mapping[str, torch.Tensor]] | None,
+    config: CascadeConfig,
+) -> list[dict[str, torch.Tensor]]:
+    """Return the tensors of a call of `forward` for each member, checked to be of equally many rows."""
+    number, given = len(config.members), {name: value for name, value in shared.items() if value is not None}
+    if config.own_tokenizers == (member_inputs is None) or (member_inputs is not None and given):
+        wanted = "of its own: give member_inputs alone, one dict for each."
+        wanted = wanted if config.own_tokenizers else "that it shares: give input_ids, and no member_inputs."
+        raise ValueError(f"every member of this cascade has a tokenizer {wanted}")
+    inputs = [given] * number
+    if member_inputs is not None:
+        inputs = [{name: value for name, value in own.items() if value is not None} for own in member_inputs]
+    unknown = sorted({name for own in inputs for name in own} - set(shared))
+    if unknown:
+        raise ValueError(f"the inputs of a member are {', '.join(shared)}, not {', '.join(unknown)}: leave them out.")
+    if len(inputs) != number or any(own.get("input_ids") is None or own["input_ids"].dim() != 2 for own in inputs):
+        raise ValueError(
+            f"each of the {number} members needs input_ids of shape [batch_size, sequence_length], as its tokenizer "
+            'gives them with padding=True, return_tensors="pt".'
+        )
+    rows = {len(value) for own in inputs for value in own.values()}
+    if len(rows) > 1:
+        raise ValueError(f"the inputs of one call are of equally many rows, got {sorted(rows)}.")
+    if rows == {0}:
+        raise ValueError("the batch has no rows: give at least one text.")
+    return inputs
+
+
+def check_order(models: Sequence[PreTrainedModel]) -> None:
+    """Raise unless no member is cheaper than the one before: by the weights that each token meets in the layers."""
+    costs = [
+        sum(weight.numel() for layer in model.fastbert.layers() for weight in layer.parameters()) for model in models
+    ]
+    for number, (before, cost) in enumerate(pairwise(costs), start=2):
+        if cost < before:
+            raise ValueError(
+                f"members go from cheap to expensive, but member {number} has {cost:,} weights in its layers and the "
+                f"one before it {before:,}: change their order."
+            )
 
 
 def as_member(name_or_path: str | os.PathLike | PreTrainedModel, **kwargs) -> FastBertForSequenceClassification:
-    """A FastBERT model as it is, or a stock classifier as one that answers at its last layer alone."""
+    """Return a FastBERT model as it is, or a stock classifier as one that answers at its last layer alone."""
     is_loaded = isinstance(name_or_path, PreTrainedModel)
     if not is_loaded and not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(
@@ -340,17 +289,12 @@ def as_member(name_or_path: str | os.PathLike | PreTrainedModel, **kwargs) -> Fa
         refuse_untrained_exits(model)
         return model
     # Students that share the teacher's pooler are a few weights each, and are never asked.
-    return FastBertForSequenceClassification.from_classifier(
-        name_or_path,
-        exit_type="linear",
-        share_exit_pooler=True,
-        min_exit_layer=config.num_hidden_layers,
-        **kwargs,
-    )
+    exits = {"exit_type": "linear", "share_exit_pooler": True, "min_exit_layer": config.num_hidden_layers}
+    return FastBertForSequenceClassification.from_classifier(name_or_path, **exits, **kwargs)
 
 
 def common_dtype(models: Sequence[PreTrainedModel], dtype: str | torch.dtype | None) -> torch.dtype:
-    """The one that the caller asks for, or that all members have."""
+    """Return the dtype that the caller asks for, or that all members have."""
     if dtype_of(dtype) is not None:
         return dtype_of(dtype)
     dtypes = [model.dtype for model in models]
@@ -363,16 +307,14 @@ def common_dtype(models: Sequence[PreTrainedModel], dtype: str | torch.dtype | N
 
 
 def refuse_untrained_exits(model: FastBertForSequenceClassification) -> None:
-    """Raises a `ValueError` if exits that may answer are as they were made: their biases are zero."""
-    config = model.config
-    exits = exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)
-    students = [depth for depth in exits if depth < config.num_hidden_layers]
-    untrained = [depth for depth in students if not model.exits[depth - 1].out_proj.bias.any()]
+    """Raise a `ValueError` if exits that may answer are as they were made: their biases are zero."""
+    config, last = model.config, model.config.num_hidden_layers
+    exits = exit_range(last, config.min_exit_layer, config.max_layers)
+    untrained = [depth for depth in exits if depth < last and not model.exits[depth - 1].out_proj.bias.any()]
     if untrained:
         raise ValueError(
             f"the exits after layers {untrained} of a member were never trained, but may answer. Self-distil the "
-            "member first, or let it answer at its end alone: member.config.min_exit_layer = "
-            f"{config.num_hidden_layers}"
+            f"member first, or let it answer at its end alone: member.config.min_exit_layer = {last}"
         )
 
 

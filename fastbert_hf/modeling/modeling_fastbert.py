@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,18 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
-from .answers import Answer, FastBertSequenceClassifierOutput, Leaving, in_order
 from .configuration_fastbert import FastBertConfig
-from .encoded_texts import read_texts
-from .encoder_layouts import run_layer
-from .exit_classifiers import EXIT_POOLERS, ExitClassifier
-from .exit_policies import exit_range, exit_uncertainty, row_speeds
-from .packed_batch import PACKED_ATTENTION
+from .encoded_texts import checked_speeds, read_texts
+from .engine import TorchEngine
+from .exit_classifiers import ExitClassifier, build_exits
+from .exit_policies import ExitPolicy, exit_range, exit_thresholds, row_speeds
+from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
+from .packed_attention import PACKED_ATTENTION
 from .packed_encoder import FastBertModel, refuse_attentions
-from .prediction import PredictionSettings, answer_block, checked_speeds, predict
 from .pretrained_fastbert import FastBertPreTrainedModel
+from .scheduler import Member, Trace, answer_rows, predict
 from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
-from .texts_in_flight import TextsInFlight
+from .tasks import task_of
 
 
 if TYPE_CHECKING:
@@ -58,20 +57,11 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
 
     def __init__(self, config: FastBertConfig):
         super().__init__(config)
-        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"num_labels={config.num_labels} with problem_type={config.problem_type!r} is not supported: FastBERT "
-                "classifies each text into one of at least two labels. Example: num_labels=2, problem_type=None"
-            )
+        task_of(config)
         self.num_labels = config.num_labels
         self.fastbert = FastBertModel(config)
         self.supports_gradient_checkpointing = self.fastbert.supports_gradient_checkpointing
-        self.shared_pooler = EXIT_POOLERS[config.exit_type](config) if config.share_exit_pooler else None
-        exit_types = [config.exit_type] * (config.num_hidden_layers - 1) + [config.teacher_exit_type]
-        self.exits = nn.ModuleList(
-            ExitClassifier(config, exit_type, config.share_exit_pooler and exit_type == config.exit_type)
-            for exit_type in exit_types
-        )
+        self.exits, self.shared_pooler = build_exits(config)
         self._freeze_students()
         self.post_init()
 
@@ -98,7 +88,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         **kwargs,
     ) -> FastBertForSequenceClassification:
         """
-        Puts a new teacher and new students on a pretrained encoder. Then fine-tune (stage 1) and self-distil (stage
+        Put a new teacher and new students on a pretrained encoder. Then fine-tune (stage 1) and self-distil (stage
         2).
 
         Args:
@@ -135,7 +125,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         cls, name_or_path: str | PathLike | PreTrainedModel, **kwargs
     ) -> FastBertForSequenceClassification:
         """
-        Puts students under a classifier that was already fine-tuned with stock Transformers. Its own head stays as the
+        Put students under a classifier that was already fine-tuned with stock Transformers. Its own head stays as the
         teacher, so at speed 0 the logits are those of the stock model. Only stage 2 is left to do, and needs no
         labels.
 
@@ -207,6 +197,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         output_attentions: bool | None = None,
     ) -> FastBertSequenceClassifierOutput:
         """
+        Answer a padded batch. The other arguments are those of [`FastBertModel.forward`].
+
         Args:
             labels (`torch.Tensor` of shape `[batch_size]`, or `[batch_size, num_labels]`, *optional*):
                 For the cross entropy of the answers: label ids, or the probabilities of another model, which this one
@@ -220,15 +212,11 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
             output_hidden_states (`bool`, *optional*): Whether to return the output of every layer. Speed 0 only.
 
-            The other arguments are those of [`FastBertModel.forward`].
-
         Returns:
             [`FastBertSequenceClassifierOutput`]
         """
         refuse_attentions(self.config, output_attentions)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        hidden_states, packed_batch, layout = self.fastbert.embed(
+        packed_batch, inputs, padding = self.fastbert.pack(
             input_ids,
             attention_mask,
             inputs_embeds,
@@ -236,39 +224,35 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             token_type_ids=token_type_ids,
             task_type_ids=task_type_ids,
         )
-        speeds = row_speeds(speed, layout.shape[0])
-        exits = exit_range(self.config.num_hidden_layers, min_exit_layer, max_layers)
-        texts = TextsInFlight(packed_batch, hidden_states, speeds[packed_batch.rows])
-        exit_logits, states = [], []
-        if output_exit_logits or output_hidden_states:
-            if speeds.any() or max_layers is not None:
-                raise ValueError(
-                    "output_exit_logits and output_hidden_states need every layer of every row: leave out speed and "
-                    "max_layers."
-                )
-            exit_logits, states = self._run_every_layer(texts, bool(output_exit_logits), bool(output_hidden_states))
-            uncertainty, _ = exit_uncertainty(exit_logits[-1], self.config.exit_policy, self.config.patience)
-            answers = [Leaving(packed_batch.rows, exit_logits[-1], uncertainty, len(self.exits))]
-        else:
-            answers = self.answer_batch(texts, exits)
-        logits, uncertainty, exit_layer = in_order(answers)
-        if not self.training and uncertainty.isnan().any():
+        speeds = row_speeds(speed, padding.shape[0])
+        thresholds = exit_thresholds(speeds, self.config.num_hidden_layers, min_exit_layer, max_layers)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if (output_exit_logits or output_hidden_states) and (speeds.any() or max_layers is not None):
             raise ValueError(
-                f"the logits of rows {uncertainty.isnan().nonzero()[:, 0].tolist()} are not finite, so there is no "
-                "answer: check the model's weights and inputs for NaN and infinity."
+                "output_exit_logits and output_hidden_states need every layer of every row: leave out speed and "
+                "max_layers."
             )
-        if labels is not None and not labels.is_floating_point():
-            labels = labels.view(-1)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        trace = Trace(bool(output_exit_logits), bool(output_hidden_states))
+        engine, policy = self.engine(), ExitPolicy.of(self.config)
+        member = Member(engine, thresholds, lambda rows: [engine.embed(packed_batch, inputs)])
+        answers = answer_rows([member], policy, trace=trace)
+        if not self.training:
+            answers.check_finite()
+        exit_logits = hidden_states = None
         if output_exit_logits:
-            order = packed_batch.rows.argsort().to(logits.device)
+            order = packed_batch.rows.argsort().to(answers.logits.device)
+            exit_logits = torch.stack(trace.exit_logits, 1)[order]
+        if output_hidden_states:
+            *states, last = trace.hidden_states
+            hidden_states = tuple(map(padding.pad, (*states, engine.final_norm(last))))
         return FastBertSequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            exit_layer=exit_layer,
-            uncertainty=uncertainty,
-            exit_logits=torch.stack(exit_logits, 1)[order] if output_exit_logits else None,
-            hidden_states=tuple(map(layout.unpack, states)) or None,
+            loss=None if labels is None else policy.task.mean_loss(answers.logits, labels),
+            logits=answers.logits,
+            exit_layer=answers.exit_layer,
+            uncertainty=answers.uncertainty,
+            exit_logits=exit_logits,
+            hidden_states=hidden_states,
         )
 
     def predict(
@@ -279,10 +263,10 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         max_layers: int | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
-        regroup: bool = True,
-    ) -> Iterator[Answer]:
+        rebatch: bool = True,
+    ) -> Iterator[Prediction]:
         """
-        Answers texts of any number in their order, fast without a batch size: texts of similar length share a packed
+        Answer texts of any number in their order, fast without a batch size: texts of similar length share a packed
         batch, and those that go on share one with those of other batches. The model must be in eval mode.
 
         Args:
@@ -298,11 +282,11 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 given, which is faster.
             batch_tokens (`int`, *optional*):
                 Tokens of a packed batch, about: 1,024 on a CPU and 16,384 on an accelerator unless given.
-            regroup (`bool`): Whether texts that go on may be joined to those of other batches.
+            rebatch (`bool`): Whether texts that go on may be joined to those of other batches.
 
         Returns:
-            An iterator over one [`Answer`] for each text. A text that cannot be read or answered raises an error that
-            names its position, after the answers of all texts before it; so does a stream that raises.
+            An iterator over one [`Prediction`] for each text. A text that cannot be read or answered raises an error
+            that names its position, after the answers of all texts before it; so does a stream that raises.
 
         Example:
 
@@ -312,79 +296,17 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         [(1, 2), (0, 5)]
         ```
         """
-        settings = PredictionSettings.of(self, batch_size, batch_tokens, regroup)
-        exits = exit_range(self.config.num_hidden_layers, min_exit_layer, max_layers)
-        texts = read_texts(encoded_texts, checked_speeds(speed), self.config.text_config)
+        limits = (self.config.num_hidden_layers, min_exit_layer, max_layers)
+        exit_range(*limits)  # what is wrong with them is an error now, not at the first answer
+        texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config])
+        engines = [self.engine(inference=True)]
         return predict(
-            texts, lambda block, batch_tokens: answer_block(self, block, exits, settings, batch_tokens), settings
+            self, engines, texts, lambda speeds: [exit_thresholds(speeds, *limits)], batch_size, batch_tokens, rebatch
         )
 
-    def answer_batch(self, texts: TextsInFlight, exits: range) -> list[Leaving]:
-        """The answers of one packed batch. Arguments as in `run_layer_and_exit`."""
-        answers = []
-        for depth, layer in enumerate(self.fastbert.layers()[: exits[-1]], start=1):
-            leaving, texts = self.run_layer_and_exit(depth, layer, texts, exits)
-            answers += leaving
-            if texts is None:
-                break
-        return answers
-
-    def run_layer_and_exit(
-        self, depth: int, layer: nn.Module, texts: TextsInFlight, exits: range
-    ) -> tuple[list[Leaving], TextsInFlight | None]:
-        """
-        One layer, and its exit if a text could leave there.
-
-        Args:
-            depth (`int`): Number of the layer, from 1.
-            layer (`nn.Module`): The layer.
-            texts (`TextsInFlight`): What comes to the layer.
-            exits (`range`): The layers whose exits may answer; the last one answers everything.
-
-        Returns:
-            `tuple`: the answers of those that leave, if any, and those that go on, `None` if none does.
-        """
-        texts = replace(texts, hidden_states=run_layer(layer, texts.hidden_states, texts.packed_batch))
-        if depth not in exits or (depth < exits[-1] and not texts.speeds.any()):
-            return [], texts
-        logits = self._read_exit(depth, texts)
-        uncertainty, state = exit_uncertainty(logits, self.config.exit_policy, self.config.patience, texts.state)
-        rows = texts.packed_batch.rows
-        if depth == exits[-1]:
-            return [Leaving(rows, logits, uncertainty, depth)], None
-        if state is not None:
-            # What students say is nothing to rows at speed 0, whatever the other rows ask for.
-            state = state.masked_fill((texts.speeds == 0).to(state.device)[:, None], -1)
-        texts = replace(texts, state=state)
-        # The one wait for the device in each layer: how many rows go on decides the shapes of the next.
-        done = uncertainty.cpu() < texts.speeds
-        if done.all():
-            return [Leaving(rows, logits, uncertainty, depth)], None
-        if not done.any():
-            return [], texts
-        # Indices made on the CPU: a boolean mask on the device would wait for it again.
-        leaving = done.nonzero()[:, 0].to(logits.device)
-        return [Leaving(rows[done], logits[leaving], uncertainty[leaving], depth)], texts.keep(~done)
-
-    def _read_exit(self, depth: int, texts: TextsInFlight) -> torch.Tensor:
-        readable = self.fastbert.final_norm(texts.hidden_states)
-        return self.exits[depth - 1](readable, texts.packed_batch, self.shared_pooler)  # [texts, num_labels]
-
-    def _run_every_layer(
-        self, texts: TextsInFlight, every_exit: bool, keep_states: bool
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The packed logits of every exit, or of the last one alone, and the packed states of every layer, if kept."""
-        exit_logits, states = [], [texts.hidden_states]
-        for depth, layer in enumerate(self.fastbert.layers(), start=1):
-            texts = replace(texts, hidden_states=run_layer(layer, texts.hidden_states, texts.packed_batch))
-            if every_exit or depth == len(self.exits):
-                exit_logits.append(self._read_exit(depth, texts))
-            if keep_states:
-                states.append(texts.hidden_states)
-        if not keep_states:
-            return exit_logits, []
-        states[-1] = self.fastbert.final_norm(states[-1])
-        return exit_logits, states
+    def engine(self, inference: bool = False) -> TorchEngine:
+        """Return what runs the layers and the exits. Arguments as in [`TorchEngine`]."""
+        return TorchEngine(self.fastbert.backbone, self.exits, self.shared_pooler, inference)
 
 
 __all__ = ["FastBertForSequenceClassification", "FastBertModel"]

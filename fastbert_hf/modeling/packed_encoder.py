@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 from transformers import AutoModel
@@ -11,18 +9,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_fastbert import FastBertConfig
-from .encoder_layouts import (
-    check_texts,
-    embed_tokens,
-    encoder_layers,
-    get_encoder_layout,
-    packed_position_ids,
-    padded_position_ids,
-    rotary_embeddings,
-    run_layer,
-)
-from .packed_batch import PACKED_ATTENTION, PackedBatch, PaddedLayout, pack_padded
+from .engine import TorchEngine
+from .families import encoder_layers, get_encoder_family, max_text_tokens, padded_position_ids, too_long
+from .packed_attention import PACKED_ATTENTION
+from .packed_batch import PackedBatch, Padding, pack_padded
 from .pretrained_fastbert import FastBertPreTrainedModel
+from .scheduler import ActiveBatch, Trace, run_layers
 
 
 class FastBertModel(FastBertPreTrainedModel):
@@ -50,10 +42,10 @@ class FastBertModel(FastBertPreTrainedModel):
 
     def __init__(self, config: FastBertConfig):
         super().__init__(config)
-        layout = get_encoder_layout(config.text_config)
+        family = get_encoder_family(config.text_config)
         # Chunks of the feed-forward layers must divide the number of tokens, which no packed batch can promise.
         config.text_config.chunk_size_feed_forward = 0
-        arguments = {"add_pooling_layer": False} if layout.has_pooler else {}
+        arguments = {"add_pooling_layer": False} if family.has_pooler else {}
         self.backbone = AutoModel.from_config(config.text_config, attn_implementation=PACKED_ATTENTION, **arguments)
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.post_init()
@@ -64,20 +56,24 @@ class FastBertModel(FastBertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.backbone.set_input_embeddings(value)
 
-    def embed(
+    def layers(self) -> list[nn.Module]:
+        """Return the stock layer of every depth, first to last."""
+        return encoder_layers(self.backbone)
+
+    def pack(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         **inputs: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, PackedBatch, PaddedLayout]:
+    ) -> tuple[PackedBatch, dict[str, torch.Tensor], Padding]:
         """
-        Packs a padded batch and runs the embedding layer on it. Arguments as in `forward`.
+        Pack a padded batch. Arguments as in `forward`.
 
         Returns:
-            `tuple`: the embeddings, `[1, total_tokens, hidden_size]`, the [`PackedBatch`], and the [`PaddedLayout`]
-            that it came from.
+            `tuple`: the [`PackedBatch`], the inputs of the embedding layer, `[1, total_tokens]` each, and the
+            [`Padding`] that was left out.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
@@ -93,51 +89,14 @@ class FastBertModel(FastBertPreTrainedModel):
                 f"attention_mask must be [batch_size, sequence_length] = {list(tokens.shape[:2])}, got "
                 f"{list(attention_mask.shape)}."
             )
-        packed_batch, layout = pack_padded(attention_mask, self.config._attn_implementation)
+        packed_batch, padding = pack_padded(attention_mask, self.config._attn_implementation)
         if position_ids is None:
-            check_texts(self.backbone, packed_batch)
+            longest, limit = packed_batch.lengths.max().item(), max_text_tokens(self.backbone.config)
+            if longest > limit:
+                raise too_long(longest, limit)
             position_ids = padded_position_ids(self.backbone, input_ids)
         inputs.update(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
-        packed_inputs = {name: layout.pack(value) for name, value in inputs.items() if value is not None}
-        return *self.embed_packed(packed_batch, packed_inputs), layout
-
-    def embed_packed(
-        self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, PackedBatch]:
-        """
-        Runs the embedding layer on packed tokens.
-
-        Args:
-            packed_batch (`PackedBatch`): Where the texts are.
-            inputs (`dict`): `input_ids`, `token_type_ids`, ..., `[1, total_tokens]` each, as in `forward`.
-
-        Returns:
-            `tuple`: the embeddings, `[1, total_tokens, hidden_size]`, and the [`PackedBatch`] with the position
-            embeddings of rotary families.
-        """
-        if self.backbone.config._attn_implementation != PACKED_ATTENTION:
-            raise ValueError(
-                f"the backbone's attention was changed to {self.backbone.config._attn_implementation!r}, with which "
-                "the texts of a batch would read each other. Choose the kernel on the model instead: "
-                "model.set_attn_implementation('sdpa')"
-            )
-        position_ids = inputs.get("position_ids")
-        if position_ids is None:
-            position_ids = packed_position_ids(self.backbone, packed_batch, inputs.get("input_ids"))
-        hidden_states = embed_tokens(self.backbone, {**inputs, "position_ids": position_ids})
-        position_embeddings = rotary_embeddings(self.backbone, hidden_states, position_ids)
-        return hidden_states, replace(packed_batch, position_embeddings=position_embeddings)
-
-    def layers(self) -> list[nn.Module]:
-        """The stock layer of every depth, first to last."""
-        return encoder_layers(self.backbone)
-
-    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        What an exit or a caller reads of a layer's output: normalised, where the encoder does so once at its end.
-        """
-        name = get_encoder_layout(self.backbone.config).final_norm
-        return hidden_states if name is None else self.backbone.get_submodule(name)(hidden_states)
+        return packed_batch, {k: padding.unpad(v) for k, v in inputs.items() if v is not None}, padding
 
     @can_return_tuple
     def forward(
@@ -152,6 +111,8 @@ class FastBertModel(FastBertPreTrainedModel):
         output_attentions: bool | None = None,
     ) -> BaseModelOutput:
         """
+        Return what the encoder returns.
+
         Args:
             input_ids (`torch.Tensor` of shape `[batch_size, sequence_length]`): Padded tokens, on either side.
             attention_mask (`torch.Tensor` of shape `[batch_size, sequence_length]`, *optional*):
@@ -172,7 +133,7 @@ class FastBertModel(FastBertPreTrainedModel):
             padding.
         """
         refuse_attentions(self.config, output_attentions)
-        hidden_states, packed_batch, layout = self.embed(
+        packed_batch, inputs, padding = self.pack(
             input_ids,
             attention_mask,
             inputs_embeds,
@@ -180,19 +141,19 @@ class FastBertModel(FastBertPreTrainedModel):
             token_type_ids=token_type_ids,
             task_type_ids=task_type_ids,
         )
-        states = [hidden_states]
-        for layer in self.layers():
-            states.append(run_layer(layer, states[-1], packed_batch))
-        states[-1] = self.final_norm(states[-1])
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutput(
-            last_hidden_state=layout.unpack(states[-1]),
-            hidden_states=tuple(map(layout.unpack, states)) if keeps_states else None,
-        )
+        engine, trace = TorchEngine(self.backbone), Trace(every_state=bool(keeps_states))
+        hidden_states, packed_batch = engine.embed(packed_batch, inputs)
+        # No exit may answer, so every text runs through every layer.
+        batch = ActiveBatch(hidden_states, packed_batch, torch.zeros(len(packed_batch.rows), engine.num_layers))
+        run_layers(engine, None, [batch], engine.num_layers, trace=trace)
+        *states, last = trace.hidden_states
+        states = tuple(map(padding.pad, (*states, engine.final_norm(last))))
+        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states if keeps_states else None)
 
 
 def refuse_attentions(config: FastBertConfig, output_attentions: bool | None) -> None:
-    """Attention maps of a packed batch are never formed, so asking for them is an error."""
+    """Raise a `ValueError` if attention maps are asked for, which a packed batch never forms."""
     if config.output_attentions if output_attentions is None else output_attentions:
         raise ValueError(
             "output_attentions is not available: packed batches never form the attention maps. Leave it out."

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, TextClassificationPipeline
+from transformers import TextClassificationPipeline
 from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 from transformers.utils.logging import tqdm
 
 from .encoded_texts import read_blocks, rows_of
 from .exit_policies import check_speed, exit_range
+from .processing_cascade import CascadeProcessor, check_tokenizer
 
 
 # Texts that the tokenizer gets at a time.
@@ -54,9 +55,12 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
                 f"fast-text-classification needs a FastBERT model, got one of type {model_type!r}. Wrap it with "
                 "FastBertForSequenceClassification.from_classifier(name) and self-distil it first."
             )
-        if getattr(self.model.config, "own_tokenizers", False):
-            # It would be saved in the place of the first member's.
-            self.tokenizer = self.model.known_tokenizers()[0]
+        if getattr(self.model.config, "own_tokenizers", False) and not hasattr(self.tokenizer, "tokenizers"):
+            # What Transformers has loaded is that of the first member.
+            self.tokenizer = CascadeProcessor.from_pretrained(
+                self.model.name_or_path, revision=getattr(self.model.config, "_commit_hash", None)
+            )
+        check_tokenizer(self.model, self.tokenizer)
 
     def _sanitize_parameters(self, speed=None, min_exit_layer=None, max_layers=None, progress_bar=None, **kwargs):
         preprocess, _, postprocess = super()._sanitize_parameters(**kwargs)
@@ -127,7 +131,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         answers = self.model.predict(encoded, **arguments)
         for answer in tqdm(answers, total=total, desc="Classifying") if shows_progress else answers:
             outputs = {"logits": answer.logits[None], "exit_layer": answer.exit_layer}
-            if answer.exit_member is not None:
+            if hasattr(config, "members"):
                 outputs["exit_member"] = answer.exit_member
             yield self.postprocess(outputs, **postprocess_params)
 
@@ -136,22 +140,16 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         arguments = {**tokenizer_kwargs, "padding": False, "return_tensors": None, "return_attention_mask": False}
         for block in read_blocks(checked_texts(inputs), block_texts):
             texts, pairs = map(list, zip(*block, strict=True))
-            encoded = [
-                tokenizer(texts, None if pairs[0] is None else pairs, **arguments) for tokenizer in self.tokenizers
+            rows = [
+                list(rows_of(tokenizer(texts, None if pairs[0] is None else pairs, **arguments)))
+                for tokenizer in getattr(self.tokenizer, "tokenizers", [self.tokenizer])
             ]
-            if len(encoded[0]["input_ids"]) != len(texts):
+            if len(rows[0]) != len(texts):
                 raise ValueError(
-                    f"the tokenizer made {len(encoded[0]['input_ids'])} pieces of {len(texts)} texts, but each text "
-                    "has one answer: leave out return_overflowing_tokens."
+                    f"the tokenizer made {len(rows[0])} pieces of {len(texts)} texts, but each text has one answer: "
+                    "leave out return_overflowing_tokens."
                 )
-            rows = map(rows_of, encoded)
-            yield from next(rows) if len(encoded) == 1 else zip(*rows, strict=True)
-
-    @property
-    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
-        """That of the pipeline, or those of the members of a cascade where they differ."""
-        has_own = getattr(self.model.config, "own_tokenizers", False)
-        return self.model.known_tokenizers() if has_own else [self.tokenizer]
+            yield from rows[0] if len(rows) == 1 else zip(*rows, strict=True)
 
     def postprocess(self, model_outputs, **kwargs):
         answers = super().postprocess(model_outputs, **kwargs)

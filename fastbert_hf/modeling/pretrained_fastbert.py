@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
 
@@ -23,9 +24,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 
-from .checkpoint_checks import WEIGHTS_FILE, check_weights, shortened
+from .checkpoint_checks import WEIGHTS_FILE, check_size, check_weights, shortened
 from .configuration_fastbert import FastBertConfig
-from .packed_batch import INNER_ATTENTIONS
+from .packed_attention import ATTENTION_KERNELS
 
 
 # Bytes, in all files: a model of 1,000 layers with its exits needs 4 MB, and reading takes up to 20 times as much.
@@ -42,13 +43,12 @@ class FastBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The forward takes no loss keywords, so gradient accumulation averages the micro-batches.
     accepts_loss_kwargs = False
-    _check_weights = staticmethod(check_weights)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
         """
-        As [`PreTrainedModel.from_pretrained`], from safetensors only. The config and the headers of the weights are
-        checked before the model is built, so that a broken or hostile checkpoint costs one error.
+        Load a model as [`PreTrainedModel.from_pretrained`] does, from safetensors only. The config and the headers of
+        the weights are checked before the model is built, so that a broken or hostile checkpoint costs one error.
 
         Args:
             pretrained_model_name_or_path (`str` or `PathLike`): A folder, or the id of a repository.
@@ -66,7 +66,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _check_checkpoint(cls, name_or_path: str | os.PathLike, kwargs: dict) -> dict:
-        """Checks the files that `from_pretrained` is about to load, and returns its keywords for these very files."""
+        """Check the files that `from_pretrained` is about to load, and return its keywords for these very files."""
         download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
         _, base, _ = maybe_load_adapters(name_or_path, download, **(kwargs.get("adapter_kwargs") or {}))
         if base == name_or_path:
@@ -84,23 +84,28 @@ class FastBertPreTrainedModel(PreTrainedModel):
         # Quantised weights are packed in a way of their own.
         quantized = getattr(config, "quantization_config", None)
         has_own_shapes = bool(quantized) and AutoHfQuantizer.supports_quant_method(quantized)
-        check_shapes = not has_own_shapes and not kwargs.get("ignore_mismatched_sizes")
-        cls._check_weights(read_shapes(files), config, not kwargs.get("key_mapping"), check_shapes)
+        shapes = read_shapes(files)
+        check_size(shapes, config, has_own_shapes)
+        if not has_own_shapes and not kwargs.get("key_mapping"):
+            with torch.device("meta"):
+                wanted = {name: tuple(value.shape) for name, value in cls(config).state_dict().items()}
+            prefix = f"{FastBertPreTrainedModel.base_model_prefix}."
+            check_weights(shapes, wanted, prefix, not kwargs.get("ignore_mismatched_sizes"))
         # The files were just downloaded.
         return {**kwargs, "force_download": False}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        requested_attention = requested_attention or INNER_ATTENTIONS[0]
-        if requested_attention not in INNER_ATTENTIONS:
+        requested_attention = requested_attention or next(iter(ATTENTION_KERNELS))
+        if requested_attention not in ATTENTION_KERNELS:
             raise ValueError(
                 f"attn_implementation={requested_attention!r} is not available inside packed batches; "
-                f"choose one of {', '.join(INNER_ATTENTIONS)}."
+                f"choose one of {', '.join(ATTENTION_KERNELS)}."
             )
         return requested_attention
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         """
-        Chooses the kernel that attends inside each text, `"sdpa"` or `"eager"`. The backbone itself keeps the packed
+        Choose the kernel that attends inside each text, `"sdpa"` or `"eager"`. The backbone itself keeps the packed
         attention: with a stock one the texts of a batch would read each other.
         """
         if isinstance(attn_implementation, dict):
@@ -113,7 +118,7 @@ def find_weights(
     name_or_path: str | os.PathLike, filename: str | None = None, variant: str | None = None, **download
 ) -> list[str]:
     """
-    The safetensors files of a checkpoint, downloaded to the cache where they are not on this machine.
+    Return the safetensors files of a checkpoint, downloaded to the cache where they are not on this machine.
 
     Args:
         name_or_path (`str` or `PathLike`): A folder, a safetensors file, or the id of a repository.
@@ -161,7 +166,7 @@ def find_weights(
 
 
 def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in safetensors files, from headers that were checked against the files' sizes."""
+    """Return the shape of every tensor in safetensors files, whose headers are checked against the files' sizes."""
     shapes, bytes_left = {}, LARGEST_HEADERS
     for file in files:
         with open(file, "rb") as weights:
@@ -183,7 +188,7 @@ def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
 
 
 def check_index(path: str) -> None:
-    """Raises unless an index maps weights to safetensors files in its own folder."""
+    """Raise unless an index maps weights to safetensors files in its own folder."""
     try:
         if os.path.getsize(path) > LARGEST_HEADERS:
             raise ValueError(f"more than {LARGEST_HEADERS:,} bytes")
@@ -200,15 +205,13 @@ def check_index(path: str) -> None:
 
 
 def lines_that_convert(name_or_path: str | os.PathLike, subfolder: str, name: str) -> str:
-    """Says why a .bin is not read, and how to convert it."""
-    is_local = os.path.isdir(name_or_path)
-    download = "" if is_local else "from huggingface_hub import snapshot_download\n"
-    folder = repr(str(name_or_path)) if is_local else f"snapshot_download({str(name_or_path)!r})"
+    """Return why a .bin is not read, and how to convert it."""
+    folder = f"{str(name_or_path)!r}" if os.path.isdir(name_or_path) else f"snapshot_download({str(name_or_path)!r})"
     return (
         f"{os.path.join(name_or_path, subfolder)} has its weights in {name} alone. FastBERT checkpoints are "
         "safetensors only, as a .bin can run code when it is opened. Convert it once, and load that folder:\n\n"
-        f"from pathlib import Path\nimport torch\nfrom safetensors.torch import save_file\n{download}"
-        f"folder, weights = Path({folder}, {subfolder!r}), {{}}\n"
+        "from pathlib import Path\nimport torch\nfrom huggingface_hub import snapshot_download\n"
+        f"from safetensors.torch import save_file\nfolder, weights = Path({folder}, {subfolder!r}), {{}}\n"
         'for file in folder.glob("pytorch_model*.bin"):\n'
         "    weights.update(torch.load(file, weights_only=True))\n"
         f'save_file(weights, folder / "{SAFE_WEIGHTS_NAME}", metadata={{"format": "pt"}})\n'

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from .encoder_layouts import ENCODER_LAYOUTS, get_encoder_layout
+from .families import ENCODER_FAMILIES, get_encoder_family
 
 
 LOADING_ARGUMENTS = (
@@ -60,7 +60,7 @@ def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> Pr
         return bare_encoder(copy_of(name_or_path.base_model, **kwargs))
     config = AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs))
     refuse_wrapped(config)
-    arguments = {"add_pooling_layer": False} if get_encoder_layout(config).has_pooler else {}
+    arguments = {"add_pooling_layer": False} if get_encoder_family(config).has_pooler else {}
     return bare_encoder(AutoModel.from_pretrained(name_or_path, **{**LOADING_DEFAULTS, **kwargs}, **arguments))
 
 
@@ -116,9 +116,9 @@ def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) 
 def head_names(config: PreTrainedConfig) -> tuple[str, str]:
     """The two Linears of a family's stock classifier, or a `ValueError` that says why it cannot be kept."""
     refuse_wrapped(config)
-    names = get_encoder_layout(config).head
+    names = get_encoder_family(config).head
     if names is None:
-        supported = [family for family, layout in ENCODER_LAYOUTS.items() if layout.head is not None]
+        supported = [name for name, family in ENCODER_FAMILIES.items() if family.head is not None]
         raise ValueError(
             f"The stock classifier of {config.model_type!r} is not dense, activation, dropout, Linear on the first "
             "token (it has a normalisation of its own and may average the tokens), so it cannot be kept as the "
@@ -144,7 +144,7 @@ def copy_of(model: PreTrainedModel, dtype: str | torch.dtype | None = None, **kw
 
 def bare_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
     """The encoder without the pooler that no exit reads, and without chunks of its feed-forward layers."""
-    if get_encoder_layout(encoder.config).has_pooler:
+    if get_encoder_family(encoder.config).has_pooler:
         encoder.pooler = None
     # A name on the Hub tells where the model came from; a folder means nothing on another machine.
     if os.path.isdir(encoder.config._name_or_path):
@@ -164,7 +164,7 @@ def keep_first_layers(encoder: PreTrainedModel, num_hidden_layers: int) -> None:
             f"num_hidden_layers must be from 1 to {config.num_hidden_layers} (the layers of this encoder), got "
             f"{num_hidden_layers}."
         )
-    layers = encoder.get_submodule(get_encoder_layout(config).layers)
+    layers = encoder.get_submodule(get_encoder_family(config).layers)
     # ALBERT repeats a few groups of layers, by a rule that depends on how many layers there are.
     if len(layers) != config.num_hidden_layers and len(layers) > 1:
         raise ValueError(f"an encoder of type {config.model_type} with {len(layers)} groups of layers cannot be cut.")

@@ -1,0 +1,156 @@
+"""What runs embeddings, layers and exits. `TorchEngine` runs the stock modules; others keep to the same protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from .encoder_layer import run_layer
+from .families import embed_tokens, encoder_layers, get_encoder_family, packed_position_ids, rotary_embeddings
+from .packed_attention import PACKED_ATTENTION
+from .packed_batch import PackedBatch
+
+
+class Engine(Protocol):
+    """What the scheduler needs of a model. Nothing else of it is known there."""
+
+    num_layers: int
+    device: torch.device
+
+    def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
+        """Return the embeddings, `[1, total_tokens, hidden_size]`, and the batch with what layers need of it."""
+
+    def run_layer(
+        self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch
+    ) -> tuple[torch.Tensor, PackedBatch]:
+        """Run the layer `depth`, from 1, and return its output with the batch that it belongs to."""
+
+    def exit_logits(self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        """Return what the exit after the layer `depth` says of each text, `[texts, num_labels]`."""
+
+
+class TorchEngine:
+    """
+    Runs a stock encoder and the exits of a model with PyTorch.
+
+    Args:
+        backbone (`PreTrainedModel`): The stock encoder, with the packed attention.
+        exits (sequence of `nn.Module`): One for each layer; none for hidden states alone.
+        shared_pooler (`nn.Module`, *optional*): The pooler that the exits share.
+        inference (`bool`): Whether to run in inference mode. What comes out of it has no gradients.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        exits: Sequence[nn.Module] = (),
+        shared_pooler: nn.Module | None = None,
+        inference: bool = False,
+    ):
+        if backbone.config._attn_implementation != PACKED_ATTENTION:
+            raise ValueError(
+                f"the backbone's attention was changed to {backbone.config._attn_implementation!r}, with which the "
+                "texts of a batch would read each other. Choose the kernel on the model instead: "
+                "model.set_attn_implementation('sdpa')"
+            )
+        self.backbone, self.exits, self.shared_pooler = backbone, exits, shared_pooler
+        self.layers, self.device = encoder_layers(backbone), backbone.device
+        self.num_layers, self.mode = len(self.layers), torch.inference_mode if inference else nullcontext
+
+    def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
+        position_ids = inputs.get("position_ids")
+        with self.mode():
+            if position_ids is None:
+                position_ids = packed_position_ids(self.backbone, packed_batch, inputs.get("input_ids"))
+            hidden_states = embed_tokens(self.backbone, {**inputs, "position_ids": position_ids})
+            position_embeddings = rotary_embeddings(self.backbone, hidden_states, position_ids)
+        if position_embeddings is not None:
+            packed_batch = replace(packed_batch, position_embeddings=position_embeddings)
+        return hidden_states, packed_batch
+
+    def run_layer(
+        self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch
+    ) -> tuple[torch.Tensor, PackedBatch]:
+        with self.mode(), faster_linears(hidden_states):
+            return run_layer(self.layers[depth - 1], hidden_states, packed_batch), packed_batch
+
+    def exit_logits(self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        with self.mode():
+            return self.exits[depth - 1](self.final_norm(hidden_states), packed_batch, self.shared_pooler)
+
+    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise a layer's output as its reader gets it, where the encoder does so once at its end."""
+        name = get_encoder_family(self.backbone.config).final_norm
+        return hidden_states if name is None else self.backbone.get_submodule(name)(hidden_states)
+
+
+# Below them an interception costs more than it gains: tokens times hidden_size squared, and weights of a layer.
+LEAST_PRODUCTS = 4_000_000
+LEAST_WEIGHTS = 1 << 16
+
+
+class OneDnnLinears(TorchFunctionMode):
+    """
+    Computes float32 linear layers by oneDNN instead of MKL while it is entered, in its thread alone. The answers
+    differ by rounding errors, and have no gradients.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and not kwargs and _is_plain(*args[:2]):
+            return _onednn_linear(*args)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def faster_linears(hidden_states: torch.Tensor) -> AbstractContextManager:
+    """Return what to enter before a layer runs: [`OneDnnLinears`] where that is faster, else nothing."""
+    is_for_onednn = (
+        hidden_states.numel() * hidden_states.shape[-1] >= LEAST_PRODUCTS
+        and torch.is_inference_mode_enabled()
+        and hidden_states.device.type == "cpu"
+        and hidden_states.dtype is torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and onednn_is_faster()
+    )
+    return OneDnnLinears() if is_for_onednn else nullcontext()
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Measure whether oneDNN beats MKL on this machine: some milliseconds, once in each process."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.rand(768, 768, generator=generator) for _ in range(6)]  # more than a core's own cache holds
+    tokens, bias = torch.rand(64, 768, generator=generator), torch.zeros(768)
+    seconds = {_onednn_linear: [], nn.functional.linear: []}
+    with torch.inference_mode():
+        for _ in range(2):
+            for linear, times in seconds.items():
+                for weight in weights:
+                    start = time.perf_counter()
+                    linear(tokens, weight, bias)
+                    times.append(time.perf_counter() - start)
+    return median(seconds[_onednn_linear]) < median(seconds[nn.functional.linear])
+
+
+def _is_plain(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
+    # Not for the small matrices of an adapter, nor for weights that are quantised, nor where torch.compile chooses.
+    if torch.compiler.is_compiling():
+        return False
+    is_plain = type(weight) is nn.Parameter and weight.dtype is tokens.dtype is torch.float32
+    return is_plain and weight.numel() >= LEAST_WEIGHTS
+
+
+def _onednn_linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    # The operator of torch.compile's CPU backend.
+    return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")

@@ -1,0 +1,104 @@
+"""Attention inside each text of a packed batch, and its kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from .packed_batch import PackedBatch
+
+
+PACKED_ATTENTION = "fastbert_packed"
+
+
+def attend_within_texts(
+    packed_batch: PackedBatch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    first_token_only: bool = False,
+) -> torch.Tensor:
+    """
+    Attend inside each text only.
+
+    Args:
+        packed_batch (`PackedBatch`): Where the texts are.
+        query (`torch.Tensor` of shape `[1, heads, total_tokens, head_dim]`):
+            Or `[1, heads, texts, head_dim]`, one query per text, with `first_token_only`.
+        key, value (`torch.Tensor` of shape `[1, heads, total_tokens, head_dim]`).
+        scaling (`float`, *optional*): Factor of the products, `head_dim ** -0.5` unless given.
+        dropout (`float`): Dropout probability of the attention weights; 0 outside training.
+        sliding_window (`int`, *optional*):
+            Tokens at the positions i and j of a text see each other where |i - j| < `sliding_window`.
+        first_token_only (`bool`): Whether only the first token of each text asks.
+
+    Returns:
+        `torch.Tensor` of shape `[1, queries, heads, head_dim]`.
+    """
+    groups, tokens = packed_batch.groups, packed_batch.group_tokens
+    if len(groups) == 1:
+        parts = [(query, key, value, packed_batch.position_ids)]
+    else:
+        # torch.split: the backward of a slice would allocate the whole tensor for each group.
+        parts = zip(
+            query.split([texts for texts, _ in groups] if first_token_only else tokens, 2),
+            key.split(tokens, 2),
+            value.split(tokens, 2),
+            packed_batch.position_ids.split(tokens, 1),
+            strict=True,
+        )
+    attend, outputs = ATTENTION_KERNELS[packed_batch.attn_implementation], []
+    for (texts, length), (*tensors, position_ids) in zip(groups, parts, strict=True):
+        heads, head_dim = tensors[0].shape[1], tensors[0].shape[3]
+        # To [texts, heads, n, head_dim], views of what the projections wrote.
+        views = (tensor.view(heads, texts, -1, head_dim).transpose(0, 1) for tensor in tensors)
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            places = position_ids.view(texts, 1, length)
+            mask = (places.unsqueeze(-1) - places.unsqueeze(-2)).abs() < sliding_window  # [texts, 1, length, length]
+        outputs.append(attend(*views, mask, dropout, scaling).transpose(1, 2).flatten(0, 1))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+def _sdpa(query, key, value, mask, dropout, scaling):
+    return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+
+
+def _eager(query, key, value, mask, dropout, scaling):
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
+
+
+# What `attn_implementation` can be; the first one is the default.
+ATTENTION_KERNELS = {"sdpa": _sdpa, "eager": _eager}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packed_batch: PackedBatch | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attend as the backbone's layers ask for it; `packed_batch` reaches this function through their keywords."""
+    if packed_batch is None:
+        raise ValueError(
+            "The backbone of a FastBERT model works on packed batches and cannot be called by itself. Call the "
+            "model, or FastBertModel for its hidden states: model.fastbert(input_ids, "
+            "attention_mask).last_hidden_state"
+        )
+    return attend_within_texts(packed_batch, query, key, value, scaling, dropout, sliding_window), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
