@@ -48,12 +48,7 @@ shortened = SHORT.repr
 
 
 def check_raw_config(config: dict[str, Any]) -> None:
-    """
-    Raise a `ValueError` unless the model of a config can be built in bounded time and memory.
-
-    Args:
-        config (`dict`): What config.json says.
-    """
+    """Raise a `ValueError` unless the model of a config.json can be built in bounded time and memory."""
     text_config = config.get("text_config")
     if isinstance(text_config, PreTrainedConfig):
         text_config = text_config.to_dict()
@@ -70,11 +65,9 @@ def check_raw_config(config: dict[str, Any]) -> None:
             f"Supported are: {', '.join(ENCODER_FAMILIES)}."
         )
     check_speed(config.get("speed", 0))
-    for prefix, part in (("", config), ("text_config.", text_config)):
-        check_values(part, prefix)
-        check_sizes(part, prefix)
-        check_labels(part, prefix)
-        check_kernel(part, prefix)
+    for check in (check_values, check_sizes, check_labels, check_kernel):
+        check(config, "")
+        check(text_config, "text_config.")
     dropout = config.get("exit_dropout", 0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"exit_dropout must be a number in [0, 1), got {shortened(dropout)}.")
@@ -84,12 +77,7 @@ def check_raw_config(config: dict[str, Any]) -> None:
 
 
 def check_raw_cascade(config: dict[str, Any]) -> None:
-    """
-    Raise the same for a cascade: for every member by itself, and all of them together.
-
-    Args:
-        config (`dict`): What config.json says.
-    """
+    """Raise the same for a cascade: for every member by itself, and for all of them together."""
     members = config.get("members")
     if not isinstance(members, list) or not 2 <= len(members) <= MOST_MEMBERS:
         raise ValueError(

@@ -92,11 +92,8 @@ class FastBertConfig(PreTrainedConfig):
         get_encoder_family(self.text_config)
         if self.teacher_exit_type is None:
             self.teacher_exit_type = self.exit_type
-        for name, allowed in (
-            ("exit_type", EXIT_TYPES),
-            ("teacher_exit_type", EXIT_TYPES),
-            ("exit_policy", EXIT_POLICIES),
-        ):
+        known = {"exit_type": EXIT_TYPES, "teacher_exit_type": EXIT_TYPES, "exit_policy": EXIT_POLICIES}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
         for name in ("exit_hidden_size", "exit_num_attention_heads", "patience"):

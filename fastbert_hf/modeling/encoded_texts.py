@@ -25,17 +25,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class EncodedText:
-    """
-    A text as the members of a cascade read it; a single model is its own only member.
+    """A text as the members of a cascade read it; a single model is its own only member."""
 
-    Args:
-        position (`int`): In the caller's stream, from 0.
-        of_members (`list`):
-            For each member lists of numbers, by the names that the tokenizer gives them; `None` where it is not asked.
-        speed (`float`): In [0, 1].
-    """
-
-    position: int
+    position: int  # in the caller's stream, from 0
+    # For each member lists of numbers, by the names that the tokenizer gives them; None where it is not asked.
     of_members: list[dict[str, list[int]] | None]
     speed: float
 
@@ -68,12 +61,7 @@ def read_blocks(items: Iterable[Item], limit: int, weigh: Callable[[Item], int] 
 
 
 class InputReader:
-    """
-    Checks the inputs of one stream, text by text, against what a backbone reads.
-
-    Args:
-        text_config (`PreTrainedConfig`): The backbone's.
-    """
+    """Checks the inputs of one stream, text by text, against what the backbone of a config reads."""
 
     def __init__(self, text_config: PreTrainedConfig):
         self.sizes = {name: getattr(text_config, size, None) for name, size in INPUT_SIZES.items()}
@@ -100,14 +88,8 @@ def read_texts(
     own_tokenizers: bool = False,
 ) -> Iterator[EncodedText]:
     """
-    Yield the texts of a caller, one by one. What is wrong with a text raises a `ValueError` that names its position,
-    and in a cascade the member.
-
-    Args:
-        encoded_texts (iterable): As `predict` takes them.
-        speed (`float` or iterable of `float`, *optional*): For all texts or one for each; 0 unless given.
-        text_configs (sequence of `PreTrainedConfig`): The backbone of every member.
-        own_tokenizers (`bool`): Whether each text brings what every member's own tokenizer gave.
+    Yield the texts of a call of `predict`, one by one, as the backbone of every member reads them. What is wrong with
+    a text raises a `ValueError` that names its position, and in a cascade the member.
     """
     readers, is_cascade = list(map(InputReader, text_configs)), len(text_configs) > 1
     if own_tokenizers and isinstance(encoded_texts, Mapping):

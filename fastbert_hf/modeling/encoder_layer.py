@@ -16,20 +16,7 @@ from .packed_batch import PackedBatch
 Between = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, PackedBatch]]
 
 
-def attention_arguments(layer: nn.Module, packed_batch: PackedBatch) -> dict[str, Any]:
-    """Return the keywords that a stock layer passes on to its attention."""
-    arguments: dict[str, Any] = {"packed_batch": packed_batch}
-    if packed_batch.position_embeddings is not None:
-        arguments["position_embeddings"] = packed_batch.position_embeddings[layer.attention_type]
-    return arguments
-
-
-def run_layer(layer: nn.Module, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-    """Run one whole stock layer, where checkpointing, hooks and adapters live: `[1, total_tokens, hidden_size]`."""
-    return layer(hidden_states, None, **attention_arguments(layer, packed_batch))
-
-
-def run_halves(
+def run_layer(
     seam: Seam,
     layer: nn.Module,
     hidden_states: torch.Tensor,
@@ -37,12 +24,19 @@ def run_halves(
     between: Between | None = None,
 ) -> tuple[torch.Tensor, PackedBatch]:
     """
-    Run one layer as attention and feed-forward, and return its output with the batch that it belongs to. Without
-    anything between the halves this equals [`run_layer`].
+    Run one stock layer and return its output, `[1, total_tokens, hidden_size]`, with the batch that it belongs to.
+
+    It is called whole where gradients, hooks or a compiler may be at work. Elsewhere its halves, one after the other,
+    compute the same without the inspection of a signature that Transformers makes in every layer.
     """
+    arguments: dict[str, Any] = {"packed_batch": packed_batch}
+    if packed_batch.position_embeddings is not None:
+        arguments["position_embeddings"] = packed_batch.position_embeddings[layer.attention_type]
+    if between is None and not (torch.is_inference_mode_enabled() and is_untouched(layer)):
+        return layer(hidden_states, None, **arguments), packed_batch
 
     def halves(states: torch.Tensor) -> tuple[torch.Tensor, PackedBatch]:
-        crossing, batch = seam.attention(layer, states, attention_arguments(layer, packed_batch)), packed_batch
+        crossing, batch = seam.attention(layer, states, arguments), packed_batch
         if between is not None:
             crossing, batch = between(crossing, batch)
         return seam.feed_forward(layer, crossing), batch
@@ -50,3 +44,9 @@ def run_halves(
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         return layer._gradient_checkpointing_func(halves, hidden_states)
     return halves(hidden_states)
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Tell whether a call of the layer would do nothing but its forward."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return not (hooked or layer._compiled_call_impl)

@@ -64,7 +64,11 @@ class TorchEngine:
                 "model.set_attn_implementation('sdpa')"
             )
         self.backbone, self.exits, self.shared_pooler = backbone, exits, shared_pooler
-        self.layers, self.device = encoder_layers(backbone), backbone.device
+        self.layers, self.device, self.family = (
+            encoder_layers(backbone),
+            backbone.device,
+            get_encoder_family(backbone.config),
+        )
         self.num_layers, self.mode = len(self.layers), torch.inference_mode if inference else nullcontext
 
     def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
@@ -82,7 +86,7 @@ class TorchEngine:
         self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch
     ) -> tuple[torch.Tensor, PackedBatch]:
         with self.mode(), faster_linears(hidden_states):
-            return run_layer(self.layers[depth - 1], hidden_states, packed_batch), packed_batch
+            return run_layer(self.family.seam, self.layers[depth - 1], hidden_states, packed_batch)
 
     def exit_logits(self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
         with self.mode():
@@ -90,7 +94,7 @@ class TorchEngine:
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise a layer's output as its reader gets it, where the encoder does so once at its end."""
-        name = get_encoder_family(self.backbone.config).final_norm
+        name = self.family.final_norm
         return hidden_states if name is None else self.backbone.get_submodule(name)(hidden_states)
 
 

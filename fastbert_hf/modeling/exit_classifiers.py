@@ -101,14 +101,7 @@ EXIT_TYPES: dict[str, type[nn.Module]] = {
 
 
 class ExitClassifier(nn.Module):
-    """
-    One exit: a pooler and a Linear to the labels.
-
-    Args:
-        config (`FastBertConfig`): The model's config.
-        exit_type (`str`): A key of `EXIT_TYPES`.
-        shared_pooler (`bool`): Whether the caller brings the pooler that the exits share.
-    """
+    """One exit: a pooler, which is a key of `EXIT_TYPES` or one that the exits share, and a Linear to the labels."""
 
     def __init__(self, config: PreTrainedConfig, exit_type: str, shared_pooler: bool = False):
         super().__init__()
@@ -124,11 +117,7 @@ class ExitClassifier(nn.Module):
 
 
 def build_exits(config: PreTrainedConfig) -> tuple[nn.ModuleList, nn.Module | None]:
-    """
-    Return the exits of a config, first to last, and the pooler that they share, if they do.
-
-    A teacher of another type than the students keeps a pooler of its own.
-    """
+    """Return the exits of a config, first to last, and the pooler that those of the students' type share, if any."""
     exit_types = [config.exit_type] * (config.num_hidden_layers - 1) + [config.teacher_exit_type]
     shared_pooler = EXIT_TYPES[config.exit_type](config) if config.share_exit_pooler else None
     exits = nn.ModuleList(

@@ -163,15 +163,8 @@ def row_speeds(speed: float | list | torch.Tensor | None, batch_size: int) -> to
 
 def exit_range(num_hidden_layers: int, min_exit_layer: int | None = None, max_layers: int | None = None) -> range:
     """
-    Return the layers whose exits may answer. Every text has answered at the last of them.
-
-    Args:
-        num_hidden_layers (`int`): Layers of the model, L.
-        min_exit_layer (`int`, *optional*): The first of them, 1 unless given.
-        max_layers (`int`, *optional*): The last of them, L unless given.
-
-    Raises:
-        ValueError: Unless 1 <= `min_exit_layer` <= `max_layers` <= L.
+    Return the layers whose exits may answer: from `min_exit_layer`, 1 unless given, to `max_layers`, all unless given,
+    where every text has answered. Raise a `ValueError` unless both are among the model's layers, in this order.
     """
     limits = {"min_exit_layer": (min_exit_layer, 1), "max_layers": (max_layers, num_hidden_layers)}
     for name, (value, default) in limits.items():

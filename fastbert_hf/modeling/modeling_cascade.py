@@ -70,13 +70,6 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        for member in (loaded[0] if isinstance(loaded, tuple) else loaded).members:
-            member._freeze_students()
-        return loaded
-
-    @classmethod
     def from_members(
         cls,
         members: Sequence[str | os.PathLike | PreTrainedModel],
@@ -145,20 +138,15 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         Answer a padded batch.
 
         Args:
-            input_ids, attention_mask, token_type_ids, task_type_ids (`torch.Tensor` of shape `[batch_size, length]`):
-                What the tokenizer gave, padded, as for the stock classifiers.
+            input_ids, attention_mask, token_type_ids, task_type_ids: What the tokenizer gave, `[batch_size, length]`.
             labels (`torch.Tensor` of shape `[batch_size]`, or `[batch_size, num_labels]`, *optional*):
                 For the cross entropy of the answers: label ids, or probabilities.
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row: the uncertainty below which a member answers. Rows at speed 0,
                 and all without a speed, are answered by the last member, and no other runs on them.
             member_inputs (sequence of `dict`, *optional*):
-                In place of `input_ids` and the others where every member has its own tokenizer: what each of them
-                gave.
+                In place of `input_ids` and the others where every member has its own tokenizer: what each gave.
             output_hidden_states, output_attentions (`bool`, *optional*): Not available; a member may return the first.
-
-        Returns:
-            [`FastBertSequenceClassifierOutput`]
         """
         if output_hidden_states or output_attentions:
             raise ValueError(
@@ -196,17 +184,7 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
     ) -> Iterator[Prediction]:
         """
         Answer texts of any number in their order, as [`FastBertForSequenceClassification.predict`], through the
-        members.
-
-        Args:
-            encoded_texts (iterable):
-                As there; where every member has its own tokenizer, for each text what each of them gave, as
-                [`CascadeProcessor`] returns it.
-
-            The other arguments are those of [`FastBertForSequenceClassification.predict`].
-
-        Returns:
-            An iterator over one [`Prediction`] for each text, with its `exit_member`.
+        members. Where each has its own tokenizer, `encoded_texts` is what the [`CascadeProcessor`] returns.
         """
         text_configs = [member.text_config for member in self.config.members]
         texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers)
@@ -295,9 +273,7 @@ def as_member(name_or_path: str | os.PathLike | PreTrainedModel, **kwargs) -> Fa
 
 def common_dtype(models: Sequence[PreTrainedModel], dtype: str | torch.dtype | None) -> torch.dtype:
     """Return the dtype that the caller asks for, or that all members have."""
-    if dtype_of(dtype) is not None:
-        return dtype_of(dtype)
-    dtypes = [model.dtype for model in models]
+    dtypes = [dtype_of(dtype) or model.dtype for model in models]
     if len(set(dtypes)) > 1:
         raise ValueError(
             f"the members are of {', '.join(map(str, dtypes))}, but a cascade is saved in one dtype: choose it, as in "

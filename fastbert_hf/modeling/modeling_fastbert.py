@@ -73,13 +73,6 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             init.xavier_uniform_(module.weight)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        # Loading puts new parameters in place of the frozen ones.
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_students()
-        return loaded
-
-    @classmethod
     def from_backbone(
         cls,
         name_or_path: str | PathLike | PreTrainedModel,

@@ -23,21 +23,16 @@ def attend_within_texts(
     first_token_only: bool = False,
 ) -> torch.Tensor:
     """
-    Attend inside each text only.
+    Attend inside each text only, and return `[1, queries, heads, head_dim]`.
 
     Args:
         packed_batch (`PackedBatch`): Where the texts are.
-        query (`torch.Tensor` of shape `[1, heads, total_tokens, head_dim]`):
-            Or `[1, heads, texts, head_dim]`, one query per text, with `first_token_only`.
-        key, value (`torch.Tensor` of shape `[1, heads, total_tokens, head_dim]`).
+        query, key, value (`torch.Tensor` of shape `[1, heads, total_tokens, head_dim]`):
+            With `first_token_only` there is one query for each text.
         scaling (`float`, *optional*): Factor of the products, `head_dim ** -0.5` unless given.
         dropout (`float`): Dropout probability of the attention weights; 0 outside training.
-        sliding_window (`int`, *optional*):
-            Tokens at the positions i and j of a text see each other where |i - j| < `sliding_window`.
+        sliding_window (`int`, *optional*): Positions i and j see each other where |i - j| < `sliding_window`.
         first_token_only (`bool`): Whether only the first token of each text asks.
-
-    Returns:
-        `torch.Tensor` of shape `[1, queries, heads, head_dim]`.
     """
     groups, tokens = packed_batch.groups, packed_batch.group_tokens
     if len(groups) == 1:

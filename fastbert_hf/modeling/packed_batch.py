@@ -55,13 +55,7 @@ class PackedBatch:
         return (self.lengths.cumsum(0) - self.lengths).to(self.position_ids.device)
 
     def keep(self, kept: torch.Tensor, hidden_states: torch.Tensor) -> tuple[PackedBatch, torch.Tensor]:
-        """
-        Drop the finished texts and return the smaller batch with its hidden states.
-
-        Args:
-            kept (`torch.Tensor` of shape `[texts]`, bool, CPU): Which texts go on.
-            hidden_states (`torch.Tensor` of shape `[1, total_tokens, hidden_size]`): Of all texts.
-        """
+        """Keep some texts, by a mask `[texts]` on the CPU, and return the smaller batch with its hidden states."""
         tokens = kept.repeat_interleave(self.lengths).nonzero()[:, 0].to(self.position_ids.device)
         position_embeddings = self.position_embeddings and {
             kind: (cos[:, tokens], sin[:, tokens]) for kind, (cos, sin) in self.position_embeddings.items()

@@ -68,13 +68,7 @@ class FastBertModel(FastBertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **inputs: torch.Tensor | None,
     ) -> tuple[PackedBatch, dict[str, torch.Tensor], Padding]:
-        """
-        Pack a padded batch. Arguments as in `forward`.
-
-        Returns:
-            `tuple`: the [`PackedBatch`], the inputs of the embedding layer, `[1, total_tokens]` each, and the
-            [`Padding`] that was left out.
-        """
+        """Return a padded batch as packed one, its inputs, `[1, total_tokens]` each, and the padding left out."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -146,7 +140,7 @@ class FastBertModel(FastBertPreTrainedModel):
         hidden_states, packed_batch = engine.embed(packed_batch, inputs)
         # No exit may answer, so every text runs through every layer.
         batch = ActiveBatch(hidden_states, packed_batch, torch.zeros(len(packed_batch.rows), engine.num_layers))
-        run_layers(engine, None, [batch], engine.num_layers, trace=trace)
+        run_layers(engine, None, [batch], [engine.num_layers], trace=trace)
         *states, last = trace.hidden_states
         states = tuple(map(padding.pad, (*states, engine.final_norm(last))))
         return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states if keeps_states else None)

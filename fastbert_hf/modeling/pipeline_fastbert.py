@@ -79,7 +79,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
 
     def __call__(self, inputs, **kwargs) -> list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """
-        Classifies texts.
+        Classify texts.
 
         Args:
             inputs (`str`, `dict`, `list`, `Dataset` or iterator):
@@ -105,12 +105,11 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         columns = getattr(inputs, "column_names", None)
         if columns is not None:
             inputs = texts_of(inputs, columns)
-        if isinstance(inputs, (str, dict, Dataset)):
-            return super().__call__(inputs, **kwargs)
-        if isinstance(inputs, Sequence) and not isinstance(inputs, bytes):  # lists, tuples, columns of `datasets`
-            return super().__call__(list(inputs), **kwargs) if len(inputs) else []
-        if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
-            return super().__call__((text for text in inputs), **kwargs)
+        if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes, dict, Dataset)):
+            is_sequence = isinstance(inputs, Sequence)  # lists, tuples, columns of `datasets`
+            if is_sequence and len(inputs) == 0:
+                return []
+            inputs = list(inputs) if is_sequence else (text for text in inputs)
         return super().__call__(inputs, **kwargs)
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
@@ -136,7 +135,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             yield self.postprocess(outputs, **postprocess_params)
 
     def _encode(self, inputs, block_texts, tokenizer_kwargs):
-        """The stream's texts as the tokenizer encodes them, many at a time and without padding."""
+        """Yield the stream's texts as the tokenizer encodes them, many at a time and without padding."""
         arguments = {**tokenizer_kwargs, "padding": False, "return_tensors": None, "return_attention_mask": False}
         for block in read_blocks(checked_texts(inputs), block_texts):
             texts, pairs = map(list, zip(*block, strict=True))
@@ -160,7 +159,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
 
 
 def texts_of(dataset: Any, columns: list[str]) -> Dataset | Iterator:
-    """The texts, or pairs, of a `datasets` data set, whatever columns stand beside them."""
+    """Return the texts, or pairs, of a `datasets` data set, whatever columns stand beside them."""
     if "text" not in columns:
         raise ValueError(
             f"the data set has no column 'text', but {', '.join(columns)}: give the column, as in "
@@ -175,8 +174,8 @@ def texts_of(dataset: Any, columns: list[str]) -> Dataset | Iterator:
 
 def checked_texts(inputs: Iterable) -> Iterator[tuple[str, str | None]]:
     """
-    Each input as `(text, text_pair)`. What is no text, or a pair among single texts or the other way round, raises an
-    error that names its position.
+    Yield each input as `(text, text_pair)`. What is no text, or a pair among single texts or the other way round,
+    raises an error that names its position.
     """
     first_kind = None
     for position, item in enumerate(inputs):
@@ -206,7 +205,7 @@ def checked_texts(inputs: Iterable) -> Iterator[tuple[str, str | None]]:
 
 
 def check_text(text: Any, position: int) -> None:
-    """Raises unless `text` is a string with something in it."""
+    """Raise unless `text` is a string with something in it."""
     if isinstance(text, list):
         raise ValueError(
             f'input {position} is a list ({str(text)[:40]!r}): a pair is {{"text": ..., "text_pair": ...}}, many '

@@ -27,11 +27,11 @@ from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 from .checkpoint_checks import WEIGHTS_FILE, check_size, check_weights, shortened
 from .configuration_fastbert import FastBertConfig
 from .packed_attention import ATTENTION_KERNELS
+from .stock_checkpoints import DOWNLOAD_ARGUMENTS
 
 
 # Bytes, in all files: a model of 1,000 layers with its exits needs 4 MB, and reading takes up to 20 times as much.
 LARGEST_HEADERS = 5_000_000
-DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -62,7 +62,12 @@ class FastBertPreTrainedModel(PreTrainedModel):
         # Without a name the weights are given as state_dict.
         if pretrained_model_name_or_path is not None and not kwargs.get("gguf_file"):
             kwargs = cls._check_checkpoint(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        # Loading puts new parameters in place of the frozen ones.
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if hasattr(module, "_freeze_students"):
+                module._freeze_students()
+        return loaded
 
     @classmethod
     def _check_checkpoint(cls, name_or_path: str | os.PathLike, kwargs: dict) -> dict:
@@ -118,16 +123,9 @@ def find_weights(
     name_or_path: str | os.PathLike, filename: str | None = None, variant: str | None = None, **download
 ) -> list[str]:
     """
-    Return the safetensors files of a checkpoint, downloaded to the cache where they are not on this machine.
+    Return the safetensors files of a folder, file or repository, downloaded where they are not on this machine.
 
-    Args:
-        name_or_path (`str` or `PathLike`): A folder, a safetensors file, or the id of a repository.
-        filename (`str`, *optional*): What the config names in place of model.safetensors.
-        variant (`str`, *optional*): As in `from_pretrained`.
-        download: Those arguments of `from_pretrained` that say where files are.
-
-    Returns:
-        `list`: Paths.
+    `filename` is what the config names in place of model.safetensors, `download` says where files are.
     """
     subfolder = download.get("subfolder") or ""
     folder = os.path.join(name_or_path, subfolder)

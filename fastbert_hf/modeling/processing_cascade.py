@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 from .encoded_texts import rows_of
 from .families import max_text_tokens
-from .pretrained_fastbert import DOWNLOAD_ARGUMENTS
+from .stock_checkpoints import DOWNLOAD_ARGUMENTS
 
 
 # Any of them is a tokenizer to `AutoTokenizer`; older ones have no config.
@@ -37,8 +37,7 @@ class CascadeProcessor:
     Example:
 
     ```python
-    >>> members = ["org/small-classifier", "org/large-classifier"]
-    >>> processor = CascadeProcessor.from_members(members)
+    >>> processor = CascadeProcessor.from_members(["org/small-classifier", "org/large-classifier"])
     >>> answers = cascade.predict(processor(["first text", "second text"], truncation=True), speed=0.3)
     >>> processor.save_pretrained("outputs/cascade")
     ```

@@ -140,17 +140,17 @@ def answer_rows(
         rows = may_answer.any(1).nonzero()[:, 0]
         if len(rows) == 0:
             continue
-        depth = int(may_answer.any(0).nonzero()[-1]) + 1
+        exits = [depth for depth, is_asked in enumerate(may_answer.any(0).tolist(), start=1) if is_asked]
         batches = [
             ActiveBatch(states, batch, thresholds[batch.rows], policy.start(len(batch.rows), states.device))
             for states, batch in embed(rows)
         ]
-        own = run_layers(engine, policy, batches, depth, batch_tokens, trace)
+        own = run_layers(engine, policy, batches, exits, batch_tokens, trace)
         outputs, of_member = [*outputs, *own], [*of_member, *[number] * len(own)]
         if number < len(members):
             for output in own:
                 is_open[output.rows] = False
-            layers_before[rows[is_open[rows]]] += depth
+            layers_before[rows[is_open[rows]]] += exits[-1]
     # Back into the order of the rows.
     row_of = torch.cat([output.rows for output in outputs])
     order = row_of.argsort()
@@ -166,7 +166,7 @@ def run_layers(
     engine: Engine,
     policy: ExitPolicy,
     batches: list[ActiveBatch],
-    depth: int,
+    exits: Sequence[int],
     batch_tokens: int = 0,
     trace: Trace | None = None,
 ) -> list[ExitOutput]:
@@ -177,7 +177,7 @@ def run_layers(
         engine ([`Engine`]): What runs a layer and an exit.
         policy ([`ExitPolicy`]): From logits to uncertainties.
         batches (`list[ActiveBatch]`): Emptied, so that each is gone when the next layer has read it.
-        depth (`int`): The layer at which all end.
+        exits (sequence of `int`): The layers whose exits may answer a text; at the last of them all end.
         batch_tokens (`int`): Tokens of a batch up to which small ones are joined; 0 joins none.
         trace ([`Trace`], *optional*): Filled on the way.
 
@@ -187,14 +187,17 @@ def run_layers(
     left: list[ExitOutput] = []
     if trace is not None:
         trace.keep_state(batches[0].hidden_states)
-    for number in range(1, depth + 1):
+    for depth in range(1, exits[-1] + 1):
         active = []
         while batches:
             batch = batches.pop(0)
-            hidden_states, packed_batch = engine.run_layer(number, batch.hidden_states, batch.packed_batch)
-            batch = ActiveBatch(hidden_states, packed_batch, batch.thresholds, batch.state)
-            output, rest = ask_exit(engine, policy, batch, number, number == depth, trace)
-            left += [] if output is None else [output]
+            hidden_states, packed_batch = engine.run_layer(depth, batch.hidden_states, batch.packed_batch)
+            rest = ActiveBatch(hidden_states, packed_batch, batch.thresholds, batch.state)
+            if trace is not None:
+                trace.keep_state(hidden_states)
+            if depth in exits or trace is not None:
+                output, rest = ask_exit(engine, policy, rest, depth, depth == exits[-1], trace)
+                left += [] if output is None else [output]
             active += [] if rest is None else [rest]
         if not active:
             break
@@ -205,14 +208,7 @@ def run_layers(
 def ask_exit(
     engine: Engine, policy: ExitPolicy, batch: ActiveBatch, depth: int, at_end: bool, trace: Trace | None
 ) -> tuple[ExitOutput | None, ActiveBatch | None]:
-    """
-    Evaluate an exit if it may answer a text of the batch, and part those that leave from those that go on.
-
-    Returns:
-        `tuple`: what the exit answers and what goes on, each `None` if that is no text.
-    """
-    if trace is not None:
-        trace.keep_state(batch.hidden_states)
+    """Evaluate an exit if it may answer a text. Return what it answers and what goes on, `None` if that is no text."""
     threshold = batch.thresholds[:, depth - 1]
     asked = threshold > 0
     is_asked, is_traced = bool(asked.any()), trace is not None and trace.every_exit
@@ -257,14 +253,8 @@ def predict(
     rebatch: bool,
 ) -> Iterator[Prediction]:
     """
-    Answer a stream of texts in their order.
-
-    Args:
-        model (`PreTrainedModel`): Whose config tells the policy and the attention.
-        engines (sequence of [`Engine`]): Of every member.
-        texts (iterable of [`EncodedText`]): Checked texts.
-        thresholds_at (`Callable`): From the speeds of texts, `[texts]`, to the thresholds of every member.
-        batch_size, batch_tokens, rebatch: As in [`FastBertForSequenceClassification.predict`].
+    Answer a stream of checked texts in their order, with the engines of every member of a model. `thresholds_at` goes
+    from the speeds of texts, `[texts]`, to the thresholds of every member. The rest is as in the model's `predict`.
     """
     if model.training:
         raise ValueError("predict needs a model in eval mode, or it would answer with dropout: model.eval()")

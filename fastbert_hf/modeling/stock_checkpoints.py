@@ -14,18 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from .families import ENCODER_FAMILIES, get_encoder_family
 
 
-LOADING_ARGUMENTS = (
-    "cache_dir",
-    "dtype",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-    "use_safetensors",
-)
+DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+LOADING_ARGUMENTS = (*DOWNLOAD_ARGUMENTS, "dtype", "trust_remote_code", "use_safetensors")
 # The packed attention takes the place of any other, and one that a checkpoint names may be code on the Hub.
 LOADING_DEFAULTS = {"dtype": torch.float32, "attn_implementation": "eager"}
 
@@ -33,7 +23,7 @@ LOADING_DEFAULTS = {"dtype": torch.float32, "attn_implementation": "eager"}
 def split_arguments(
     config_class: type[PreTrainedConfig], arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sorts keywords into fields of the config and arguments of `from_pretrained`; others are a `TypeError`."""
+    """Sort keywords into fields of the config and arguments of `from_pretrained`; others are a `TypeError`."""
     fields = [name for name in config_class.__dataclass_fields__ if name not in ("text_config", "dtype")]
     fields += ["num_labels", "attn_implementation"]
     unknown = [name for name in arguments if name not in fields and name not in LOADING_ARGUMENTS]
@@ -48,13 +38,7 @@ def split_arguments(
 
 
 def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> PreTrainedModel:
-    """
-    A supported encoder without its head and pooler: loaded from a checkpoint of any head, or copied from a model.
-
-    Args:
-        name_or_path (`str`, `PathLike` or `PreTrainedModel`): As in `from_backbone`.
-        kwargs: Arguments of `from_pretrained`. `dtype` is float32 unless given.
-    """
+    """Return a supported encoder without head and pooler. Arguments as in `from_backbone` and `from_pretrained`."""
     if isinstance(name_or_path, PreTrainedModel):
         refuse_wrapped(name_or_path.config)
         return bare_encoder(copy_of(name_or_path.base_model, **kwargs))
@@ -67,13 +51,7 @@ def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> Pr
 def load_classifier(
     name_or_path: str | PathLike | PreTrainedModel, **kwargs
 ) -> tuple[PreTrainedModel, nn.Linear, nn.Linear]:
-    """
-    A fine-tuned stock classifier in parts: its encoder without the pooler, and the two Linears of its head.
-
-    Args:
-        name_or_path (`str`, `PathLike` or `PreTrainedModel`): As in `from_classifier`.
-        kwargs: Arguments of `from_pretrained`. `dtype` is float32 unless given.
-    """
+    """Return a fine-tuned stock classifier in parts: its encoder without the pooler, and the Linears of its head."""
     if isinstance(name_or_path, PreTrainedModel):
         names = head_names(name_or_path.config)
         model, missing = copy_of(name_or_path, **kwargs), []
@@ -97,7 +75,7 @@ def load_classifier(
 
 
 def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the config around a stock classifier, which brings its labels and its head."""
+    """Return arguments of the config around a stock classifier, which brings its labels and its head."""
     kept = ("teacher_exit_type", "num_labels", "id2label", "label2id", "problem_type")
     given = [name for name in kept if name in arguments]
     if given:
@@ -114,7 +92,7 @@ def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) 
 
 
 def head_names(config: PreTrainedConfig) -> tuple[str, str]:
-    """The two Linears of a family's stock classifier, or a `ValueError` that says why it cannot be kept."""
+    """Return the two Linears of a family's stock classifier. If it cannot be kept, a `ValueError` says why."""
     refuse_wrapped(config)
     names = get_encoder_family(config).head
     if names is None:
@@ -128,7 +106,7 @@ def head_names(config: PreTrainedConfig) -> tuple[str, str]:
 
 
 def refuse_wrapped(config: PreTrainedConfig) -> None:
-    """A FastBERT checkpoint needs no wrapping."""
+    """Raise a `ValueError` at a FastBERT checkpoint, which needs no wrapping."""
     if config.model_type == "fastbert":
         raise ValueError(
             "This is a FastBERT model already. Use FastBertForSequenceClassification.from_pretrained(...)."
@@ -136,14 +114,14 @@ def refuse_wrapped(config: PreTrainedConfig) -> None:
 
 
 def copy_of(model: PreTrainedModel, dtype: str | torch.dtype | None = None, **kwargs) -> PreTrainedModel:
-    """A copy of a loaded model, which needs no other arguments of `from_pretrained`."""
+    """Return a copy of a loaded model, which needs no other arguments of `from_pretrained`."""
     if kwargs:
         raise ValueError(f"the model is loaded already: leave out {', '.join(kwargs)}, or give its name.")
     return copy.deepcopy(model).to(dtype_of(dtype) or model.dtype)
 
 
 def bare_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
-    """The encoder without the pooler that no exit reads, and without chunks of its feed-forward layers."""
+    """Strip an encoder of the pooler that no exit reads, and of the chunks of its feed-forward layers."""
     if get_encoder_family(encoder.config).has_pooler:
         encoder.pooler = None
     # A name on the Hub tells where the model came from; a folder means nothing on another machine.
@@ -157,7 +135,7 @@ def bare_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
 
 
 def keep_first_layers(encoder: PreTrainedModel, num_hidden_layers: int) -> None:
-    """Drops the layers above the first `num_hidden_layers`."""
+    """Drop the layers above the first `num_hidden_layers`."""
     config = encoder.config
     if not 1 <= num_hidden_layers <= config.num_hidden_layers:
         raise ValueError(
@@ -175,12 +153,12 @@ def keep_first_layers(encoder: PreTrainedModel, num_hidden_layers: int) -> None:
 
 
 def dtype_of(asked: str | torch.dtype | None) -> torch.dtype | None:
-    """What the `dtype` of a call of `from_pretrained` stands for; `None` where that is the model's own."""
+    """Return what the `dtype` of a call of `from_pretrained` stands for; `None` where that is the model's own."""
     if asked == "auto":
         return None
     return getattr(torch, asked) if isinstance(asked, str) else asked
 
 
 def without_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A config is loaded as it is, whatever dtype the weights are wanted in."""
+    """Leave out the dtype: a config is loaded as it is, whatever its weights are wanted in."""
     return {name: value for name, value in arguments.items() if name != "dtype"}

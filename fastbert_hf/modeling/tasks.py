@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -48,14 +49,6 @@ def _softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _best_label(logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1)
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
-
-
 def _kullback_leibler(
     students: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, reverse: bool = False
 ) -> torch.Tensor:
@@ -85,8 +78,8 @@ TASKS = {
     "single_label_classification": Task(
         name="single_label_classification",
         probabilities=_softmax,
-        predictions=_best_label,
-        loss=_cross_entropy,
+        predictions=lambda logits: logits.argmax(-1),
+        loss=partial(nn.functional.cross_entropy, reduction="none"),
         divergence=_kullback_leibler,
         uncertainties={"entropy": _entropy, "confidence": _confidence, "margin": _margin},
         function_to_apply="softmax",
