@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .exit_classifiers import EXIT_TYPES
 from .exit_policies import check_speed, exit_range
 from .families import ENCODER_FAMILIES
 from .packed_attention import ATTENTION_KERNELS
@@ -211,8 +212,9 @@ def estimated_parameters(config: dict[str, Any]) -> int:
         tables.remove("max_position_embeddings")
     rows = sum(backbone_size(text_config, name) for name in tables)
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
-    width = config.get("exit_hidden_size", 128)
-    exits = layers * (hidden**2 + hidden * width + 5 * width**2 + max(hidden, width) * labels)
+    exit_type = EXIT_TYPES.get(str(config.get("exit_type", "attention")), EXIT_TYPES["attention"])
+    features, weights = exit_type.sizes(hidden, config.get("exit_hidden_size", 128))
+    exits = layers * (weights + features * labels)
     return backbone + rows * (backbone_size(text_config, "embedding_size") or hidden) + exits
 
 
@@ -222,10 +224,11 @@ def check_size(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, is_
     parameters = sum(estimated_parameters({**own.to_dict(), "num_labels": own.num_labels}) for own in members)
     # Quantised weights are packed, up to eight into one number.
     held = sum(map(math.prod, shapes.values())) * (8 if is_packed else 1)
-    if parameters > 2 * held + SPARE_PARAMETERS * len(members):
+    layers = sum(own.num_hidden_layers for own in members)  # each has tensors of its own, or its exit has
+    if parameters > 2 * held + SPARE_PARAMETERS * len(members) or layers > len(shapes):
         raise ValueError(
-            f"the config describes a model of about {parameters:,} parameters, but the weights hold {held:,}: load "
-            "the config that was saved with them."
+            f"the config describes a model of {layers} layers and about {parameters:,} parameters, but the weights "
+            f"hold {held:,} in {len(shapes)} tensors: load the config that was saved with them."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .families import Seam
 from .packed_batch import PackedBatch
@@ -17,15 +18,10 @@ Between = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, PackedBatch]
 
 
 def run_layer(
-    seam: Seam,
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    packed_batch: PackedBatch,
-    between: Between | None = None,
+    seam: Seam, layer: nn.Module, states: torch.Tensor, packed_batch: PackedBatch, between: Between | None = None
 ) -> tuple[torch.Tensor, PackedBatch]:
     """
     Run one stock layer and return its output, `[1, total_tokens, hidden_size]`, with the batch that it belongs to.
-
     It is called whole where gradients, hooks or a compiler may be at work. Elsewhere its halves, one after the other,
     compute the same without the inspection of a signature that Transformers makes in every layer.
     """
@@ -33,7 +29,7 @@ def run_layer(
     if packed_batch.position_embeddings is not None:
         arguments["position_embeddings"] = packed_batch.position_embeddings[layer.attention_type]
     if between is None and not (torch.is_inference_mode_enabled() and is_untouched(layer)):
-        return layer(hidden_states, None, **arguments), packed_batch
+        return layer(states, None, **arguments), packed_batch
 
     def halves(states: torch.Tensor) -> tuple[torch.Tensor, PackedBatch]:
         crossing, batch = seam.attention(layer, states, arguments), packed_batch
@@ -42,11 +38,12 @@ def run_layer(
         return seam.feed_forward(layer, crossing), batch
 
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return layer._gradient_checkpointing_func(halves, hidden_states)
-    return halves(hidden_states)
+        return layer._gradient_checkpointing_func(halves, states)
+    return halves(states)
 
 
 def is_untouched(layer: nn.Module) -> bool:
-    """Tell whether a call of the layer would do nothing but its forward."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return not (hooked or layer._compiled_call_impl)
+    """Tell whether a call of the layer would do nothing but the forward that Transformers wrote."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks
+    changed = "forward" in vars(layer) or not type(layer).__module__.startswith("transformers.models.")
+    return not (hooked or changed or layer._compiled_call_impl)

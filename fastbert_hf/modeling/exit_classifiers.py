@@ -32,9 +32,9 @@ class AttentionExitPooler(nn.Module):
         self.exit_dense = nn.Linear(size, size)
 
     @staticmethod
-    def features(config: PreTrainedConfig) -> int:
-        """Return the size of a text's vector."""
-        return config.exit_hidden_size
+    def sizes(hidden_size: int, exit_hidden_size: int) -> tuple[int, int]:
+        """Return the size of a text's vector, and the number of weights."""
+        return exit_hidden_size, (hidden_size + 5 * exit_hidden_size) * exit_hidden_size
 
     def macs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the multiply-accumulates of all matrix products for texts of so many tokens, shaped as `tokens`."""
@@ -66,8 +66,8 @@ class LinearExitPooler(nn.Module):
         self.dropout = nn.Dropout(config.exit_dropout)
 
     @staticmethod
-    def features(config: PreTrainedConfig) -> int:
-        return config.hidden_size
+    def sizes(hidden_size: int, exit_hidden_size: int) -> tuple[int, int]:
+        return hidden_size, hidden_size**2
 
     def macs(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.full_like(tokens, self.exit_dense.weight.numel())
@@ -106,7 +106,8 @@ class ExitClassifier(nn.Module):
     def __init__(self, config: PreTrainedConfig, exit_type: str, shared_pooler: bool = False):
         super().__init__()
         self.pooler = None if shared_pooler else EXIT_TYPES[exit_type](config)
-        self.out_proj = nn.Linear(EXIT_TYPES[exit_type].features(config), config.num_labels)
+        features, _ = EXIT_TYPES[exit_type].sizes(config.hidden_size, config.exit_hidden_size)
+        self.out_proj = nn.Linear(features, config.num_labels)
 
     def forward(
         self, hidden_states: torch.Tensor, packed_batch: PackedBatch, shared_pooler: nn.Module | None = None

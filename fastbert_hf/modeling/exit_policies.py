@@ -9,10 +9,11 @@ from numbers import Integral, Real
 import torch
 from transformers import PreTrainedConfig
 
-from .tasks import Task, task_of
+from .tasks import TASKS, Task, task_of
 
 
-EXIT_POLICIES = ("entropy", "confidence", "margin", "patience")
+# Patience needs to know what is answered, not how sure the exit is of it.
+EXIT_POLICIES = (*dict.fromkeys(name for task in TASKS.values() for name in task.uncertainties), "patience")
 
 
 @dataclass(frozen=True)

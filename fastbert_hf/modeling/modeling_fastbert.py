@@ -61,7 +61,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.fastbert = FastBertModel(config)
         self.supports_gradient_checkpointing = self.fastbert.supports_gradient_checkpointing
-        self.exits, self.shared_pooler = build_exits(config)
+        exits, self.shared_pooler = build_exits(config)
+        self.exits = exits  # in this order, on which new weights and saved optimizers depend
         self._freeze_students()
         self.post_init()
 

@@ -151,9 +151,7 @@ def answer_rows(
             for output in own:
                 is_open[output.rows] = False
             layers_before[rows[is_open[rows]]] += exits[-1]
-    # Back into the order of the rows.
-    row_of = torch.cat([output.rows for output in outputs])
-    order = row_of.argsort()
+    order = torch.cat([output.rows for output in outputs]).argsort()  # back into that of the rows
     exit_layer = torch.cat([torch.full_like(output.rows, output.depth) for output in outputs])[order] + layers_before
     exit_member = torch.cat([torch.full_like(o.rows, own) for o, own in zip(outputs, of_member, strict=True)])[order]
     logits = torch.cat([output.logits for output in outputs])
