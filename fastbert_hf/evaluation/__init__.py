@@ -1,28 +1,41 @@
-"""What a speed costs and gives: FLOPs, sweeps, metrics and figures (`pip install fastbert-hf[evaluation]`)."""
+"""
+What a speed costs and gives: records of every exit, their replay, FLOPs, sweeps, metrics and figures.
 
-try:
-    import pandas  # noqa: F401
-    import sklearn  # noqa: F401
-except ImportError as error:
-    raise ImportError('fastbert_hf.evaluation needs its extra: pip install "fastbert-hf[evaluation]"') from error
+Tables, metrics and figures need an extra: `pip install "fastbert-hf[evaluation]"`.
+"""
 
-from .cascade_sweep import record_members, sweep_cascade
+from typing import Any
+
 from .exit_record import ExitRecord, record_exits
 from .flops import executed_flops, paper_flops
-from .speed_sweep import at_speed_up, load_table, save_table, sweep_depths, sweep_speeds, time_speeds
+from .replay import Replay, exit_uncertainties, replay, replay_at_speed, speed_thresholds
 
+
+# Loaded when they are asked for, as they need the extra.
+_TABLES = ("at_speed_up", "load_table", "save_table", "sweep_depths", "sweep_speeds", "time_speeds")
 
 __all__ = [
     "ExitRecord",
+    "Replay",
     "at_speed_up",
     "executed_flops",
+    "exit_uncertainties",
     "load_table",
     "paper_flops",
     "record_exits",
-    "record_members",
+    "replay",
+    "replay_at_speed",
     "save_table",
-    "sweep_cascade",
+    "speed_thresholds",
     "sweep_depths",
     "sweep_speeds",
     "time_speeds",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TABLES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import speed_sweep
+
+    return getattr(speed_sweep, name)

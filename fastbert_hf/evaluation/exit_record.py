@@ -1,73 +1,172 @@
-"""What every exit says of every row: one full-depth pass, from which all speeds and policies follow."""
+"""What every exit says of every row, and what it costs: one full-depth pass, from which every speed follows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+from .flops import executed_costs
 
 
 @dataclass(frozen=True)
 class ExitRecord:
     """
+    The answers of every exit to every row, and their costs. [`replay`] tells from them what happens at other speeds.
+
     Args:
-        exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`, float32): Of every exit on every row.
-        lengths (`torch.Tensor` of shape `[rows]`, long): Tokens of each text.
+        exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`, float32):
+            Of every exit on every row; for a cascade those of all members, one behind the other.
+        layer_flops (`torch.Tensor` of shape `[rows, L]`, long, *optional*):
+            What each layer costs for each row. The embeddings count in the first layer of a member.
+        exit_flops (`torch.Tensor` of shape `[rows, L]`, long, *optional*): What each exit costs if it is evaluated.
         labels (`torch.Tensor` of shape `[rows]`, long, *optional*): Gold labels, where the data has them.
+        member_layers (`tuple[int, ...]`, *optional*):
+            Layers of each member of a cascade, which add up to L. One model of L layers unless given.
     """
 
     exit_logits: torch.Tensor
-    lengths: torch.Tensor
+    layer_flops: torch.Tensor | None = None
+    exit_flops: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    member_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
-        rows = self.exit_logits.shape[0]
-        if self.exit_logits.dim() != 3 or rows == 0:
+        if self.exit_logits.dim() != 3 or self.exit_logits.shape[0] == 0:
             raise ValueError(
                 f"exit_logits must be [rows, L, num_labels] of at least one row, got {list(self.exit_logits.shape)}."
             )
-        for name in ("lengths", "labels"):
+        rows, layers = self.exit_logits.shape[:2]
+        for name, shape, meaning in (
+            ("layer_flops", (rows, layers), "[rows, L]"),
+            ("exit_flops", (rows, layers), "[rows, L]"),
+            ("labels", (rows,), "[rows]"),
+        ):
             value = getattr(self, name)
-            if value is not None and value.shape != (rows,):
-                raise ValueError(f"{name} must be [rows] = [{rows}], got {list(value.shape)}.")
+            if value is not None and value.shape != shape:
+                raise ValueError(f"{name} must be {meaning} = {list(shape)}, got {list(value.shape)}.")
+        object.__setattr__(self, "member_layers", tuple(self.member_layers) or (layers,))
+        if sum(self.member_layers) != layers:
+            raise ValueError(
+                f"member_layers={self.member_layers} must add up to the {layers} exits of exit_logits. "
+                f"Example: member_layers=({layers},)"
+            )
+
+    @classmethod
+    def of_members(cls, records: Sequence[ExitRecord]) -> ExitRecord:
+        """
+        Return the record of a cascade from those of its members on the same rows.
+
+        Args:
+            records (sequence of [`ExitRecord`]): One for each member, in their order.
+        """
+        rows = [len(record.exit_logits) for record in records]
+        if len(set(rows)) != 1:
+            raise ValueError(f"the records of the members must be of the same rows, got {rows} rows.")
+        labels = records[-1].labels
+        for record in records:
+            if (record.labels is None) != (labels is None) or (labels is not None and (record.labels != labels).any()):
+                raise ValueError(
+                    "the records of the members have different labels: record the same rows in the same order."
+                )
+        costs = {name: [getattr(record, name) for record in records] for name in ("layer_flops", "exit_flops")}
+        return cls(
+            exit_logits=torch.cat([record.exit_logits for record in records], 1),
+            **{
+                name: None if any(part is None for part in parts) else torch.cat(parts, 1)
+                for name, parts in costs.items()
+            },
+            labels=labels,
+            member_layers=tuple(layers for record in records for layers in record.member_layers),
+        )
 
     @property
     def num_exits(self) -> int:
-        """L."""
+        """Return the number of exits, L, of all members together."""
         return self.exit_logits.shape[1]
 
-    def select(self, rows: torch.Tensor) -> ExitRecord:
-        """The record of some rows, by number or by a mask of shape `[rows]`."""
+    @property
+    def columns_of_members(self) -> list[slice]:
+        """Return where the exits of each member are along the second dimension."""
+        return [slice(*ends) for ends in pairwise(accumulate(self.member_layers, initial=0))]
+
+    def of_member(self, number: int) -> ExitRecord:
+        """
+        Return the record of one member of a cascade.
+
+        Args:
+            number (`int`): 1 to n.
+        """
+        if not 1 <= number <= len(self.member_layers):
+            raise ValueError(f"number must be from 1 to {len(self.member_layers)} (the members), got {number}.")
+        columns = self.columns_of_members[number - 1]
         return ExitRecord(
-            self.exit_logits[rows], self.lengths[rows], None if self.labels is None else self.labels[rows]
+            self.exit_logits[:, columns],
+            *(None if costs is None else costs[:, columns] for costs in (self.layer_flops, self.exit_flops)),
+            self.labels,
         )
+
+    def select(self, rows: torch.Tensor) -> ExitRecord:
+        """
+        Return the record of some rows.
+
+        Args:
+            rows (`torch.Tensor`): Their numbers, or a mask of shape `[rows]`.
+        """
+        parts = (self.exit_logits, self.layer_flops, self.exit_flops, self.labels)
+        return ExitRecord(*(None if part is None else part[rows] for part in parts), self.member_layers)
 
 
 def record_exits(
-    model: FastBertForSequenceClassification,
-    dataset: Sequence[Mapping[str, Any]],
-    data_collator: Callable[[list[Mapping[str, Any]]], Mapping[str, torch.Tensor]],
+    model: PreTrainedModel,
+    dataset: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+    data_collator: Callable | Sequence[Callable],
     batch_size: int = 64,
     progress: bool = True,
 ) -> ExitRecord:
     """
-    Runs every row through every layer and every exit, once.
+    Run every row through every layer and every exit, once; of a cascade through every member.
 
     Args:
-        model ([`FastBertForSequenceClassification`]): Put into eval mode.
-        dataset (sequence of `dict`): Tokenized rows, `input_ids` and what else the tokenizer gave; `labels` if any.
-        data_collator (`Callable`): Makes a padded batch, as `DataCollatorWithPadding(tokenizer)`.
+        model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): Put into eval mode.
+        dataset (sequence of `dict`):
+            Tokenized rows, `input_ids` and what else the tokenizer gave; `labels` if any. Where every member of a
+            cascade has its own tokenizer, a list of such data sets, of the same rows.
+        data_collator (`Callable`):
+            Makes a padded batch, as `DataCollatorWithPadding(tokenizer)`; a list with one for each member where
+            `dataset` is one.
         batch_size (`int`): Rows in a batch.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
         [`ExitRecord`], on the CPU, in the order of the data set.
     """
+    if not hasattr(model, "members"):
+        return _record_model(model, dataset, data_collator, batch_size, progress)
+    number = len(model.members)
+    if not model.config.own_tokenizers:
+        dataset, data_collator = [dataset] * number, [data_collator] * number
+    elif callable(data_collator) or not len(dataset) == len(data_collator) == number:
+        raise ValueError(
+            f"each of the {number} members has its own tokenizer: give a list of {number} datasets, of the same rows, "
+            f"and one of {number} data collators."
+        )
+    parts = zip(model.members, dataset, data_collator, strict=True)
+    return ExitRecord.of_members([_record_model(*part, batch_size, progress) for part in parts])
+
+
+def _record_model(
+    model: PreTrainedModel,
+    dataset: Sequence[Mapping[str, Any]],
+    data_collator: Callable,
+    batch_size: int,
+    progress: bool,
+) -> ExitRecord:
     if len(dataset) == 0:
         raise ValueError("the data set has no rows: give at least one.")
     model.eval()
@@ -89,7 +188,7 @@ def record_exits(
             bar.update(len(rows))
     back = order.argsort()
     return ExitRecord(
-        exit_logits=torch.cat(exit_logits)[back].clone(),
-        lengths=lengths,
+        torch.cat(exit_logits)[back].clone(),  # outside inference mode: a tensor like any other
+        *executed_costs(model, lengths),
         labels=torch.cat(labels)[back] if labels[0] is not None else None,
     )

@@ -14,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.exit_policies import exit_uncertainties, first_exits
-from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+from ..modeling.exit_policies import ExitPolicy
 from .exit_record import ExitRecord
-from .flops import paper_flops
+from .flops import paper_costs, paper_flops
+from .replay import exit_uncertainties, replay_at_speed, speed_thresholds
 from .speed_sweep import TASK_METRICS
+
+
+try:
+    import pandas as pd
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+except ImportError as error:
+    raise ImportError('fastbert_hf.evaluation needs its extra: pip install "fastbert-hf[evaluation]"') from error
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -48,7 +54,7 @@ STYLE = {
 
 def plot_trade_off(tables: Mapping[str, pd.DataFrame], speed_up: str = "paper_speed_up") -> Figure:
     """
-    Figure 3: speed and accuracy, speed and speed-up, speed-up and accuracy, with one line for each data set.
+    Draw Figure 3: speed and accuracy, speed and speed-up, speed-up and accuracy, with one line for each data set.
 
     Args:
         tables (mapping of `str` to `pandas.DataFrame`): The name of each data set and its [`sweep_speeds`] table.
@@ -89,7 +95,7 @@ def plot_speeds(
     curve: Sequence[Mapping[str, float]], marked: Sequence[Mapping[str, float]], metric: str, num_layers: int
 ) -> Figure:
     """
-    One model's trade-off: a metric of the task over the layers executed, with some speeds marked.
+    Draw one model's trade-off: a metric of the task over the layers executed, with some speeds marked.
 
     Args:
         curve (sequence of mappings): Rows of a [`sweep_speeds`] table, for the line.
@@ -122,23 +128,29 @@ def plot_speeds(
 
 
 def plot_accuracy_by_uncertainty(
-    record: ExitRecord, policy: str = "entropy", exits: Sequence[int] | None = None, intervals: int = 10
+    record: ExitRecord,
+    config: PreTrainedConfig,
+    policy: str | None = None,
+    exits: Sequence[int] | None = None,
+    intervals: int = 10,
 ) -> Figure:
     """
-    Figure 4, the hypothesis behind the dial: the lower the uncertainty, the higher the accuracy. Marks are as large as
-    the share of the texts in their interval; intervals with fewer than 5 texts are left out.
+    Draw Figure 4, the reason why early exit works: the lower the uncertainty, the higher the accuracy. Marks are as
+    large as the share of the texts in their interval; intervals with fewer than 5 texts are left out.
 
     Args:
         record ([`ExitRecord`]): With labels.
-        policy (`str`): One of `EXIT_POLICIES`.
+        config ([`FastBertConfig`]): Of the model of the record.
+        policy (`str`, *optional*): One of `EXIT_POLICIES`; the config's own unless given.
         exits (sequence of `int`, *optional*): Layers, 1 to L; the first, the middle and the last one unless given.
         intervals (`int`): Intervals of uncertainty between 0 and 1.
     """
     if record.labels is None:
         raise ValueError("accuracy needs labels, and the record has none: record data with a 'labels' column.")
     exits = sorted({1, (record.num_exits + 1) // 2, record.num_exits}) if exits is None else exits
-    uncertainties = exit_uncertainties(record.exit_logits, policy)
-    right = record.exit_logits.argmax(-1) == record.labels[:, None]
+    exit_policy = ExitPolicy.of(config, policy)
+    uncertainties = exit_uncertainties(record, exit_policy)
+    right = exit_policy.task.predictions(record.exit_logits) == record.labels[:, None]
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -162,7 +174,9 @@ def plot_accuracy_by_uncertainty(
                 zorder=3,
             )
             axes.plot([], [], color=colour, marker=marker, label=_exit_name(layer, record.num_exits))
-        axes.set(xlabel=f"Uncertainty ({policy})", ylabel="Accuracy in the interval", xlim=(0, 1), ylim=(0, 1.04))
+        axes.set(
+            xlabel=f"Uncertainty ({exit_policy.name})", ylabel="Accuracy in the interval", xlim=(0, 1), ylim=(0, 1.04)
+        )
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.legend(loc="lower left")
@@ -171,26 +185,30 @@ def plot_accuracy_by_uncertainty(
 
 
 def plot_exit_layers(
-    record: ExitRecord, speeds: Sequence[float] = (0.3, 0.5, 0.8), policy: str = "entropy", patience: int = 1
+    record: ExitRecord,
+    config: PreTrainedConfig,
+    speeds: Sequence[float] = (0.3, 0.5, 0.8),
+    policy: str | None = None,
 ) -> Figure:
     """
-    Figure 5: the share of the texts that leave after each layer, at some speeds.
+    Draw Figure 5: the share of the texts that leave after each layer, at some speeds.
 
     Args:
         record ([`ExitRecord`]): Labels are not needed.
+        config ([`FastBertConfig`] or [`CascadeConfig`]):
+            Of the model of the record. Texts leave within its `min_exit_layer` and `max_layers`.
         speeds (sequence of `float`): In [0, 1].
-        policy (`str`): One of `EXIT_POLICIES`.
-        patience (`int`): Of the patience policy.
+        policy (`str`, *optional*): One of `EXIT_POLICIES`; the config's own unless given.
     """
     _check_number_of_speeds(speeds)
-    uncertainties = exit_uncertainties(record.exit_logits, policy, patience)
+    exit_policy = ExitPolicy.of(config, policy)
     layers = np.arange(1, record.num_exits + 1)
     width = 0.8 / len(speeds)
     with rc_context(STYLE):
         figure = Figure(figsize=(max(5.2, 0.55 * record.num_exits), 3.4), layout="constrained")
         axes = figure.subplots()
         for index, speed in enumerate(speeds):
-            exit_layer = first_exits(uncertainties, speed)
+            exit_layer = replay_at_speed(record, config, speed, exit_policy).exit_layer
             share = torch.bincount(exit_layer, minlength=record.num_exits + 1)[1:] / len(exit_layer)
             label = f"{speed:g} ({exit_layer.double().mean().item():.2f})"
             places = layers + (index - (len(speeds) - 1) / 2) * width
@@ -205,23 +223,30 @@ def plot_exit_layers(
 
 
 def plot_uncertainty_by_layer(
-    record: ExitRecord, speeds: Sequence[float] = (0.0, 0.3, 0.5, 0.8), policy: str = "entropy", patience: int = 1
+    record: ExitRecord,
+    config: PreTrainedConfig,
+    speeds: Sequence[float] = (0.0, 0.3, 0.5, 0.8),
+    policy: str | None = None,
 ) -> Figure:
     """
-    Figure 6: the uncertainty of the texts that reach each exit, at some speeds. Boxes span the middle half of the
-    texts, whiskers the middle nine tenths; the dashed line is the speed, under which texts leave.
+    Draw Figure 6: the uncertainty of the texts that reach each exit, at some speeds. Boxes span the middle half of the
+    texts, whiskers the middle nine tenths; the dashed line is the speed, under which texts leave. Exits that the
+    config's limits leave out have no box.
 
-    Arguments as in [`plot_exit_layers`].
+    Args:
+        record, config, speeds, policy: As in [`plot_exit_layers`].
     """
     _check_number_of_speeds(speeds)
-    uncertainties = exit_uncertainties(record.exit_logits, policy, patience)
+    exit_policy = ExitPolicy.of(config, policy)
+    may_answer = speed_thresholds(record, config, 1.0) > 0  # the same exits at any speed above 0
+    uncertainties = exit_uncertainties(record, exit_policy, may_answer)
     with rc_context(STYLE):
         figure = Figure(figsize=(max(9, 0.9 * record.num_exits), 3.3), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(speeds), sharey=True))
         for axes, speed, letter in zip(panels, speeds, "abcdefgh", strict=False):
-            exit_layer = first_exits(uncertainties, speed)
+            is_shown = may_answer & replay_at_speed(record, config, speed, exit_policy).layers_run  # [rows, L]
             for layer in range(1, record.num_exits + 1):
-                reached = uncertainties[exit_layer >= layer, layer - 1].numpy()
+                reached = uncertainties[is_shown[:, layer - 1], layer - 1].numpy()
                 if len(reached) == 0:
                     continue
                 axes.boxplot(
@@ -241,18 +266,18 @@ def plot_uncertainty_by_layer(
             axes.set(xlabel="Layer", title=f"({letter}) speed {speed:g}", xlim=(0.3, record.num_exits + 0.7))
             axes.set_ylim(0, 1.02)
             _number_layers(axes, record.num_exits)
-        panels[0].set_ylabel(f"Uncertainty ({policy})")
+        panels[0].set_ylabel(f"Uncertainty ({exit_policy.name})")
     return figure
 
 
 def plot_training(
-    model: FastBertForSequenceClassification,
+    model: PreTrainedModel,
     fine_tuning: Sequence[Mapping[str, Any]],
     distillation: Sequence[Mapping[str, Any]],
     speed: float = 0.5,
 ) -> Figure:
     """
-    Figure 7: accuracy and FLOPs (paper count) after each epoch of fine-tuning and of self-distillation. During
+    Draw Figure 7: accuracy and FLOPs (paper count) after each epoch of fine-tuning and of self-distillation. During
     fine-tuning every text runs through all layers; afterwards at one speed.
 
     Args:
@@ -274,11 +299,14 @@ def plot_training(
     num_layers, last = len(model.exits), max(tuned)
     full = paper_flops(model, torch.tensor(num_layers), students=False).item()
     # Above speed 0 a layer with its exit costs as much as the next: the mean exit layer tells the mean cost.
-    per_layer = paper_flops(model, torch.tensor(1)).item()
+    layer, student = (costs[0].item() for costs in paper_costs(model))
+    skipped = ((model.config.min_exit_layer or 1) - 1) * student
     epochs = [*tuned, *(last + epoch for epoch in distilled)]
     accuracy = [entry["eval_accuracy"] for entry in tuned.values()] + [entry[key] for entry in distilled.values()]
     flops = [full] * len(tuned)
-    flops += [entry[f"eval_mean_exit_layer_speed_{speed:g}"] * per_layer for entry in distilled.values()]
+    flops += [
+        entry[f"eval_mean_exit_layer_speed_{speed:g}"] * (layer + student) - skipped for entry in distilled.values()
+    ]
     with rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.4), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
@@ -301,7 +329,7 @@ def plot_training(
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> list[Path]:
     """
-    Writes `path.png` and `path.svg`, each whole or not at all.
+    Write `path.png` and `path.svg`, each whole or not at all.
 
     Args:
         figure (`Figure`): From one of the functions above.
@@ -320,7 +348,7 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> list[Path]:
 
 
 def save_png(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes one PNG, whole or not at all, small enough for a model card."""
+    """Write one PNG, whole or not at all, small enough for a model card."""
     _save_whole(figure, Path(path), format="png", dpi=120)
 
 

@@ -7,24 +7,35 @@ activations, softmax). Neither is a time: time is measured ([`time_speeds`]).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+from transformers import PreTrainedModel
 
-from ..modeling.encoder_layouts import get_encoder_layout
-from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+from ..modeling.families import get_encoder_family
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _onednn_linear_flops(tokens_shape, weight_shape, *args, **kwargs) -> int:
+        """Count oneDNN's linear layers, which the engine may choose, as FlopCounterMode counts any other."""
+        return 2 * math.prod(tokens_shape) * weight_shape[0]
 
 
 def paper_flops(
-    model: FastBertForSequenceClassification,
+    model: PreTrainedModel,
     exit_layer: torch.Tensor,
     students: bool = True,
     sequence_length: int = 128,
     min_exit_layer: int = 1,
 ) -> torch.Tensor:
     """
-    The count of FastBERT (ACL 2020, Tables 2 and 3): the linear layers alone, every text padded to one length, without
-    the attention products and the last Linear of an exit. An exit's 128 x 128 layer counts once, as the authors' code
-    runs it; the paper's Table 1 counts it for every token.
+    Count as FastBERT does (ACL 2020, Tables 2 and 3): the linear layers alone, every text padded to one length,
+    without the attention products and the last Linear of an exit. An exit's 128 x 128 layer counts once, as the
+    authors' code runs it; the paper's Table 1 counts it for every token.
 
     For BERT-base it gives the paper's numbers: 21,785,247,744 for all layers and the teacher, 11,123,490,816 for a
     text that leaves after six layers, 3,707,830,272 after two (Table 3).
@@ -41,22 +52,19 @@ def paper_flops(
     Returns:
         `torch.Tensor`: long, shaped as `exit_layer`, on the CPU.
     """
-    exit_layer = exit_layer.cpu()
-    layers = [sequence_length * 2 * linear_weights(layer) for layer in model.fastbert.layers()]
-    exits = [_paper_exit_flops(model, exit_classifier, sequence_length) for exit_classifier in model.exits]
-    per_text = torch.tensor(layers).cumsum(0) + _exits_up_to(torch.tensor(exits), students, min_exit_layer)
-    return _at(per_text.expand(*exit_layer.shape, -1), exit_layer)
+    layers, exits = paper_costs(model, sequence_length)
+    return _up_to_exit(layers, exits, exit_layer.cpu(), students, min_exit_layer)
 
 
 def executed_flops(
-    model: FastBertForSequenceClassification,
+    model: PreTrainedModel,
     exit_layer: torch.Tensor,
     lengths: torch.Tensor,
     students: bool = True,
     min_exit_layer: int = 1,
 ) -> torch.Tensor:
     """
-    The matrix products that the adaptive forward really computes for each text: its own tokens only, attention
+    Count the matrix products that the adaptive forward really computes for each text: its own tokens only, attention
     products and the exits on the way included. Agrees with `torch.utils.flop_counter.FlopCounterMode`.
 
     Args:
@@ -69,63 +77,85 @@ def executed_flops(
     Returns:
         `torch.Tensor`: long of shape `[rows]`, on the CPU.
     """
-    exit_layer, tokens = exit_layer.cpu(), lengths.cpu()[:, None].long()  # [rows, 1]
-    weights = torch.tensor([linear_weights(layer) for layer in model.fastbert.layers()])
+    layers, exits = executed_costs(model, lengths)
+    return _up_to_exit(layers, exits, exit_layer.cpu(), students, min_exit_layer)
+
+
+def paper_costs(model: PreTrainedModel, sequence_length: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return what each layer and each exit costs in the count of [`paper_flops`].
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): Its shape counts.
+        sequence_length (`int`): Tokens of every padded text.
+
+    Returns:
+        `tuple` of two `torch.Tensor`: long of shape `[L]` each.
+    """
+    layers = [sequence_length * _linear_weights(layer) for layer in model.fastbert.layers()]
+    exits = []
+    for exit_classifier in model.exits:
+        pooler = _pooler(model, exit_classifier)
+        once = _linear_weights(pooler.exit_dense)
+        exits.append(sequence_length * (_linear_weights(pooler) - once) + once)
+    return 2 * torch.tensor(layers), 2 * torch.tensor(exits)
+
+
+def executed_costs(model: PreTrainedModel, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return what each layer and each exit costs in the count of [`executed_flops`]; the embeddings count in the first
+    layer.
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): Its shape counts.
+        lengths (`torch.Tensor` of shape `[rows]`, long): Tokens of each text.
+
+    Returns:
+        `tuple` of two `torch.Tensor`: long of shape `[rows, L]` each, on the CPU.
+    """
+    tokens = lengths.cpu().long()
+    hidden_size = model.config.hidden_size
+    layers = [_layer_macs(layer, tokens, hidden_size) for layer in model.fastbert.layers()]
+    layers[0] = layers[0] + tokens * _embedding_weights(model)
+    exits = [
+        _pooler(model, exit_classifier).macs(tokens) + _linear_weights(exit_classifier.out_proj)
+        for exit_classifier in model.exits
+    ]
+    return 2 * torch.stack(layers, 1), 2 * torch.stack(exits, 1)
+
+
+def _up_to_exit(
+    layers: torch.Tensor, exits: torch.Tensor, exit_layer: torch.Tensor, students: bool, min_exit_layer: int
+) -> torch.Tensor:
+    """Add up the costs of the layers and exits, `[..., L]`, that a text meets on its way to its exit layer."""
+    num_layers = layers.shape[-1]
+    if ((exit_layer < 1) | (exit_layer > num_layers)).any():
+        raise ValueError(f"exit_layer must be from 1 to {num_layers}, got {exit_layer.unique().tolist()}.")
+    depth = torch.arange(1, num_layers + 1)
+    is_run = depth <= exit_layer[..., None]
+    is_evaluated = is_run & (depth >= min_exit_layer) if students else depth == exit_layer[..., None]
+    return (layers * is_run + exits * is_evaluated).sum(-1)
+
+
+def _layer_macs(layer: nn.Module, tokens: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """Return the multiply-accumulates of one layer for texts of so many tokens, `[rows]`."""
     # Scores and their weighted sum: two products of every token with every other, over the whole hidden size.
-    layers = 2 * tokens * weights + 4 * tokens**2 * model.config.hidden_size  # [rows, L]
-    exits = torch.cat([_executed_exit_flops(model, exit_classifier, tokens) for exit_classifier in model.exits], 1)
-    embeddings = 2 * tokens * _embedding_products(model)
-    return _at(embeddings + layers.cumsum(1) + _exits_up_to(exits, students, min_exit_layer), exit_layer)
+    return tokens * _linear_weights(layer) + 2 * tokens**2 * hidden_size
 
 
-def linear_weights(module: nn.Module) -> int:
-    """Multiply-accumulates of all linear layers of a module for one token: the number of their weights."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _embedding_weights(model: PreTrainedModel) -> int:
+    """Return the weights that a token meets before the first layer: a projection to the hidden width, if any."""
+    backbone = model.fastbert.backbone
+    projection = get_encoder_family(backbone.config).projection
+    if projection is None or not hasattr(backbone, projection.partition(".")[0]):
+        return 0
+    return _linear_weights(backbone.get_submodule(projection))
 
 
-def _exits_up_to(exits: torch.Tensor, students: bool, min_exit_layer: int) -> torch.Tensor:
-    if not students:
-        return exits
-    is_evaluated = torch.arange(1, exits.shape[-1] + 1) >= min_exit_layer
-    return (exits * is_evaluated).cumsum(-1)
-
-
-def _at(flops: torch.Tensor, exit_layer: torch.Tensor) -> torch.Tensor:
-    if ((exit_layer < 1) | (exit_layer > flops.shape[-1])).any():
-        raise ValueError(f"exit_layer must be from 1 to {flops.shape[-1]}, got {exit_layer.unique().tolist()}.")
-    return flops.gather(-1, (exit_layer - 1)[..., None])[..., 0]
-
-
-def _pooler(model: FastBertForSequenceClassification, exit_classifier: nn.Module) -> nn.Module:
+def _pooler(model: PreTrainedModel, exit_classifier: nn.Module) -> nn.Module:
     return model.shared_pooler if exit_classifier.pooler is None else exit_classifier.pooler
 
 
-def _paper_exit_flops(
-    model: FastBertForSequenceClassification, exit_classifier: nn.Module, sequence_length: int
-) -> int:
-    pooler = _pooler(model, exit_classifier)
-    once = linear_weights(pooler.exit_dense)
-    return 2 * (sequence_length * (linear_weights(pooler) - once) + once)
-
-
-def _executed_exit_flops(
-    model: FastBertForSequenceClassification, exit_classifier: nn.Module, tokens: torch.Tensor
-) -> torch.Tensor:
-    pooler = _pooler(model, exit_classifier)
-    once = linear_weights(pooler) + linear_weights(exit_classifier.out_proj)
-    every_token = 0
-    if hasattr(pooler, "exit_key"):
-        every_token = sum(map(linear_weights, (pooler.exit_projection, pooler.exit_key, pooler.exit_value)))
-        once -= every_token
-        # Only the first token asks: one row of scores and one weighted sum, over the width of the exit.
-        every_token += 2 * pooler.exit_key.out_features
-    return 2 * (tokens * every_token + once)
-
-
-def _embedding_products(model: FastBertForSequenceClassification) -> int:
-    """Multiply-accumulates for one token before the first layer: a projection to the hidden width, if there is one."""
-    backbone = model.fastbert.backbone
-    layout = get_encoder_layout(backbone.config)
-    if layout.projection is not None and hasattr(backbone, layout.projection.partition(".")[0]):
-        return linear_weights(backbone.get_submodule(layout.projection))
-    return 0
+def _linear_weights(module: nn.Module) -> int:
+    """Return the weights of all linear layers of a module: their multiply-accumulates for one token."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

@@ -7,11 +7,20 @@ sums to 1 within a hundredth, they are taken for probabilities (rounded ones and
 
 from __future__ import annotations
 
-import datasets
-import evaluate
 import numpy as np
+import torch
+
+from ..modeling.tasks import TASKS
 
 
+try:
+    import datasets
+    import evaluate
+except ImportError as error:
+    raise ImportError('fastbert_hf.evaluation needs its extra: pip install "fastbert-hf[evaluation]"') from error
+
+
+CLASSIFICATION = TASKS["single_label_classification"]
 CASCADEBERT = """\
 @inproceedings{li-etal-2021-cascadebert-accelerating,
     title = "{C}ascade{BERT}: Accelerating Inference of Pre-trained Language Models via Calibrated Complete Models Cascade",
@@ -29,8 +38,8 @@ Args:
 
 class DifficultyInversionScore(evaluate.Metric):
     """
-    How consistently a classifier is less confident where it is wrong (CascadeBERT, EMNLP Findings 2021, Eq. 1 to 3):
-    the share of the pairs of a wrong and a right answer in which the wrong one is not the more confident.
+    Measure how consistently a classifier is less confident where it is wrong (CascadeBERT, EMNLP Findings 2021, Eq. 1
+    to 3): the share of the pairs of a wrong and a right answer in which the wrong one is not the more confident.
 
     The paper's Eq. 1 prints the comparison of confidences the other way round, which its Eq. 2 would never count; the
     text and its Figure 3 (higher is better) say what is meant.
@@ -50,7 +59,7 @@ Returns:
     def _compute(self, predictions, references) -> dict[str, float]:
         probabilities, labels = _checked(predictions, references)
         confidence = probabilities.max(-1)
-        wrong = probabilities.argmax(-1) != labels
+        wrong = _answers(probabilities) != labels
         right_confidence = np.sort(confidence[~wrong])
         pairs = wrong.sum() * (~wrong).sum()
         # For each wrong answer, the right ones that are less confident.
@@ -60,8 +69,8 @@ Returns:
 
 class ExpectedCalibrationError(evaluate.Metric):
     """
-    How far confidence is from accuracy (CascadeBERT, EMNLP Findings 2021, Appendix B, Eq. 7): the difference of the
-    two in each of 10 equally wide bins of confidence, weighted by the answers in it.
+    Measure how far confidence is from accuracy (CascadeBERT, EMNLP Findings 2021, Appendix B, Eq. 7): the difference
+    of the two in each of 10 equally wide bins of confidence, weighted by the answers in it.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -80,7 +89,7 @@ Returns:
         if num_bins < 1:
             raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
         probabilities, labels = _checked(predictions, references)
-        confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+        confidence, right = probabilities.max(-1), _answers(probabilities) == labels
         # A bin holds its upper edge, so that a confidence of 1 is in the last one.
         bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
         gaps = np.bincount(bins, weights=right.astype(float) - confidence, minlength=num_bins)
@@ -88,7 +97,7 @@ Returns:
 
 
 class FullModelAgreement(evaluate.Metric):
-    """The share of the rows to which the early answer is that of the full model. Needs no labels."""
+    """Measure on which share of the rows the early answer is that of the full model. Needs no labels."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -111,7 +120,7 @@ Returns:
                 f"predictions are {list(early.shape)} and references {list(full.shape)}: give both as [rows, "
                 "num_labels] of the same rows."
             )
-        return {"full_model_agreement": float((early.argmax(-1) == full.argmax(-1)).mean())}
+        return {"full_model_agreement": float((_answers(early) == _answers(full)).mean())}
 
 
 def _scores(values, name: str) -> np.ndarray:
@@ -127,7 +136,7 @@ def _scores(values, name: str) -> np.ndarray:
 
 
 def _checked(predictions, references) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities `[rows, num_labels]` and labels `[rows]`."""
+    """Return probabilities `[rows, num_labels]` and labels `[rows]`."""
     scores, labels = _scores(predictions, "predictions"), np.asarray(references)
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(
@@ -135,5 +144,10 @@ def _checked(predictions, references) -> tuple[np.ndarray, np.ndarray]:
         )
     are_probabilities = (scores >= 0).all() and np.allclose(scores.sum(-1), 1, rtol=0, atol=1e-2)
     if not are_probabilities:
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        return CLASSIFICATION.probabilities(torch.from_numpy(scores)).numpy(), labels
     return scores / scores.sum(-1, keepdims=True), labels
+
+
+def _answers(scores: np.ndarray) -> np.ndarray:
+    """Return the label of each row of logits or probabilities, `[rows]`."""
+    return CLASSIFICATION.predictions(torch.from_numpy(scores)).numpy()

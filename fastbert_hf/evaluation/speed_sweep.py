@@ -12,16 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling.exit_policies import exit_range, exit_uncertainties, first_exits
-from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+from ..files import write_whole
+from ..modeling.configuration_cascade import CASCADE_POLICIES
+from ..modeling.exit_policies import EXIT_POLICIES, ExitPolicy, exit_thresholds
+from ..modeling.tasks import task_of
 from .exit_record import ExitRecord
-from .flops import executed_flops, paper_flops
+from .flops import paper_costs
+from .replay import Replay, exit_uncertainties, replay, speed_thresholds
+
+
+try:
+    import pandas as pd
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+except ImportError as error:
+    raise ImportError('fastbert_hf.evaluation needs its extra: pip install "fastbert-hf[evaluation]"') from error
 
 
 # Finer near 0: exits that were taught by a teacher sure of its training texts are sure, too.
@@ -39,28 +47,32 @@ TASK_METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], float]] = {
 
 
 def sweep_speeds(
-    model: FastBertForSequenceClassification,
+    model: PreTrainedModel,
     record: ExitRecord,
     speeds: Iterable[float] = SPEEDS,
     policies: Sequence[str] | None = None,
     metric: str = "accuracy",
 ) -> pd.DataFrame:
     """
-    One row for every policy and speed, within the config's `min_exit_layer` and `max_layers`.
+    Make a table with one row for every policy and speed, within the config's `min_exit_layer` and `max_layers`.
 
     | column | meaning |
     |---|---|
     | `policy`, `speed` | what decides when a text leaves |
     | `accuracy`, `f1` or `matthews_correlation` | against the gold labels; left out where there are none |
-    | `agreement` | share of the answers that are the teacher's |
-    | `mean_exit_layer` | layers that a text ran through, on average |
-    | `layer_speed_up` | L / `mean_exit_layer`: how many times fewer layers were executed |
-    | `paper_flops`, `paper_speed_up` | mean per text, [`paper_flops`]; full depth divided by it |
-    | `executed_flops`, `executed_speed_up` | mean per text, [`executed_flops`]; full depth divided by it |
-    | `exit_1` to `exit_L` | share of the texts that left there |
+    | `agreement` | share of the answers that are those of the full model |
+    | `mean_exit_layer` | layers that a text ran through, on average; in all members of a cascade |
+    | `layer_speed_up` | how many times fewer layers were executed than by the full model |
+    | `paper_flops`, `paper_speed_up` | mean per text, [`paper_flops`]; the full model's divided by it |
+    | `executed_flops`, `executed_speed_up` | mean per text, [`executed_flops`]; the full model's divided by it |
+    | `exit_1` to `exit_L` | share of the texts that left there; not for a cascade |
+    | `member_1` to `member_n` | share of the texts that each member of a cascade answered |
+
+    The full model is every layer of a single model, and the last member alone of a cascade.
 
     Args:
-        model ([`FastBertForSequenceClassification`]): The model of the record.
+        model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]):
+            The model of the record.
         record ([`ExitRecord`]): From [`record_exits`].
         speeds (iterable of `float`):
             In [0, 1]; unless given, 0 to 0.1 in steps of a thousandth and on to 1 in steps of a hundredth.
@@ -70,92 +82,104 @@ def sweep_speeds(
     Returns:
         `pandas.DataFrame`: it prints as a table; [`save_table`] keeps it.
     """
-    describe = _Describer(model, record, metric)
-    config, speeds = model.config, list(speeds)
-    policies = [config.exit_policy] if policies is None else policies
-    # As the pipeline, which keeps to the limits of the config.
-    exits = exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)
+    columns_of, config = _Columns(model, record, metric), model.config
+    allowed = CASCADE_POLICIES if config.model_type == "fastbert_cascade" else EXIT_POLICIES
+    speeds, policies = list(speeds), [config.exit_policy] if policies is None else list(policies)
+    for policy in policies:
+        if policy not in allowed:
+            raise ValueError(
+                f"exit policy {policy!r} is not known for this model; choose one of {', '.join(allowed)}."
+            )
     rows = []
     for policy in policies:
-        # Of these alone: patience counts the agreements of exits that were evaluated.
-        uncertainties = exit_uncertainties(record.exit_logits[:, exits[0] - 1 : exits[-1]], policy, config.patience)
+        exit_policy = ExitPolicy.of(config, policy)
+        # Any speed above 0 asks the same exits, and at speed 0 nobody compares uncertainties.
+        uncertainties = exit_uncertainties(record, exit_policy, speed_thresholds(record, config, 1.0) > 0)
         for speed in speeds:
-            exit_layer = first_exits(uncertainties, speed) + exits[0] - 1
-            rows.append({"policy": policy, "speed": speed, **describe(exit_layer, students=speed > 0)})
+            replayed = replay(record, speed_thresholds(record, config, speed), exit_policy, uncertainties)
+            rows.append({"policy": policy, "speed": speed, **columns_of(replayed)})
     return pd.DataFrame(rows)
 
 
-def sweep_depths(
-    model: FastBertForSequenceClassification, record: ExitRecord, metric: str = "accuracy"
-) -> pd.DataFrame:
+def sweep_depths(model: PreTrainedModel, record: ExitRecord, metric: str = "accuracy") -> pd.DataFrame:
     """
-    One row for every depth at which all texts leave together, as with `max_layers` at speed 0. Only the exit that
-    answers is evaluated and counted (in the paper's "without adaptive inference" those below count, too). Arguments
-    and columns as in [`sweep_speeds`], with `max_layers` in place of policy and speed.
+    Make a table with one row for every depth at which all texts leave together, as with `max_layers` at speed 0. Only
+    the exit that answers is evaluated and counted (in the paper's "without adaptive inference" those below count,
+    too).
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): The model of the record.
+        record ([`ExitRecord`]): From [`record_exits`].
+        metric (`str`): As in [`sweep_speeds`].
+
+    Returns:
+        `pandas.DataFrame` with the columns of [`sweep_speeds`], and `max_layers` in place of policy and speed.
     """
-    describe = _Describer(model, record, metric)
-    depths = range(1, record.num_exits + 1)
-    rows = [
-        {"max_layers": depth, **describe(torch.full_like(record.lengths, depth), students=False)} for depth in depths
-    ]
-    return pd.DataFrame(rows)
-
-
-class _Describer:
-    """The columns that follow from where each text leaves."""
-
-    def __init__(self, model: FastBertForSequenceClassification, record: ExitRecord, metric: str):
-        check_metric(metric, record, stacklevel=4)
-        if record.num_exits != len(model.exits):
-            raise ValueError(
-                f"the record has {record.num_exits} exits and the model {len(model.exits)}: give the model that "
-                "made it."
-            )
-        self.model, self.record, self.metric = model, record, metric
-        self.answers = record.exit_logits.argmax(-1)  # [rows, L]
-        full_depth = torch.full_like(record.lengths, record.num_exits)
-        self.full = self._flops(full_depth, students=False)
-
-    def _flops(self, exit_layer: torch.Tensor, students: bool) -> tuple[float, float]:
-        first = self.model.config.min_exit_layer or 1
-        paper = paper_flops(self.model, exit_layer, students, min_exit_layer=first)
-        executed = executed_flops(self.model, exit_layer, self.record.lengths, students, min_exit_layer=first)
-        return paper.double().mean().item(), executed.double().mean().item()
-
-    def __call__(self, exit_layer: torch.Tensor, students: bool) -> dict[str, float]:
-        num_exits, labels = self.record.num_exits, self.record.labels
-        answers = self.answers.gather(1, (exit_layer - 1)[:, None])[:, 0]
-        paper, executed = self._flops(exit_layer, students)
-        mean_exit_layer = exit_layer.double().mean().item()
-        shares = torch.bincount(exit_layer, minlength=num_exits + 1)[1:].double() / len(exit_layer)
-        return {
-            **task_metric(self.metric, labels, answers, self.record.exit_logits.shape[-1]),
-            "agreement": (answers == self.answers[:, -1]).double().mean().item(),
-            "mean_exit_layer": mean_exit_layer,
-            "layer_speed_up": num_exits / mean_exit_layer,
-            "paper_flops": paper,
-            "paper_speed_up": self.full[0] / paper,
-            "executed_flops": executed,
-            "executed_speed_up": self.full[1] / executed,
-            **{f"exit_{depth}": share for depth, share in enumerate(shares.tolist(), start=1)},
-        }
-
-
-def check_metric(metric: str, record: ExitRecord, stacklevel: int) -> None:
-    """An error for an unknown metric, and a warning, on the caller's line, where there are no labels for it."""
-    if metric not in TASK_METRICS:
-        raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(TASK_METRICS)}.")
-    if record.labels is None:
-        warnings.warn(
-            f"the data has no labels, so there is no {metric}: the table reports the agreement with the full model "
-            "(give a 'labels' column for more).",
-            stacklevel=stacklevel,
+    if hasattr(model, "members"):
+        raise ValueError(
+            "the depths of a cascade are those of its members: give one of them and its part of the record, as in "
+            "sweep_depths(cascade.members[0], record.of_member(1))."
         )
+    columns_of, policy = _Columns(model, record, metric), ExitPolicy.of(model.config)
+    no_speed = torch.zeros(len(record.exit_logits))
+    rows = []
+    for depth in range(1, record.num_exits + 1):
+        thresholds = exit_thresholds(no_speed, record.num_exits, max_layers=depth)
+        rows.append({"max_layers": depth, **columns_of(replay(record, thresholds, policy))})
+    return pd.DataFrame(rows)
 
 
-def task_metric(metric: str, labels: torch.Tensor | None, answers: torch.Tensor, num_labels: int) -> dict[str, float]:
-    """A metric of the task under its name, or nothing where there are no labels."""
-    return {} if labels is None else {metric: float(TASK_METRICS[metric](labels, answers, num_labels))}
+class _Columns:
+    """The columns of a table that follow from where each text leaves, beside those of the full model."""
+
+    def __init__(self, model: PreTrainedModel, record: ExitRecord, metric: str):
+        if metric not in TASK_METRICS:
+            raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(TASK_METRICS)}.")
+        if record.layer_flops is None or record.exit_flops is None:
+            raise ValueError(
+                "the record has no costs: record_exits(model, dataset, data_collator) makes one that has."
+            )
+        if record.labels is None:
+            warnings.warn(
+                f"the data has no labels, so there is no {metric}: the table reports the agreement with the full "
+                "model (give a 'labels' column for more).",
+                stacklevel=3,
+            )
+        self.record, self.metric, self.task = record, metric, task_of(model.config)
+        members = list(getattr(model, "members", [model]))
+        self.is_cascade = len(members) > 1
+        layers, exits = zip(*map(paper_costs, members), strict=True)
+        self.paper_layers, self.paper_exits = torch.cat(layers), torch.cat(exits)  # [L] each
+        thresholds = speed_thresholds(record, model.config, 0.0)
+        if not self.is_cascade:
+            # Callers may go beyond the limits of the config; those of a member are a part of the cascade.
+            thresholds = exit_thresholds(torch.zeros(len(thresholds)), record.num_exits)
+        full = replay(record, thresholds, ExitPolicy.of(model.config))
+        self.full_answers, self.full_costs = self.task.predictions(full.logits), self._costs(full)
+
+    def _costs(self, replayed: Replay) -> dict[str, float]:
+        paper = (replayed.layers_run * self.paper_layers + replayed.exits_run * self.paper_exits).sum(1)
+        costs = {"layer": replayed.exit_layer, "paper": paper, "executed": replayed.flops}
+        return {name: column.double().mean().item() for name, column in costs.items()}
+
+    def __call__(self, replayed: Replay) -> dict[str, float]:
+        labels, answers, costs = self.record.labels, self.task.predictions(replayed.logits), self._costs(replayed)
+        num_labels = self.record.exit_logits.shape[-1]
+        speed_ups = {name: full / costs[name] for name, full in self.full_costs.items()}
+        number = len(self.record.member_layers) if self.is_cascade else self.record.num_exits
+        places, name = (replayed.exit_member, "member") if self.is_cascade else (replayed.exit_layer, "exit")
+        shares = torch.bincount(places, minlength=number + 1)[1:].double() / len(places)
+        return {
+            **({} if labels is None else {self.metric: float(TASK_METRICS[self.metric](labels, answers, num_labels))}),
+            "agreement": (answers == self.full_answers).double().mean().item(),
+            "mean_exit_layer": costs["layer"],
+            "layer_speed_up": speed_ups["layer"],
+            "paper_flops": costs["paper"],
+            "paper_speed_up": speed_ups["paper"],
+            "executed_flops": costs["executed"],
+            "executed_speed_up": speed_ups["executed"],
+            **{f"{name}_{place}": share for place, share in enumerate(shares.tolist(), start=1)},
+        }
 
 
 def time_speeds(
@@ -167,8 +191,9 @@ def time_speeds(
     progress: bool = True,
 ) -> pd.DataFrame:
     """
-    Wall-clock of `model.predict`, which the pipeline uses, without the tokenizer. The speeds take turns within each
-    repeat, so that a machine's moods reach all of them, and each repeat compares them with its own full-depth pass.
+    Measure the wall-clock time of `model.predict`, which the pipeline uses, without the tokenizer. The speeds take
+    turns within each repeat, so that whatever else the machine does slows down all of them, and each repeat compares
+    them with its own full-depth pass.
 
     Args:
         model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): Put into eval mode.
@@ -220,9 +245,9 @@ def at_speed_up(
     column: str = "layer_speed_up",
 ) -> dict[str, float] | None:
     """
-    What a dial gives at exactly one speed-up, so that dials with fine and coarse steps can be compared: the two
-    neighbouring settings are found on dev data, and texts are split between them by chance, so that dev data reaches
-    the speed-up. The expected accuracy is reported, or that of another mean over the texts.
+    Return what a table of settings gives at exactly one speed-up, so that fine and coarse steps can be compared. The
+    two neighbouring settings are found on dev data. Each text gets one of them by chance, in the proportion at which
+    dev data reaches the speed-up. The expected accuracy is returned, or that of another mean over the texts.
 
     Args:
         chosen_on (`pandas.DataFrame`): The settings on dev data, from [`sweep_speeds`] or [`sweep_depths`].
@@ -232,7 +257,7 @@ def at_speed_up(
         column (`str`): Column of the speed-up.
 
     Returns:
-        `dict` with the metric and the speed-up on test data, or `None` where the dial does not reach that far.
+        `dict` with the metric and the speed-up on test data, or `None` where no setting reaches that far.
     """
     if len(chosen_on) != len(reported_on):
         raise ValueError(f"both tables need the same settings, got {len(chosen_on)} and {len(reported_on)} rows.")
@@ -250,7 +275,7 @@ def at_speed_up(
 
 
 def save_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Writes a table as `.csv` or `.json`, whole or not at all. JSON keeps `table.attrs`, such as settings, too."""
+    """Write a table as `.csv` or `.json`, whole or not at all. JSON keeps `table.attrs`, such as settings, too."""
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
         raise ValueError(f"a table is saved as .csv or .json, got {str(path)!r}.")
@@ -263,7 +288,7 @@ def save_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
 
 
 def load_table(path: str | os.PathLike) -> pd.DataFrame:
-    """A table that [`save_table`] wrote."""
+    """Read a table that [`save_table`] wrote."""
     path = Path(path)
     if path.suffix == ".csv":
         return pd.read_csv(path)
@@ -271,11 +296,3 @@ def load_table(path: str | os.PathLike) -> pd.DataFrame:
     table = pd.DataFrame(content["rows"])
     table.attrs = content["settings"]
     return table
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes under a temporary name and moves into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -14,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..files import write_whole
+
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +69,7 @@ class Measured:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the task that every row has, the first one being that of the plot."""
+        """Return the metrics of the task that every row has, the first one being that of the plot."""
         others = (*COST_COLUMNS, *HIDDEN_COLUMNS)
         return [
             name
@@ -79,7 +81,7 @@ class Measured:
 
 
 def as_rows(table: Any) -> list[dict[str, float]]:
-    """A table of pandas or an iterable of rows as dicts of plain numbers, one for each speed."""
+    """Return a table of pandas or an iterable of rows as dicts of plain numbers, one for each speed."""
     rows = {}
     for row in table.to_dict("records") if hasattr(table, "to_dict") else table:
         # Metrics come as numbers of NumPy or PyTorch, too, which YAML cannot write; what is no number has no place.
@@ -106,15 +108,15 @@ def write_model_card(
     example: str = EXAMPLE,
 ) -> ModelCard:
     """
-    Writes `README.md` into the folder of a saved model, and where speeds were measured a plot of them (for which the
+    Write `README.md` into the folder of a saved model, and where speeds were measured a plot of them (for which the
     extra `evaluation` must be installed).
 
     Args:
         folder (`str` or `PathLike`): Of the model. Code that [`save_with_code`] put there is mentioned.
         model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): The model.
         measured ([`Measured`] or a table of [`sweep_speeds`], *optional*):
-            Every number of the card that is not a setting. `model.measured` unless given, which
-            [`SelfDistillationTrainer`] sets when it evaluates.
+            Every number of the card that is not a setting. `model.measured` unless given, which [`ExitTrainer`] sets
+            when it evaluates.
         model_name (`str`, *optional*): Title; the end of `repo_id` or the folder's name unless given.
         repo_id (`str`, *optional*):
             What `from_pretrained` is called with; the model's name unless given. Empty for the pipeline's default.
@@ -180,9 +182,7 @@ def write_model_card(
         training=markdown_table(("setting", "value"), training.items()) if training else None,
         notes=notes,
     )
-    part = folder / "README.md.part"
-    card.save(part)
-    os.replace(part, folder / "README.md")
+    write_whole(folder / "README.md", str(card))
     return card
 
 
@@ -191,7 +191,7 @@ def as_list(value: str | Iterable[str] | None) -> list[str]:
 
 
 def as_python(text: str) -> str:
-    """A text as it is written in a program."""
+    """Return a text as it is written in a program."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -200,7 +200,7 @@ def in_one_line(text: Any) -> str:
 
 
 def backbones_on_hub(config: PreTrainedConfig) -> list[str]:
-    """The names of the pretrained encoders, but for those that were folders."""
+    """Return the names of the pretrained encoders, but for those that were folders."""
     names = [part.text_config._name_or_path for part in getattr(config, "members", None) or [config]]
     return list(dict.fromkeys(name for name in names if name and not os.path.exists(name)))
 
@@ -220,7 +220,7 @@ def describe_members(config: PreTrainedConfig) -> str:
 
 
 def has_code(folder: Path) -> bool:
-    """Whether the model in a folder brings its code."""
+    """Tell whether the model in a folder brings its code."""
     config = folder / "config.json"
     return config.exists() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
 
@@ -232,7 +232,7 @@ def describe_data(measured: Measured) -> str:
 
 
 def speed_table(measured: Measured) -> str:
-    """The measured rows as Markdown."""
+    """Return the measured rows as Markdown."""
     columns = {"speed": "speed", **{name: title(name) for name in measured.metrics}}
     columns.update(
         {name: header for name, header in COST_COLUMNS.items() if any(name in row for row in measured.speeds)}
@@ -262,7 +262,7 @@ def title(name: str) -> str:
 
 
 def eval_results(measured: Measured, default_speed: float) -> list[EvalResult] | None:
-    """The metrics at full depth and at the default speed, for the card's `model-index`."""
+    """Return the metrics at full depth and at the default speed, for the card's `model-index`."""
     shown = [row for row in measured.speeds if row["speed"] in (0, default_speed)]
     results = [
         EvalResult(
@@ -282,7 +282,7 @@ def eval_results(measured: Measured, default_speed: float) -> list[EvalResult] |
 
 
 def write_plot(path: Path, measured: Measured, num_layers: int) -> bool:
-    """Draws the first metric over the layers executed; whether it could."""
+    """Draw the first metric over the layers executed, and return whether that was possible."""
     rows = measured.curve or measured.speeds
     if len(rows) < 2 or not measured.metrics or any(measured.metrics[0] not in row for row in rows):
         return False

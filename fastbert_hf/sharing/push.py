@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling.cascade_inputs import check_tokenizer
+from ..modeling.processing_cascade import CascadeProcessor, check_tokenizer
 from .model_card import as_list, write_model_card
 from .with_code import write_code
 
@@ -19,7 +19,7 @@ def push_to_hub(
     repo_id: str,
     *,
     with_code: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
@@ -30,13 +30,14 @@ def push_to_hub(
     tags: str | list[str] | None = None,
 ) -> CommitInfo:
     """
-    Uploads the model to the Hub in one commit, with a model card: the one that the repository has already, else one of
-    what [`SelfDistillationTrainer`] measured when it last evaluated this model, else one without numbers.
+    Upload the model to the Hub in one commit, with a model card: the one that the repository has already, else one of
+    what [`ExitTrainer`] measured when it last evaluated this model, else one without numbers.
 
     Args:
         repo_id (`str`): As in `from_pretrained`; the repository is made where there is none.
         with_code (`bool`): Whether to put the code beside the weights, as [`save_with_code`] does.
-        tokenizer (*optional*): Uploaded, too. A pipeline brings its own.
+        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*):
+            Uploaded, too; the pipeline needs one. A pipeline that is pushed brings its own.
 
         The other arguments are those of `PreTrainedModel.push_to_hub`.
 
@@ -74,7 +75,7 @@ def push_to_hub(
 
 
 def card_on_hub(repo_id: str, revision: str | None, token: bool | str | None) -> ModelCard | None:
-    """The card that the repository has."""
+    """Return the card that the repository has, `None` where there is none."""
     try:
         return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
     except RemoteEntryNotFoundError:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling
-from ..modeling.cascade_inputs import check_tokenizer
+from ..files import write_whole
 from ..modeling.pretrained_fastbert import FastBertPreTrainedModel
+from ..modeling.processing_cascade import CascadeProcessor, check_tokenizer
 from .model_card import write_model_card
 
 
-MODELING_FILES = sorted(path for path in Path(modeling.__file__).parent.glob("*.py") if path.name != "__init__.py")
 # Where Transformers finds the classes; the installed config drops both on load, as it needs neither.
 PIPELINE = {
     "fast-text-classification": {
@@ -41,18 +43,19 @@ AUTO_MAPS = {
 def save_with_code(
     model: FastBertPreTrainedModel,
     folder: str | os.PathLike,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
     max_shard_size: int | str = "50GB",
 ) -> None:
     """
-    Saves a model with the code that it needs, so that it also loads where this package is not installed, by those who
+    Save a model with the code that it needs, so that it also loads where this package is not installed, by those who
     say `trust_remote_code=True`. With the package installed the same folder loads as any other, with the installed
     classes, and nothing in it is run.
 
     Args:
         model ([`FastBertForSequenceClassification`] or another model of this package): The model.
         folder (`str` or `PathLike`): Where to save. A model card that is there already stays.
-        tokenizer (*optional*): Saved beside it; the pipeline needs one.
+        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*):
+            Saved beside it; the pipeline needs one.
         max_shard_size (`int` or `str`): As in `PreTrainedModel.save_pretrained`.
 
     Example:
@@ -81,13 +84,22 @@ def save_with_code(
 
 
 def write_code(folder: Path) -> None:
-    """Puts the code into the folder of a saved model, and into its config where it is. The config comes last."""
+    """Put the code into the folder of a saved model, and into its config where that is. The config comes last."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for path in MODELING_FILES:
-        # A cascade needs all of them, a single model only its own.
-        if "cascade" in config["model_type"] or "cascade" not in path.name:
-            shutil.copyfile(path, folder / path.name)
-    part = folder / "config.json.part"
-    config.update(auto_map=AUTO_MAPS[config["model_type"]], custom_pipelines=PIPELINE)
-    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, folder / "config.json")
+    auto_map = AUTO_MAPS[config["model_type"]]
+    for path in code_of([*auto_map.values(), *(pipeline["impl"] for pipeline in PIPELINE.values())]):
+        shutil.copyfile(path, folder / path.name)
+    config.update(auto_map=auto_map, custom_pipelines=PIPELINE)
+    write_whole(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def code_of(classes: Iterable[str]) -> set[Path]:
+    """
+    Return the files that classes need: their own, and what these import of each other.
+
+    Args:
+        classes (iterable of `str`): As `auto_map` names them, `"modeling_fastbert.FastBertModel"`.
+    """
+    code = Path(modeling.__file__).parent
+    files = {code / f"{name.partition('.')[0]}.py" for name in classes}
+    return files | {Path(needed) for file in files for needed in get_relative_import_files(file)}

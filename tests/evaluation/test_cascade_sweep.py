@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
-from transformers import BertTokenizer, DataCollatorWithPadding, pipeline
+from transformers import BertTokenizer, DataCollatorWithPadding, PreTrainedModel, pipeline
 
 from fastbert_hf import CascadeForSequenceClassification, FastBertForSequenceClassification
-from fastbert_hf.evaluation import ExitRecord, record_exits, record_members, sweep_cascade, sweep_speeds
+from fastbert_hf.evaluation import ExitRecord, record_exits, sweep_depths, sweep_speeds
 
-from ..common import assert_close, tiny_model, tiny_texts, tiny_tokenizer
-from ..modeling.test_cascade import stock
+from ..common import assert_close, stock, tiny_model, tiny_texts, tiny_tokenizer
 from .test_flops import counted
 
 
@@ -36,113 +35,130 @@ def two_layers(model: FastBertForSequenceClassification) -> FastBertForSequenceC
     return model
 
 
-def cascade_of(*members, **settings) -> CascadeForSequenceClassification:
-    tokenizers = settings.pop("tokenizers", [tiny_tokenizer()] * len(members))
-    return CascadeForSequenceClassification.from_members(members, tokenizers, **settings)
+class Case(NamedTuple):
+    """
+    A cascade to ask and what is to be seen.
+
+    Args:
+        members (`Callable`): Makes them.
+        places (`set`): Where texts leave, of all places: member, and layers executed by then.
+        exit_policy (`str`): Of the cascade.
+        tokenizers (`list`): One for all members, or one for each.
+    """
+
+    members: Callable[[], list[PreTrainedModel]]
+    places: set[tuple[int, int]]
+    exit_policy: str = "confidence"
+    tokenizers: tuple[BertTokenizer, ...] = (tiny_tokenizer(),)
+
+    def cascade(self) -> CascadeForSequenceClassification:
+        members = self.members()
+        tokenizers = list(self.tokenizers) * (len(members) // len(self.tokenizers))
+        return CascadeForSequenceClassification.from_members(members, tokenizers, exit_policy=self.exit_policy)
+
+    def rows(self, labels: bool = True) -> tuple[Any, Any]:
+        """The texts as `record_exits` takes them, and what collates them."""
+        datasets = [[dict(tokenizer(text)) for text in tiny_texts(NUM_TEXTS)] for tokenizer in self.tokenizers]
+        for rows in datasets if labels else ():
+            for number, row in enumerate(rows):
+                row["labels"] = number % 3
+        collators = list(map(DataCollatorWithPadding, self.tokenizers))
+        return (datasets, collators) if len(self.tokenizers) > 1 else (datasets[0], collators[0])
+
+    def inputs(self) -> dict[str, Any]:
+        """The same texts for the cascade's own forward."""
+        encoded = [
+            tokenizer(tiny_texts(NUM_TEXTS), padding=True, return_tensors="pt") for tokenizer in self.tokenizers
+        ]
+        return {"member_inputs": encoded} if len(encoded) > 1 else dict(encoded[0])
 
 
-# Members to ask and, of all that is to be seen, where texts leave: member and layers executed by then.
-CASCADES = {
-    "stock": (lambda: cascade_of(stock(num_layers=1, seed=1), stock(num_layers=3, seed=2)), {(1, 1), (2, 3), (2, 4)}),
+CASES = {
+    "stock": Case(lambda: [stock(num_layers=1, seed=1), stock(num_layers=3, seed=2)], {(1, 1), (2, 3), (2, 4)}),
     # ELECTRA has a projection before its first layer.
-    "three": (
-        lambda: cascade_of(
-            stock(num_layers=1, seed=1), stock("electra", 2, 2), stock(num_layers=4, seed=3), exit_policy="margin"
-        ),
+    "three": Case(
+        lambda: [stock(num_layers=1, seed=1), stock("electra", 2, 2), stock(num_layers=4, seed=3)],
         {(1, 1), (2, 3), (3, 4), (3, 7)},
+        "margin",
     ),
-    "fastbert": (
-        lambda: cascade_of(two_layers(tiny_model(seed=1)), tiny_model("electra", 2), exit_policy="entropy"),
+    "fastbert": Case(
+        lambda: [two_layers(tiny_model(seed=1)), tiny_model("electra", 2)],
         {(1, 1), (1, 2), (2, 4), (2, 5), (2, 6)},
+        "entropy",
     ),
-    "limited": (
-        lambda: cascade_of(
-            tiny_model(seed=1, min_exit_layer=2, max_layers=3), tiny_model(seed=2, min_exit_layer=2, max_layers=3)
-        ),
+    "limited": Case(
+        lambda: [tiny_model(seed=seed, min_exit_layer=2, max_layers=3) for seed in (1, 2)],
         {(1, 2), (1, 3), (2, 3), (2, 5), (2, 6)},
     ),
-    "own tokenizers": (
-        lambda: cascade_of(
-            stock("distilbert", 1, 4),
-            stock(num_layers=3, seed=5),
-            tokenizers=[tiny_tokenizer(), splitting_tokenizer()],
-        ),
+    "own tokenizers": Case(
+        lambda: [stock("distilbert", 1, 4), stock(num_layers=3, seed=5)],
         {(1, 1), (2, 3), (2, 4)},
+        tokenizers=(tiny_tokenizer(), splitting_tokenizer()),
     ),
 }
 
 
-def recorded(cascade: CascadeForSequenceClassification, labels: bool = True) -> list[ExitRecord]:
-    datasets = [[dict(tokenizer(text)) for text in tiny_texts(NUM_TEXTS)] for tokenizer in cascade.tokenizers]
-    for rows in datasets if labels else ():
-        for number, row in enumerate(rows):
-            row["labels"] = number % 3
-    collators = list(map(DataCollatorWithPadding, cascade.tokenizers))
-    if not cascade.config.own_tokenizers:
-        (datasets,), (collators,) = datasets, collators
-    return record_members(cascade, datasets, collators, batch_size=7, progress=False)
+def recorded(cascade: CascadeForSequenceClassification, case: Case, labels: bool = True) -> ExitRecord:
+    return record_exits(cascade, *case.rows(labels), batch_size=7, progress=False)
 
 
-def inputs_of(cascade: CascadeForSequenceClassification) -> dict[str, Any]:
-    """The same texts for the cascade's own forward."""
-    encoded = [tokenizer(tiny_texts(NUM_TEXTS), padding=True, return_tensors="pt") for tokenizer in cascade.tokenizers]
-    return {"member_inputs": encoded} if cascade.config.own_tokenizers else dict(encoded[0])
-
-
-def answers_of(cascade: CascadeForSequenceClassification, **arguments):
+def answers_of(cascade: CascadeForSequenceClassification, case: Case, **arguments):
     with torch.no_grad():
-        return cascade(**inputs_of(cascade), **arguments)
+        return cascade(**case.inputs(), **arguments)
 
 
-@pytest.fixture(scope="module", params=CASCADES)
-def name(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def cascade(name) -> CascadeForSequenceClassification:
-    return CASCADES[name][0]()
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]
 
 
 @pytest.fixture(scope="module")
-def records(cascade) -> list[ExitRecord]:
-    return recorded(cascade)
+def cascade(case) -> CascadeForSequenceClassification:
+    return case.cascade()
 
 
 @pytest.fixture(scope="module")
-def table(cascade, records) -> pd.DataFrame:
-    return sweep_cascade(cascade, records, SPEEDS)
+def record(cascade, case) -> ExitRecord:
+    return recorded(cascade, case)
+
+
+@pytest.fixture(scope="module")
+def table(cascade, record) -> pd.DataFrame:
+    return sweep_speeds(cascade, record, SPEEDS)
 
 
 @pytest.fixture(scope="module")
 def of_stock() -> CascadeForSequenceClassification:
-    return CASCADES["stock"][0]()
+    return CASES["stock"].cascade()
 
 
 @pytest.fixture(scope="module")
-def of_stock_records(of_stock) -> list[ExitRecord]:
-    return recorded(of_stock)
+def of_stock_record(of_stock) -> ExitRecord:
+    return recorded(of_stock, CASES["stock"])
 
 
 def mean(column: torch.Tensor) -> float:
     return column.double().mean().item()
 
 
-def test_records_are_of_each_member_on_what_it_reads(cascade, records):
-    inputs = inputs_of(cascade)
+def test_a_record_holds_each_member_on_what_it_reads(cascade, case, record):
+    inputs = case.inputs()
     own = inputs.get("member_inputs", [inputs] * len(cascade.members))
-    for member, record, batch in zip(cascade.members, records, own, strict=True):
+    assert record.member_layers == tuple(len(member.exits) for member in cascade.members)
+    assert record.labels.tolist() == [row % 3 for row in range(NUM_TEXTS)]
+    for number, (member, batch) in enumerate(zip(cascade.members, own, strict=True), start=1):
+        of_member = record.of_member(number)
         with torch.no_grad():
-            assert_close(record.exit_logits, member(**batch, output_exit_logits=True).exit_logits)
-        assert record.lengths.tolist() == batch["attention_mask"].sum(1).tolist()
-        assert record.labels.tolist() == [row % 3 for row in range(NUM_TEXTS)]
+            assert_close(of_member.exit_logits, member(**batch, output_exit_logits=True).exit_logits)
+        total, _ = counted(member, **batch, output_exit_logits=True)
+        assert (of_member.layer_flops + of_member.exit_flops).sum() == total
 
 
-def test_every_row_of_the_sweep_is_what_the_cascade_does(name, cascade, records, table):
-    labels, full, left = records[0].labels, answers_of(cascade).logits.argmax(-1), set()
+def test_every_row_of_the_sweep_is_what_the_cascade_does(cascade, case, record, table):
+    labels, full, left = record.labels, answers_of(cascade, case).logits.argmax(-1), set()
     assert table["speed"].tolist() == list(SPEEDS)
     for _, row in table.iterrows():
-        output = answers_of(cascade, speed=row["speed"])
+        output = answers_of(cascade, case, speed=row["speed"])
         answers = output.logits.argmax(-1)
         left |= set(zip(output.exit_member.tolist(), output.exit_layer.tolist(), strict=True))
         assert row["policy"] == cascade.config.exit_policy
@@ -153,18 +169,18 @@ def test_every_row_of_the_sweep_is_what_the_cascade_does(name, cascade, records,
         assert shares == pytest.approx(
             [mean(output.exit_member == number) for number in range(1, len(cascade.members) + 1)]
         )
-    assert CASCADES[name][1] <= left
+    assert case.places <= left
     assert table["accuracy"].nunique() > 2
 
 
-def test_executed_count_is_what_torch_counts_over_the_forward_of_the_cascade(cascade, table):
+def test_executed_count_is_what_torch_counts_over_the_forward_of_the_cascade(cascade, case, table):
     for _, row in table.iterrows():
-        total, _ = counted(cascade, **inputs_of(cascade), speed=row["speed"])
+        total, _ = counted(cascade, **case.inputs(), speed=row["speed"])
         assert row["executed_flops"] * NUM_TEXTS == pytest.approx(total, rel=1e-12)
 
 
-def test_speed_0_is_the_last_member_alone(cascade, table):
-    last, inputs = cascade.members[-1], inputs_of(cascade)
+def test_speed_0_is_the_last_member_alone(cascade, case, table):
+    last, inputs = cascade.members[-1], case.inputs()
     limits = {"max_layers": last.config.max_layers}
     total, exit_layer = counted(last, **inputs.get("member_inputs", [inputs])[-1], **limits)
     first = table.iloc[0]
@@ -178,19 +194,20 @@ def test_speed_0_is_the_last_member_alone(cascade, table):
         assert table[f"{unit}_speed_up"].tolist() == pytest.approx((first[cost] / table[cost]).tolist())
 
 
-def test_speed_ups_compare_to_speed_0_whether_it_is_asked_for_or_not(of_stock, of_stock_records):
-    whole, alone = (sweep_cascade(of_stock, of_stock_records, speeds) for speeds in ([0, 0.8], iter([0.8])))
+def test_speed_ups_compare_to_speed_0_whether_it_is_asked_for_or_not(of_stock, of_stock_record):
+    whole, alone = (sweep_speeds(of_stock, of_stock_record, speeds) for speeds in ([0, 0.8], iter([0.8])))
     pd.testing.assert_frame_equal(alone, whole.iloc[1:].reset_index(drop=True))
 
 
 def test_paper_count_by_hand():
-    cascade = cascade_of(stock(num_layers=1), tiny_model())
+    cascade = Case(lambda: [stock(num_layers=1), tiny_model()], set()).cascade()
     sure, unsure = [9.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     # Of the first text the first member is sure, of the second the second exit of the other, of the third nobody.
-    small = ExitRecord(torch.tensor([[sure], [unsure], [unsure]]), torch.tensor([3, 4, 5]), torch.tensor([0, 0, 0]))
-    exit_logits = torch.tensor([[unsure] * 4, [unsure, sure, sure, sure], [unsure] * 4])
+    exit_logits = [[sure] + [unsure] * 4, [unsure] * 2 + [sure] * 3, [unsure] * 5]
+    costs = torch.ones(3, 5, dtype=torch.long)
+    record = ExitRecord(torch.tensor(exit_logits), costs, costs, torch.tensor([0, 0, 0]), (1, 4))
     # Even at speed 1 nobody is sure of equal logits.
-    table = sweep_cascade(cascade, [small, replace(small, exit_logits=exit_logits)], [0, 0.5, 1])
+    table = sweep_speeds(cascade, record, [0, 0.5, 1])
     layer = 128 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
     of_stock, attention = 2 * 32 * 32, 2 * (128 * (32 * 128 + 4 * 128 * 128) + 128 * 128)
     by_hand = [
@@ -211,26 +228,27 @@ def test_paper_count_by_hand():
         ("matthews_correlation", matthews_corrcoef),
     ],
 )
-def test_metrics_of_the_task_replace_accuracy(of_stock, of_stock_records, metric, expected):
-    table = sweep_cascade(of_stock, of_stock_records, [0.8], metric=metric)
+def test_metrics_of_the_task_replace_accuracy(of_stock, of_stock_record, metric, expected):
+    table = sweep_speeds(of_stock, of_stock_record, [0.8], metric=metric)
     assert "accuracy" not in table
-    answers = answers_of(of_stock, speed=0.8).logits.argmax(-1)
-    assert table[metric][0] == pytest.approx(expected(of_stock_records[0].labels, answers))
+    answers = answers_of(of_stock, CASES["stock"], speed=0.8).logits.argmax(-1)
+    assert table[metric][0] == pytest.approx(expected(of_stock_record.labels, answers))
 
 
 def test_f1_of_two_labels_is_that_of_label_one():
-    cascade = cascade_of(stock(num_layers=1, num_labels=2), stock(num_layers=1, num_labels=2))
-    exit_logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])[:, None]
-    record = ExitRecord(exit_logits, torch.full((4,), 3), torch.tensor([1, 0, 0, 0]))
-    assert sweep_cascade(cascade, [record] * 2, [0], metric="f1")["f1"][0] == pytest.approx(2 * 0.5 * 1 / 1.5)
+    cascade = Case(lambda: [stock(num_layers=1, num_labels=2) for _ in range(2)], set()).cascade()
+    exit_logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])[:, None].repeat(1, 2, 1)
+    costs = torch.ones(4, 2, dtype=torch.long)
+    record = ExitRecord(exit_logits, costs, costs, torch.tensor([1, 0, 0, 0]), (1, 1))
+    assert sweep_speeds(cascade, record, [0], metric="f1")["f1"][0] == pytest.approx(2 * 0.5 * 1 / 1.5)
 
 
-def test_data_without_labels_gives_agreement_and_says_so_where_the_sweep_was_called(of_stock, of_stock_records):
-    records = recorded(of_stock, labels=False)
+def test_data_without_labels_gives_agreement_and_says_so_where_the_sweep_was_called(of_stock, of_stock_record):
+    record = recorded(of_stock, CASES["stock"], labels=False)
     with pytest.warns(UserWarning, match="no labels, so there is no accuracy") as warned:
-        table = sweep_cascade(of_stock, records, SPEEDS)
+        table = sweep_speeds(of_stock, record, SPEEDS)
     assert [warning.filename for warning in warned] == [__file__]
-    labelled = sweep_cascade(of_stock, of_stock_records, SPEEDS)
+    labelled = sweep_speeds(of_stock, of_stock_record, SPEEDS)
     pd.testing.assert_frame_equal(table, labelled.drop(columns="accuracy"))
 
 
@@ -242,33 +260,48 @@ def test_data_without_labels_gives_agreement_and_says_so_where_the_sweep_was_cal
         ({"speeds": [float("nan")]}, r"speed must be a number in \[0, 1\], got nan"),
     ],
 )
-def test_unknown_settings_are_refused(of_stock, of_stock_records, arguments, message):
+def test_unknown_settings_are_refused(of_stock, of_stock_record, arguments, message):
     with pytest.raises(ValueError, match=message):
-        sweep_cascade(of_stock, of_stock_records, **arguments)
+        sweep_speeds(of_stock, of_stock_record, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda records: records[:1], r"of 2 members needs a record of each.* got \[40\] rows"),
-        (lambda records: [*records, records[1]], r"of 2 members needs a record of each.* got \[40, 40, 40\] rows"),
-        (
-            lambda records: [records[0], records[1].select(torch.arange(9))],
-            r"of the same rows, got \[40, 9\] rows: record_members\(cascade, dataset, data_collator\)",
-        ),
-    ],
-)
-def test_records_of_other_members_or_rows_are_refused(of_stock, of_stock_records, change, message):
-    with pytest.raises(ValueError, match=message):
-        sweep_cascade(of_stock, change(of_stock_records))
+def test_every_policy_but_patience_can_be_swept(of_stock, of_stock_record):
+    tables = sweep_speeds(of_stock, of_stock_record, SPEEDS, ["entropy", "margin"]).groupby("policy")
+    of_stock.config.exit_policy = "margin"
+    alone = sweep_speeds(of_stock, of_stock_record, SPEEDS)
+    of_stock.config.exit_policy = "confidence"
+    pd.testing.assert_frame_equal(tables.get_group("margin").reset_index(drop=True), alone)
+    with pytest.raises(ValueError, match="exit policy 'patience' is not known for this model; choose one of conf"):
+        sweep_speeds(of_stock, of_stock_record, SPEEDS, ["patience"])
 
 
-@pytest.mark.parametrize("numbers", [(1, 0), (0, 0), (1, 1)])
-def test_records_of_members_of_another_depth_are_refused(numbers):
-    cascade = cascade_of(two_layers(tiny_model(seed=1)), tiny_model())
-    records = recorded(cascade)
-    with pytest.raises(ValueError, match="exits"):
-        sweep_cascade(cascade, [records[number] for number in numbers], [0.5])
+def test_the_depths_of_a_cascade_are_those_of_its_members(of_stock, of_stock_record):
+    with pytest.raises(ValueError, match=r"sweep_depths\(cascade.members\[0\], record.of_member\(1\)\)"):
+        sweep_depths(of_stock, of_stock_record)
+    assert len(sweep_depths(of_stock.members[1], of_stock_record.of_member(2))) == 3
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[0], lambda rows: rows[:1], lambda rows: [*rows, rows[0]]])
+def test_members_with_their_own_tokenizers_need_data_of_each(change):
+    case = CASES["own tokenizers"]
+    datasets, collators = case.rows()
+    for parts in ((change(datasets), collators), (datasets, change(collators))):
+        with pytest.raises(ValueError, match="each of the 2 members has its own tokenizer: give a list of 2 datasets"):
+            record_exits(case.cascade(), *parts, progress=False)
+
+
+def test_members_with_their_own_tokenizers_need_data_of_the_same_rows():
+    case = CASES["own tokenizers"]
+    datasets, collators = case.rows()
+    with pytest.raises(ValueError, match=r"of the same rows, got \[40, 9\] rows"):
+        record_exits(case.cascade(), [datasets[0], datasets[1][:9]], collators, progress=False)
+
+
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 1), (1,), (1, 2, 2)])
+def test_records_of_other_members_are_refused(of_stock, of_stock_record, numbers):
+    record = ExitRecord.of_members([of_stock_record.of_member(number) for number in numbers])
+    with pytest.raises(ValueError, match=r"exits and the model 1 \+ 3: give the model that made it"):
+        sweep_speeds(of_stock, record, [0.5])
 
 
 @pytest.mark.parametrize("policy", ["entropy", "confidence", "margin", "patience"])
@@ -281,7 +314,7 @@ def test_a_sweep_of_speeds_keeps_to_the_limits_of_the_config_as_the_pipeline_doe
         [{**tokenizer(text), "labels": 1} for text in texts],
     )
     record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), progress=False)
-    left = set()
+    left, full = set(), model(**batch).logits.argmax(-1).tolist()
     for row in sweep_speeds(model, record, (0.0, 0.5, 0.8, 1.0)).to_dict("records"):
         answers = classifier(texts, speed=row["speed"])
         layers = [answer["exit_layer"] for answer in answers]
@@ -289,6 +322,10 @@ def test_a_sweep_of_speeds_keeps_to_the_limits_of_the_config_as_the_pipeline_doe
         shares = [row[f"exit_{depth}"] for depth in range(1, 5)]
         assert shares == pytest.approx([layers.count(depth) / NUM_TEXTS for depth in range(1, 5)])
         assert row["mean_exit_layer"] == pytest.approx(sum(layers) / NUM_TEXTS)
+        # The full model is every layer, beyond what the config lets a text run through.
+        assert row["layer_speed_up"] == pytest.approx(4 * NUM_TEXTS / sum(layers))
+        same = [answer["label"] == f"LABEL_{label}" for answer, label in zip(answers, full, strict=True)]
+        assert row["agreement"] == pytest.approx(sum(same) / NUM_TEXTS)
         assert row["accuracy"] == pytest.approx(sum(answer["label"] == "LABEL_1" for answer in answers) / NUM_TEXTS)
         total, _ = counted(model, **batch, speed=row["speed"], **limits)
         assert row["executed_flops"] * NUM_TEXTS == pytest.approx(total, rel=1e-12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithPadding
 
-from fastbert_hf.evaluation import ExitRecord, record_exits
+from fastbert_hf.evaluation import ExitRecord, executed_flops, record_exits
 
 from ..common import NUM_LAYERS, assert_close, tiny_model, tiny_rows, tiny_texts, tiny_tokenizer
 
@@ -15,13 +15,24 @@ def encoded_rows(labels: bool = True, number: int = 12) -> list[dict]:
     return [{**row, "labels": index % 3} for index, row in enumerate(rows)] if labels else rows
 
 
+def costs_of(record: ExitRecord, depth: int) -> torch.Tensor:
+    """All layers and exits up to a depth, `[rows]`."""
+    return record.layer_flops[:, :depth].sum(1) + record.exit_flops[:, :depth].sum(1)
+
+
+def costs(model, lengths: list[int]) -> list[int]:
+    """What texts of these lengths cost that run through every layer and every exit."""
+    return executed_flops(model, torch.full((len(lengths),), NUM_LAYERS), torch.tensor(lengths)).tolist()
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_record_holds_every_exit_of_every_row_in_the_order_of_the_data(batch_size):
     model, tokenizer, rows = tiny_model(), tiny_tokenizer(), encoded_rows()
     record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), batch_size, progress=False)
     assert record.labels.tolist() == [row["labels"] for row in rows]
-    assert record.lengths.tolist() == [len(row["input_ids"]) for row in rows]
     assert record.num_exits == NUM_LAYERS
+    assert record.member_layers == (NUM_LAYERS,)
+    assert costs_of(record, NUM_LAYERS).tolist() == costs(model, [len(row["input_ids"]) for row in rows])
     for row, exit_logits in zip(rows, record.exit_logits, strict=True):
         alone = model(torch.tensor([row["input_ids"]]), output_exit_logits=True).exit_logits[0]
         assert_close(exit_logits, alone.detach())
@@ -33,10 +44,10 @@ def test_rows_without_labels_give_a_record_without():
     assert record.select(torch.tensor([0, 2])).labels is None
 
 
-def test_padding_in_the_rows_is_not_counted_as_tokens():
-    rows = tiny_rows(number=6)
-    record = record_exits(tiny_model(), rows, lambda batch: torch.utils.data.default_collate(batch), progress=False)
-    assert record.lengths.tolist() == [int(row["attention_mask"].sum()) for row in rows]
+def test_padding_in_the_rows_costs_nothing():
+    model, rows = tiny_model(), tiny_rows(number=6)
+    record = record_exits(model, rows, lambda batch: torch.utils.data.default_collate(batch), progress=False)
+    assert costs_of(record, NUM_LAYERS).tolist() == costs(model, [int(row["attention_mask"].sum()) for row in rows])
 
 
 def test_recording_leaves_no_dropout_on():
@@ -46,13 +57,52 @@ def test_recording_leaves_no_dropout_on():
     assert torch.equal(first.exit_logits, second.exit_logits)
 
 
+def random_record(rows: int = 4, members: tuple[int, ...] = (3,), labels: bool = True) -> ExitRecord:
+    layers = sum(members)
+    layer_flops, exit_flops = (torch.arange(rows * layers).reshape(rows, layers) + start for start in (0, 100))
+    gold = torch.arange(rows) % 2 if labels else None
+    return ExitRecord(torch.randn(rows, layers, 2), layer_flops, exit_flops, gold, members)
+
+
 def test_selection_keeps_rows_together():
-    record = ExitRecord(torch.randn(4, 3, 2), torch.tensor([5, 6, 7, 8]), torch.tensor([0, 1, 0, 1]))
+    record = random_record(members=(1, 2))
     for rows in (torch.tensor([1, 3]), torch.tensor([False, True, False, True])):
         chosen = record.select(rows)
-        assert torch.equal(chosen.exit_logits, record.exit_logits[[1, 3]])
-        assert chosen.lengths.tolist() == [6, 8]
-        assert chosen.labels.tolist() == [1, 1]
+        for name in ("exit_logits", "layer_flops", "exit_flops", "labels"):
+            assert torch.equal(getattr(chosen, name), getattr(record, name)[[1, 3]])
+        assert chosen.member_layers == (1, 2)
+
+
+def test_records_of_members_are_joined_and_taken_apart():
+    parts = [random_record(members=(2,)), random_record(members=(3,))]
+    record = ExitRecord.of_members(parts)
+    assert record.member_layers == (2, 3)
+    assert record.num_exits == 5
+    for number, part in enumerate(parts, start=1):
+        member = record.of_member(number)
+        for name in ("exit_logits", "layer_flops", "exit_flops", "labels"):
+            assert torch.equal(getattr(member, name), getattr(part, name))
+        assert member.member_layers == part.member_layers
+
+
+def test_parts_of_a_record_that_are_not_there_stay_away():
+    record = ExitRecord.of_members([ExitRecord(torch.randn(4, 2, 2)), random_record(labels=False)])
+    for part in (record, record.of_member(1), record.select(torch.tensor([0]))):
+        assert (part.layer_flops, part.exit_flops, part.labels) == (None, None, None)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_members_that_are_not_there_are_refused(number):
+    with pytest.raises(ValueError, match=rf"number must be from 1 to 2 \(the members\), got {number}"):
+        random_record(members=(1, 2)).of_member(number)
+
+
+def test_records_of_other_rows_are_not_joined():
+    with pytest.raises(ValueError, match=r"of the same rows, got \[4, 3\] rows"):
+        ExitRecord.of_members([random_record(), random_record(3)])
+    for other in (random_record().select(torch.tensor([1, 0, 2, 3])), random_record(labels=False)):
+        with pytest.raises(ValueError, match="different labels: record the same rows in the same order"):
+            ExitRecord.of_members([random_record(), other])
 
 
 @pytest.mark.parametrize("label", [-1, -100, 3])
@@ -67,15 +117,26 @@ def test_no_rows_are_refused():
         record_exits(tiny_model(), [], DataCollatorWithPadding(tiny_tokenizer()))
 
 
+LOGITS = torch.randn(4, 3, 2)
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ((torch.randn(4, 3), torch.ones(4)), r"exit_logits must be \[rows, L, num_labels\].*got \[4, 3\]"),
-        ((torch.randn(0, 3, 2), torch.ones(0)), "at least one row"),
-        ((torch.randn(4, 3, 2), torch.ones(5)), r"lengths must be \[rows\] = \[4\], got \[5\]"),
-        ((torch.randn(4, 3, 2), torch.ones(4), torch.ones(4, 1)), r"labels must be \[rows\] = \[4\], got \[4, 1\]"),
+        ({"exit_logits": torch.randn(4, 3)}, r"exit_logits must be \[rows, L, num_labels\].*got \[4, 3\]"),
+        ({"exit_logits": torch.randn(0, 3, 2)}, "at least one row"),
+        ({"exit_logits": LOGITS, "layer_flops": torch.ones(4, 2)}, r"layer_flops must be \[rows, L\] = \[4, 3\]"),
+        (
+            {"exit_logits": LOGITS, "exit_flops": torch.ones(4)},
+            r"exit_flops must be \[rows, L\] = \[4, 3\], got \[4\]",
+        ),
+        ({"exit_logits": LOGITS, "labels": torch.ones(4, 1)}, r"labels must be \[rows\] = \[4\], got \[4, 1\]"),
+        (
+            {"exit_logits": LOGITS, "member_layers": (1, 3)},
+            r"member_layers=\(1, 3\) must add up to the 3 exits of exit_logits\. Example: member_layers=\(3,\)",
+        ),
     ],
 )
 def test_misshapen_parts_are_refused_by_name(parts, message):
     with pytest.raises(ValueError, match=message):
-        ExitRecord(*parts)
+        ExitRecord(**parts)

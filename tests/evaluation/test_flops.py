@@ -55,8 +55,11 @@ def test_paper_count_without_students_has_one_exit():
     assert torch.equal(exits, 41_975_808 * (layers - 1))
 
 
-@pytest.mark.parametrize("exit_type", ["attention", "linear", "linear_mean"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "exit_type"),
+    # What a layer costs and what an exit costs have nothing to do with each other.
+    [*((family, "attention") for family in FAMILIES), ("bert", "linear"), ("electra", "linear_mean")],
+)
 def test_executed_count_is_what_torch_counts_over_the_adaptive_forward(family, exit_type):
     model = tiny_model(family, exit_type=exit_type)
     batch = ragged_batch(pad_token_id=pad_token_id_of(family))

@@ -38,6 +38,16 @@ def recorded(model, labels: bool = True) -> ExitRecord:
     return record_exits(model, rows(labels), DataCollatorWithPadding(tiny_tokenizer()), progress=False)
 
 
+def lengths() -> torch.Tensor:
+    return torch.tensor([len(row["input_ids"]) for row in rows()])
+
+
+def with_answers(exit_logits: torch.Tensor, labels: list[int]) -> ExitRecord:
+    """A record of given answers, at some cost."""
+    costs = torch.ones(exit_logits.shape[:2], dtype=torch.long)
+    return ExitRecord(exit_logits, costs, costs, torch.tensor(labels))
+
+
 def answers_of(model, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels and exit layers that the real adaptive forward gives."""
     batch = tiny_tokenizer()(tiny_texts(40), padding=True, return_tensors="pt")
@@ -62,7 +72,7 @@ def test_every_row_of_the_sweep_is_what_the_adaptive_forward_does(policy):
         assert row["layer_speed_up"] == pytest.approx(NUM_LAYERS / row["mean_exit_layer"])
         students = row["speed"] > 0
         paper = paper_flops(model, exit_layer, students).double().mean().item()
-        executed = executed_flops(model, exit_layer, record.lengths, students).double().mean().item()
+        executed = executed_flops(model, exit_layer, lengths(), students).double().mean().item()
         assert row["paper_flops"] == pytest.approx(paper)
         assert row["executed_flops"] == pytest.approx(executed)
         shares = [row[f"exit_{depth}"] for depth in range(1, NUM_LAYERS + 1)]
@@ -82,7 +92,7 @@ def test_every_depth_of_the_sweep_is_what_max_layers_does():
         answers, exit_layer = answers_of(model, max_layers=depth)
         assert row["max_layers"] == row["mean_exit_layer"] == depth
         assert row["accuracy"] == pytest.approx((answers == record.labels).double().mean().item())
-        flops = executed_flops(model, exit_layer, record.lengths, students=False).double().mean().item()
+        flops = executed_flops(model, exit_layer, lengths(), students=False).double().mean().item()
         assert row["executed_flops"] == pytest.approx(flops)
 
 
@@ -119,15 +129,15 @@ def test_metrics_of_the_task_replace_accuracy(metric, expected):
 
 def test_f1_of_two_labels_is_that_of_label_one():
     exit_logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])[:, None].repeat(1, NUM_LAYERS, 1)
-    record = ExitRecord(exit_logits, torch.full((4,), 3), torch.tensor([1, 0, 0, 0]))
+    record = with_answers(exit_logits, [1, 0, 0, 0])
     table = sweep_depths(tiny_model(num_labels=2), record, metric="f1")
     assert table["f1"][0] == pytest.approx(2 * 0.5 * 1 / 1.5)
 
 
 def test_f1_of_three_labels_is_macro_even_where_one_is_absent():
     exit_logits = torch.eye(3)[torch.tensor([0, 1, 1, 0])][:, None].repeat(1, NUM_LAYERS, 1)
-    labels = torch.tensor([0, 1, 0, 0])
-    table = sweep_depths(tiny_model(), ExitRecord(exit_logits, torch.full((4,), 3), labels), metric="f1")
+    labels = [0, 1, 0, 0]
+    table = sweep_depths(tiny_model(), with_answers(exit_logits, labels), metric="f1")
     assert table["f1"][0] == pytest.approx(f1_score(labels, [0, 1, 1, 0], average="macro"))
 
 
@@ -167,9 +177,14 @@ def test_unknown_settings_are_refused(arguments, message):
 
 
 def test_the_record_of_another_model_is_refused():
-    record = ExitRecord(torch.randn(4, 2, 3), torch.full((4,), 3), torch.zeros(4, dtype=torch.long))
-    with pytest.raises(ValueError, match=f"the record has 2 exits and the model {NUM_LAYERS}"):
-        sweep_speeds(tiny_model(), record)
+    for sweep in (sweep_speeds, sweep_depths):
+        with pytest.raises(ValueError, match=f"the record has 2 exits and the model {NUM_LAYERS}"):
+            sweep(tiny_model(), with_answers(torch.randn(4, 2, 3), [0] * 4))
+
+
+def test_a_record_without_costs_is_refused():
+    with pytest.raises(ValueError, match="the record has no costs: record_exits"):
+        sweep_speeds(tiny_model(), ExitRecord(torch.randn(4, NUM_LAYERS, 3)))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])

@@ -7,17 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertTokenizer, pipeline
 
 import fastbert_hf
-from fastbert_hf import CascadeForSequenceClassification, save_with_code
+from fastbert_hf import CascadeForSequenceClassification, CascadeProcessor, save_with_code
 
-from ..common import tiny_model, tiny_texts, tiny_tokenizer
-from ..modeling.test_cascade import other_tokenizer, stock
+from ..common import other_tokenizer, stock, tiny_model, tiny_texts, tiny_tokenizer
 
 
 TEXTS = tiny_texts(8)
@@ -54,14 +54,17 @@ for folder in folders:
     model = AutoModelForSequenceClassification.from_pretrained(folder, **trust)
     pipe = pipeline(model=folder, speed=0.8, **trust)
     named = pipeline("fast-text-classification", model=folder, **trust)
-    own = [tokenizer(texts, padding=True, return_tensors="pt") for tokenizer in model.tokenizers]
+    own = [
+        tokenizer(texts, padding=True, return_tensors="pt")
+        for tokenizer in getattr(pipe.tokenizer, "tokenizers", [pipe.tokenizer])
+    ]
     inputs = {"member_inputs": own} if config.own_tokenizers else own[0]
     things = [config, AutoModel.from_pretrained(folder, **trust), model, *model.members, *config.members, pipe]
     there = {
         "modules": [type(thing).__module__ for thing in things],
         "logits": [model(**inputs, speed=speed).logits.tolist() for speed in speeds],
         "exit_member": [
-            [answer.exit_member for answer in model.predict(model.encode(texts), speed=speed)] for speed in speeds
+            [answer.exit_member for answer in model.predict(pipe.tokenizer(texts), speed=speed)] for speed in speeds
         ],
         "answers": [pipe(texts, speed=speed) for speed in speeds],
         "answers_at_constructor_speed": pipe(texts),
@@ -89,10 +92,19 @@ print("\\n" + json.dumps(seen))
 """
 
 
+def tokenizers_of(kind: str) -> list[BertTokenizer]:
+    """Those of the two members."""
+    return [tiny_tokenizer(), tiny_tokenizer() if kind == "shared" else other_tokenizer()]
+
+
+def processor_of(kind: str) -> BertTokenizer | CascadeProcessor:
+    """What is saved beside the cascade and given to the pipeline."""
+    return tiny_tokenizer() if kind == "shared" else CascadeProcessor(tokenizers_of(kind))
+
+
 def cascade_of(kind: str) -> CascadeForSequenceClassification:
-    tokenizers = [tiny_tokenizer(), tiny_tokenizer() if kind == "shared" else other_tokenizer()]
     members = [stock("distilbert", 1, 4), tiny_model(seed=1)]
-    return CascadeForSequenceClassification.from_members(members, tokenizers, exit_policy="margin", speed=0.6)
+    return CascadeForSequenceClassification.from_members(members, tokenizers_of(kind), exit_policy="margin", speed=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +114,9 @@ def cascades() -> dict[str, CascadeForSequenceClassification]:
 
 @pytest.fixture(scope="module")
 def folders(cascades, tmp_path_factory) -> dict[str, Path]:
-    """Saved without a word of the tokenizers, which the cascades bring."""
     folders = {kind: tmp_path_factory.mktemp("with_code") / kind for kind in KINDS}
     for kind, folder in folders.items():
-        save_with_code(cascades[kind], folder)
+        save_with_code(cascades[kind], folder, tokenizer=processor_of(kind))
     return folders
 
 
@@ -165,7 +176,7 @@ def test_classes_come_from_that_code_elsewhere_and_nothing_is_asked(elsewhere, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_same_elsewhere(cascades, elsewhere, kind):
     cascade = cascades[kind]
-    own = [tokenizer(TEXTS, padding=True, return_tensors="pt") for tokenizer in cascade.tokenizers]
+    own = [tokenizer(TEXTS, padding=True, return_tensors="pt") for tokenizer in tokenizers_of(kind)]
     inputs = {"member_inputs": own} if kind == "own" else own[0]
     for speed, logits, members in zip(SPEEDS, elsewhere[kind]["logits"], elsewhere[kind]["exit_member"], strict=True):
         with torch.no_grad():
@@ -176,7 +187,7 @@ def test_answers_are_the_same_elsewhere(cascades, elsewhere, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pipeline_and_its_speed_are_the_same_elsewhere(cascades, elsewhere, kind):
-    classifier = pipeline("fast-text-classification", model=cascades[kind], tokenizer=tiny_tokenizer())
+    classifier = pipeline("fast-text-classification", model=cascades[kind], tokenizer=processor_of(kind))
     answers = [classifier(TEXTS, speed=speed) for speed in SPEEDS]
     assert {answer["exit_member"] for part in answers[1:] for answer in part} == {1, 2}
     for part, there in zip(answers, elsewhere[kind]["answers"], strict=True):
@@ -218,7 +229,7 @@ def test_where_the_package_is_its_own_classes_load(cascades, marked, tmp_path, m
     assert type(model) is CascadeForSequenceClassification
     assert {type(member) for member in model.members} == {fastbert_hf.FastBertForSequenceClassification}
     assert type(classifier) is fastbert_hf.FastTextClassificationPipeline
-    expected = pipeline("fast-text-classification", model=cascades[kind], tokenizer=tiny_tokenizer())
+    expected = pipeline("fast-text-classification", model=cascades[kind], tokenizer=processor_of(kind))
     assert_same_answers(classifier(TEXTS), expected(TEXTS, speed=0.6))
     assert not (marked[kind].parent / "mark").exists()
     for name, saveable in (("config", config), ("model", model), ("pipeline", classifier)):
@@ -240,16 +251,16 @@ def test_code_that_a_tokenizer_of_a_member_names_is_not_run(marked, tmp_path, mo
         (place / "hostile.py").write_text(
             f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertTokenizer as Tokenizer\n"
         )
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        CascadeForSequenceClassification.from_pretrained(folder, **kwargs)
+    for load in (CascadeProcessor.from_pretrained, partial(pipeline, "fast-text-classification")):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load(str(folder), **kwargs)
     assert not mark.exists()
 
 
-def test_a_cascade_that_does_not_know_its_tokenizer_is_given_one(tmp_path):
-    cascade = CascadeForSequenceClassification.from_members([stock(num_layers=1, seed=1), stock(num_layers=2)])
-    save_with_code(cascade, tmp_path, tokenizer=tiny_tokenizer())
-    loaded = CascadeForSequenceClassification.from_pretrained(tmp_path)
-    assert [tokenizer.get_vocab() for tokenizer in loaded.tokenizers] == [tiny_tokenizer().get_vocab()]
+def test_the_tokenizer_of_one_member_does_not_take_the_place_of_all(cascades, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer=CascadeProcessor.from_members\(\[small, large\]\)"):
+        save_with_code(cascades["own"], tmp_path / "folder", tokenizer=tiny_tokenizer())
+    assert not (tmp_path / "folder").exists()
 
 
 def test_saving_with_code_twice_leaves_the_second(cascades, folders, tmp_path):
@@ -258,7 +269,7 @@ def test_saving_with_code_twice_leaves_the_second(cascades, folders, tmp_path):
         left_out = ("README.md", "saved_again/")
         return {name: path.read_bytes() for name, path in files.items() if not name.startswith(left_out)}
 
-    save_with_code(cascades["shared"], tmp_path)
+    save_with_code(cascades["shared"], tmp_path, tokenizer=processor_of("shared"))
     assert contents(tmp_path) != contents(folders["own"])
-    save_with_code(cascades["own"], tmp_path)
+    save_with_code(cascades["own"], tmp_path, tokenizer=processor_of("own"))
     assert contents(tmp_path) == contents(folders["own"])

@@ -20,11 +20,10 @@ from fastbert_hf import (
     SelfDistillationTrainer,
     write_model_card,
 )
-from fastbert_hf.evaluation import record_exits, record_members, sweep_cascade, sweep_speeds
+from fastbert_hf.evaluation import record_exits, replay_at_speed, sweep_speeds
 from fastbert_hf.sharing.with_code import write_code
 
-from ..common import tiny_model, tiny_texts, tiny_tokenizer
-from ..modeling.test_cascade import stock
+from ..common import stock, tiny_model, tiny_texts, tiny_tokenizer
 
 
 SPEEDS = [
@@ -144,11 +143,12 @@ def test_code_is_mentioned_where_it_is(tmp_path):
     )
 
 
-def test_a_table_of_sweep_speeds_is_taken_as_it_is(tmp_path):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+@pytest.mark.parametrize("kind", ["model", "cascade"])
+def test_a_table_of_sweep_speeds_is_taken_as_it_is(tmp_path, kind):
+    model, tokenizer = tiny_model(speed=0.8) if kind == "model" else tiny_cascade(), tiny_tokenizer()
     rows = [{**tokenizer(text), "labels": row % 3} for row, text in enumerate(tiny_texts(12))]
     record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), progress=False)
-    table = sweep_speeds(model, record, [0, 0.3, 0.9], metric="f1")
+    table = sweep_speeds(model, record, [0, 0.3, 0.8], metric="f1")
     card = write_model_card(
         tmp_path, model, Measured(table, rows=len(rows), curve=sweep_speeds(model, record, metric="f1"))
     )
@@ -163,6 +163,14 @@ def test_a_table_of_sweep_speeds_is_taken_as_it_is(tmp_path):
             f"{row['layer_speed_up']:.2f}x",
             f"{row['executed_speed_up']:.2f}x",
         ]
+    assert "Measured on 12 texts" in card.text
+    assert ("the last member alone has 4." if kind == "cascade" else "how many of the 4 layers") in card.text
+    assert card.data.metrics == ["f1"]
+    (result,) = card.data.to_dict()["model-index"][0]["results"]
+    assert [(metric["name"], metric["value"]) for metric in result["metrics"]] == [
+        ("F1 at speed 0", table["f1"][0]),
+        ("F1 at speed 0.8", table["f1"][2]),
+    ]
 
 
 def test_texts_without_labels_have_no_metric_and_no_plot(tmp_path):
@@ -236,14 +244,14 @@ def test_the_card_of_a_cascade_speaks_of_its_members(tmp_path):
         "`exit_policy=margin`",
         'pipeline("fast-text-classification", model="org/cascade")',
         "A call without `speed` uses 0.8. Labels: LABEL_0, LABEL_1, LABEL_2.",
-        "Nothing was measured for this card. `sweep_cascade` of",
+        "Nothing was measured for this card. `sweep_speeds` of",
         "li-etal-2021-cascadebert-accelerating",
     ):
         assert part in card.text
     assert card.text.count("leave early") == 1
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == data
     for text in (card.text, write_model_card(tmp_path, tiny_cascade(), SPEEDS).text):
-        for part in ("FastBERT", "liu-etal-2020", "exit after every layer", "exit_type", "max_layers", "sweep_speeds"):
+        for part in ("FastBERT", "liu-etal-2020", "exit after every layer", "exit_type", "max_layers"):
             assert part not in text
 
 
@@ -270,33 +278,6 @@ def test_base_models_of_a_cascade_are_those_with_a_name_on_the_hub(tmp_path, nam
     assert card.data.to_dict().get("base_model") == expected
     assert ("a roberta encoder" in card.text) == (names[0] in ("", "FOLDER"))
     assert str(tmp_path) not in card.text
-
-
-def test_a_table_of_sweep_cascade_is_taken_as_it_is(tmp_path):
-    cascade, tokenizer = tiny_cascade(), tiny_tokenizer()
-    rows = [{**tokenizer(text), "labels": row % 3} for row, text in enumerate(tiny_texts(12))]
-    records = record_members(cascade, rows, DataCollatorWithPadding(tokenizer), progress=False)
-    table = sweep_cascade(cascade, records, [0, 0.3, 0.8])
-    card = write_model_card(tmp_path, cascade, Measured(table, rows=12, curve=sweep_cascade(cascade, records)))
-    header, _, *lines = table_of(card)
-    assert header == ["speed", "accuracy", "agreement", "layers", "fewer layers", "fewer FLOPs"]
-    for line, row in zip(lines, table.to_dict("records"), strict=True):
-        assert line == [
-            f"{row['speed']:g}",
-            f"{row['accuracy']:.1%}",
-            f"{row['agreement']:.1%}",
-            f"{row['mean_exit_layer']:.4g}",
-            f"{row['layer_speed_up']:.2f}x",
-            f"{row['executed_speed_up']:.2f}x",
-        ]
-    assert "Measured on 12 texts" in card.text
-    assert "the last member alone has 4." in card.text
-    assert card.data.metrics == ["accuracy"]
-    (result,) = card.data.to_dict()["model-index"][0]["results"]
-    assert [(metric["name"], metric["value"]) for metric in result["metrics"]] == [
-        ("accuracy at speed 0", table["accuracy"][0]),
-        ("accuracy at speed 0.8", table["accuracy"][2]),
-    ]
 
 
 def test_the_plot_of_a_cascade_has_room_for_texts_that_ran_through_every_member(tmp_path, monkeypatch):
@@ -345,6 +326,21 @@ def test_the_trainer_writes_what_it_measured(trainer, tmp_path):
         assert part in card.text
     assert card.data.base_model == "org/backbone" and card.data.datasets == ["org/data"]
     assert (tmp_path / "run" / "speed_accuracy.png").exists()
+
+
+@pytest.mark.parametrize("limits", [{"min_exit_layer": 3}, {"max_layers": 2}])
+def test_the_trainer_measures_within_the_limits_of_the_config(trainer, tmp_path, limits):
+    for name, value in limits.items():
+        setattr(trainer.model.config, name, value)
+    trainer.evaluate()
+    trainer.create_model_card()
+    rows = [dict(row) for row in trainer.eval_dataset]
+    record = record_exits(trainer.model, rows, DataCollatorWithPadding(tiny_tokenizer()), progress=False)
+    _, _, *lines = table_of(ModelCard.load(tmp_path / "run" / "README.md"))[:5]
+    for line in lines:
+        layers = replay_at_speed(record, trainer.model.config, float(line[0])).exit_layer.double().mean().item()
+        assert line[3:] == [f"{layers:.4g}", f"{4 / layers:.2f}x"]
+        assert limits.get("min_exit_layer", 1) <= layers <= limits.get("max_layers", 4)
 
 
 def test_training_again_forgets_what_was_measured(trainer, tmp_path):

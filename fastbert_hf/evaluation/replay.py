@@ -1,0 +1,160 @@
+"""What would be answered at any speed: a record of every exit, replayed by the rule of the live model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..modeling.exit_policies import ExitPolicy, config_thresholds, leaves, row_speeds
+from .exit_record import ExitRecord
+
+
+@dataclass(frozen=True)
+class Replay:
+    """
+    What `predict` would answer to every row, and what that costs.
+
+    Args:
+        exit_layer (`torch.Tensor` of shape `[rows]`, long): Layers that each row runs through, in all members.
+        exit_member (`torch.Tensor` of shape `[rows]`, long): The member that answers, 1 to n; 1 for a single model.
+        logits (`torch.Tensor` of shape `[rows, num_labels]`): At the exit that the row takes.
+        uncertainty (`torch.Tensor` of shape `[rows]`, float32): Of this exit.
+        layers_run (`torch.Tensor` of shape `[rows, L]`, bool): The layers that each row runs through.
+        exits_run (`torch.Tensor` of shape `[rows, L]`, bool): The exits that are evaluated for it.
+        flops (`torch.Tensor` of shape `[rows]`, long, *optional*): What these cost, if the record has the costs.
+    """
+
+    exit_layer: torch.Tensor
+    exit_member: torch.Tensor
+    logits: torch.Tensor
+    uncertainty: torch.Tensor
+    layers_run: torch.Tensor
+    exits_run: torch.Tensor
+    flops: torch.Tensor | None = None
+
+
+def replay_at_speed(
+    record: ExitRecord, config: PreTrainedConfig, speed: float | list | torch.Tensor, policy: ExitPolicy | None = None
+) -> Replay:
+    """
+    Tell what the pipeline would answer to every row of a record at a speed.
+
+    Args:
+        record ([`ExitRecord`]): From [`record_exits`].
+        config ([`FastBertConfig`] or [`CascadeConfig`]):
+            Of the model of the record, with its limits `min_exit_layer` and `max_layers`.
+        speed (`float`, sequence or tensor of as many numbers as rows): In [0, 1], for all rows or one per row.
+        policy ([`ExitPolicy`], *optional*): The config's own unless given.
+
+    Returns:
+        [`Replay`]
+
+    Example:
+
+    ```python
+    >>> record = record_exits(model, dataset, data_collator)
+    >>> replay_at_speed(record, model.config, speed=0.5).exit_layer.double().mean()
+    ```
+    """
+    return replay(record, speed_thresholds(record, config, speed), policy or ExitPolicy.of(config))
+
+
+def replay(
+    record: ExitRecord, thresholds: torch.Tensor, policy: ExitPolicy, uncertainties: torch.Tensor | None = None
+) -> Replay:
+    """
+    Tell where every row of a record leaves, what it is answered and what that costs.
+
+    Args:
+        record ([`ExitRecord`]): From [`record_exits`].
+        thresholds (`torch.Tensor` of shape `[rows, L]`):
+            Of every exit for every row: 0 where it may not answer, infinity where it answers in any case. A member of
+            a cascade whose thresholds for a row are all 0 does not run on it.
+        policy ([`ExitPolicy`]): How the logits of an exit become an uncertainty.
+        uncertainties (`torch.Tensor` of shape `[rows, L]`, *optional*):
+            `exit_uncertainties(record, policy, thresholds > 0)`, from callers that replay a record many times.
+
+    Returns:
+        [`Replay`]
+    """
+    if thresholds.shape != record.exit_logits.shape[:2]:
+        raise ValueError(
+            f"thresholds must be [rows, L] = {list(record.exit_logits.shape[:2])}, one for every exit of the record, "
+            f"got {list(thresholds.shape)}. Example: speed_thresholds(record, model.config, speed=0.5)"
+        )
+    may_answer = thresholds > 0  # [rows, L]
+    if uncertainties is None:
+        uncertainties = exit_uncertainties(record, policy, may_answer)
+    # How many exits of the same member may answer from here on: a layer runs as long as there is one.
+    left = torch.cat([may_answer[:, part].flip(1).cumsum(1).flip(1) for part in record.columns_of_members], 1)
+    leaving = torch.where(left == 1, leaves(uncertainties, thresholds, at_end=True), leaves(uncertainties, thresholds))
+    leaving &= may_answer
+    if not leaving.any(1).all():
+        row = int((~leaving.any(1)).nonzero()[0])
+        raise ValueError(
+            f"no exit answers row {row}, whose thresholds are {thresholds[row].tolist()}: give the last exit that may "
+            "answer it the threshold infinity."
+        )
+    exit_taken = leaving.int().argmax(1)  # [rows]
+    is_reached = torch.arange(record.num_exits) <= exit_taken[:, None]  # [rows, L]
+    layers_run, exits_run = is_reached & (left > 0), is_reached & may_answer
+    members = torch.arange(1, len(record.member_layers) + 1).repeat_interleave(torch.tensor(record.member_layers))
+    flops = None
+    if record.layer_flops is not None and record.exit_flops is not None:
+        flops = (record.layer_flops * layers_run + record.exit_flops * exits_run).sum(1)
+    return Replay(
+        exit_layer=layers_run.sum(1),
+        exit_member=members[exit_taken],
+        logits=record.exit_logits[torch.arange(len(exit_taken)), exit_taken],
+        uncertainty=uncertainties[torch.arange(len(exit_taken)), exit_taken],
+        layers_run=layers_run,
+        exits_run=exits_run,
+        flops=flops,
+    )
+
+
+def speed_thresholds(record: ExitRecord, config: PreTrainedConfig, speed: float | list | torch.Tensor) -> torch.Tensor:
+    """
+    Return the threshold of every exit for every row at a speed, within the limits of the config.
+
+    Args:
+        record ([`ExitRecord`]): From [`record_exits`].
+        config ([`FastBertConfig`] or [`CascadeConfig`]): Of the model of the record.
+        speed (`float`, sequence or tensor of as many numbers as rows): In [0, 1], for all rows or one per row.
+
+    Returns:
+        `torch.Tensor`: float32 of shape `[rows, L]`; the members of a cascade are one behind the other.
+    """
+    layers = tuple(member.num_hidden_layers for member in getattr(config, "members", None) or [config])
+    if record.member_layers != layers:
+        raise ValueError(
+            f"the record has {' + '.join(map(str, record.member_layers))} exits and the model "
+            f"{' + '.join(map(str, layers))}: give the model that made it, or record it anew with "
+            "record_exits(model, dataset, data_collator)."
+        )
+    return torch.cat(config_thresholds(config, row_speeds(speed, len(record.exit_logits))), 1)
+
+
+def exit_uncertainties(record: ExitRecord, policy: ExitPolicy, may_answer: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Return the uncertainty of every exit on every row, exit by exit as in the live model.
+
+    Args:
+        record ([`ExitRecord`]): From [`record_exits`].
+        policy ([`ExitPolicy`]): What it remembers of a row begins anew in each member.
+        may_answer (`torch.Tensor` of shape `[rows, L]`, bool, *optional*):
+            The exits that may answer each row, which alone count for policies with a memory. All unless given.
+
+    Returns:
+        `torch.Tensor`: float32 of shape `[rows, L]`.
+    """
+    columns = []
+    for part in record.columns_of_members:
+        state = policy.start(len(record.exit_logits))
+        for column in range(record.num_exits)[part]:
+            asked = None if may_answer is None else may_answer[:, column]
+            uncertainty, state = policy.uncertainty(record.exit_logits[:, column], state, asked)
+            columns.append(uncertainty)
+    return torch.stack(columns, 1)
