@@ -1,18 +1,19 @@
-"""Teaching the exits: stage 2 of FastBERT, and the objectives of its rivals; and fine-tuning that knows hard texts."""
+"""Trainers that teach the exits or regularise by difficulty, and stages that run one training after the other."""
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import SelfDistillationArguments
+from .arguments import ExitTrainingArguments, SelfDistillationArguments
 from .difficulty_aware_trainer import DifficultyAwareArguments, DifficultyAwareTrainer
-from .objectives import (
-    OBJECTIVES,
-    Objective,
-    depth_weights,
-    difficulty_margin_loss,
-    exit_cross_entropies,
-    student_divergences,
+from .exit_trainer import ExitTrainer, SelfDistillationTrainer, accuracy
+from .objectives import OBJECTIVES, Objective, depth_weights, difficulty_margin_loss, student_divergences
+from .stages import (
+    DifficultyAwareFineTuning,
+    Distillation,
+    ExitTraining,
+    FineTuning,
+    StageSettings,
+    run_stage,
 )
-from .self_distillation_trainer import SelfDistillationTrainer, accuracy
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # They need the extra `evaluation`, which a training does without.
+    # They need `datasets`, which a training does without.
     if name in ("hard_shares", "label_difficulty"):
         from . import difficulty
 
@@ -31,15 +32,22 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "OBJECTIVES",
     "DifficultyAwareArguments",
+    "DifficultyAwareFineTuning",
     "DifficultyAwareTrainer",
+    "Distillation",
+    "ExitTrainer",
+    "ExitTraining",
+    "ExitTrainingArguments",
+    "FineTuning",
     "Objective",
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
+    "StageSettings",
     "accuracy",
     "depth_weights",
     "difficulty_margin_loss",
-    "exit_cross_entropies",
     "hard_shares",
     "label_difficulty",
+    "run_stage",
     "student_divergences",
 ]

@@ -1,4 +1,4 @@
-"""Arguments of the self-distillation stage."""
+"""Arguments of the trainings that teach the exits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .objectives import OBJECTIVES
 
 
 @dataclass
-class SelfDistillationArguments(TrainingArguments):
+class ExitTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with the paper's settings for stage 2 as defaults, and these fields of its own.
+    `TrainingArguments` for [`ExitTrainer`]. The defaults are the settings of stage 2 in the FastBERT paper.
 
     Args:
         learning_rate (`float`, *optional*, defaults to 2e-4): Ten times that of the paper's stage 1.
@@ -23,18 +23,18 @@ class SelfDistillationArguments(TrainingArguments):
         eval_speeds (`list[float]`, *optional*, defaults to `[0.1, 0.5, 0.8]`):
             Speeds at which the evaluation reports, all derived from one full-depth pass.
         reverse_kl (`bool`, *optional*, defaults to `False`):
-            Whether the loss is KL(student || teacher), as the paper's Eq. 5 prints it, instead of KL(teacher ||
-            student), as the authors' code computes it.
+            Whether self-distillation minimises KL(student || teacher), as the paper's Eq. 5 prints it, instead of
+            KL(teacher || student), as the authors' code computes it.
         temperature (`float`, *optional*, defaults to 1.0):
-            Divides the logits of teacher and students in the loss. The paper has none.
+            Divides the logits of teacher and students in self-distillation. The paper has none.
         objective (`str`, *optional*, defaults to `"self_distillation"`):
-            What the exits are taught, a key of [`OBJECTIVES`]: `"self_distillation"` is FastBERT's stage 2. The others
-            are those of its rivals and learn from labels: `"frozen_cross_entropy"` (DeeBERT's second stage),
-            `"joint_cross_entropy"` (all exits and the backbone at once), `"weighted_cross_entropy"` (the same, deeper
-            exits counting more: PABEE).
+            What the exits learn, a key of [`OBJECTIVES`]. `"self_distillation"` is stage 2 of FastBERT: the answers of
+            the teacher. The others are those of the baselines and learn from labels: `"frozen_cross_entropy"` (the
+            second stage of DeeBERT), `"joint_cross_entropy"` (all exits and the backbone at once) and
+            `"weighted_cross_entropy"` (the same, but deeper exits count more: PABEE).
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of the students."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of the exits."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training texts."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Below 1 a share of all steps, else a number of steps."}
@@ -61,3 +61,10 @@ class SelfDistillationArguments(TrainingArguments):
                 "from the answers to all rows. Leave both out."
             )
         super().__post_init__()
+
+
+@dataclass
+class SelfDistillationArguments(ExitTrainingArguments):
+    """[`ExitTrainingArguments`] for [`SelfDistillationTrainer`], whose objective is always self-distillation."""
+
+    objective: str = field(default="self_distillation", init=False)

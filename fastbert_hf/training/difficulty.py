@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..evaluation.speed_sweep import write_whole
-from .recipes import WITHOUT_EFFECT, _digest
+from ..files import write_whole
+from ..modeling.tasks import Task, task_of
+from .stages import changes_the_model, check_settings, digest_of
 
 
-# What every training here has in place of the caller's own, beside its seed and its folder.
+# The arguments of every training here, in place of the caller's own; beside its seed and its folder.
 REPLACED = {
     "disable_tqdm": True,
     "save_strategy": SaveStrategy.NO,
@@ -37,10 +39,9 @@ REPLACED = {
     "prediction_loss_only": False,
     "push_to_hub": False,
 }
-# What leaves no trace in the answers, and how its names begin.
-NO_SETTINGS = (*REPLACED, *WITHOUT_EFFECT, "output_dir", "seed", "run_name")
-NO_SETTINGS += ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
-NO_SETTINGS_BEGIN = ("dataloader_num", "dataloader_p", "do_", "eval_", "hub_", "log", "save_")
+# The caller's own that are without effect, as no training here saves or evaluates; and how the names of others begin.
+IGNORED = (*REPLACED, "seed", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+IGNORED_BEGIN = ("eval_", "save_")
 
 
 def label_difficulty(
@@ -53,7 +54,7 @@ def label_difficulty(
     data_collator: DataCollator | None = None,
 ) -> Dataset:
     """
-    Labels each row as easy or hard for a model (CascadeBERT, Findings of EMNLP 2021, section 3.2). The rows are split
+    Label each row as easy or hard for a model (CascadeBERT, Findings of EMNLP 2021, section 3.2). The rows are split
     at random into folds, the same for every seed. For each seed and fold a new model is trained on the other folds and
     answers the rows of this one. A row that is answered rightly under every seed is easy, any other is hard.
 
@@ -90,7 +91,8 @@ def label_difficulty(
     _check(dataset, num_folds, seeds)
     rows = dataset.with_format(None)
     folder = Path(args.output_dir)
-    _check_settings(folder, _settings(model_init, args, rows, num_folds))
+    finished = any(folder.glob("seed_*/fold_*.json"))
+    check_settings(folder, _settings(model_init, args, rows, num_folds), in_use=finished)
     folds = split_into_folds(len(rows), num_folds)
     difficulty = np.zeros(len(rows), dtype=np.int64)
     trainings = [(seed, number) for seed in seeds for number in range(1, num_folds + 1)]
@@ -102,13 +104,14 @@ def label_difficulty(
                 setattr(own_args, name, value)
             set_seed(seed)
             others = np.sort(np.concatenate(folds[: number - 1] + folds[number:]))
+            model = model_init()
             trainer = Trainer(
-                model_init(),
+                model,
                 own_args,
                 data_collator=data_collator,
                 train_dataset=rows.select(others),
                 processing_class=processing_class,
-                preprocess_logits_for_metrics=_answers,
+                preprocess_logits_for_metrics=partial(_answers, task=task_of(model.config)),
             )
             # Without a progress bar the Trainer prints each log.
             trainer.remove_callback(PrinterCallback)
@@ -122,7 +125,7 @@ def label_difficulty(
 
 
 def split_into_folds(num_rows: int, num_folds: int) -> list[np.ndarray]:
-    """The numbers of the rows of each fold, always the same ones. No fold has two rows more than another."""
+    """Return the numbers of the rows of each fold, always the same ones; the sizes of folds differ by at most one."""
     # Unlike the newer generators of NumPy, this one is promised never to change.
     order = np.random.RandomState(0).permutation(num_rows)
     return [np.sort(fold) for fold in np.array_split(order, num_folds)]
@@ -130,7 +133,7 @@ def split_into_folds(num_rows: int, num_folds: int) -> list[np.ndarray]:
 
 def hard_shares(dataset: Dataset, names: Sequence[str] | None = None) -> dict[str, float]:
     """
-    The share of hard rows for each label, and for `"all"` rows.
+    Return the share of hard rows for each label, and for `"all"` rows.
 
     Args:
         dataset (`Dataset`): Rows with `labels` and `difficulty`, from [`label_difficulty`].
@@ -148,13 +151,13 @@ def hard_shares(dataset: Dataset, names: Sequence[str] | None = None) -> dict[st
     return {**shares, "all": float(difficulty.mean())}
 
 
-def _answers(logits: Any, labels: Any) -> Any:
-    """The best label of each row; a model may return more than its logits."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+def _answers(logits: Any, labels: Any, task: Task) -> Any:
+    """Return the answer to each row. A model may return more than its logits."""
+    return task.predictions(logits[0] if isinstance(logits, tuple) else logits)
 
 
 def _train_and_answer(trainer: Trainer, rows: Dataset) -> np.ndarray:
-    """Whether each of the rows is answered rightly after the training."""
+    """Train, and return for each of the rows whether it is answered rightly."""
     trainer.train()
     # Rows grouped by length would be answered in another order.
     trainer.args.train_sampling_strategy = "random"
@@ -163,6 +166,7 @@ def _train_and_answer(trainer: Trainer, rows: Dataset) -> np.ndarray:
 
 
 def _check(dataset: Dataset, num_folds: int, seeds: list[int]) -> None:
+    """Raise a `ValueError` that shows the corrected call, unless the rows can be labelled."""
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows: give tokenized rows with 'labels'.")
     for column, example in {
@@ -191,30 +195,19 @@ def _check(dataset: Dataset, num_folds: int, seeds: list[int]) -> None:
 def _settings(
     model_init: Callable[[], PreTrainedModel], args: TrainingArguments, rows: Dataset, num_folds: int
 ) -> dict[str, Any]:
-    """What the answers depend on."""
+    """Return what the answers depend on."""
     defaults = TrainingArguments(args.output_dir, use_cpu=args.use_cpu).to_dict()
     given = {
         name: value
         for name, value in args.to_dict().items()
-        if value != defaults.get(name) and name not in NO_SETTINGS and not name.startswith(NO_SETTINGS_BEGIN)
+        if value != defaults.get(name)
+        and changes_the_model(name)
+        and name not in IGNORED
+        and not name.startswith(IGNORED_BEGIN)
     }
     # The name of a model may stand for other weights elsewhere.
     set_seed(0)
     weights = hashlib.sha256()
     for name, value in model_init().state_dict().items():
         weights.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    settings = {"num_folds": num_folds, "data": _digest(rows), "model": weights.hexdigest()[:16], **given}
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Finished trainings are used again only where they were as this call asks."""
-    path = folder / "settings.json"
-    if not any(folder.glob("seed_*/fold_*.json")):
-        write_whole(path, json.dumps(settings, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
-    if changed:
-        differences = ", ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in changed)
-        raise ValueError(f"{folder} holds trainings with other settings ({differences}): give another output_dir.")
+    return {"num_folds": num_folds, "data": digest_of(rows), "model": weights.hexdigest()[:16], **given}

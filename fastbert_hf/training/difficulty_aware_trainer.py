@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from ..modeling.tasks import task_of
 from .objectives import difficulty_margin_loss
 
 
@@ -54,7 +55,7 @@ class DifficultyAwareArguments(TrainingArguments):
 
 class DifficultyAwareTrainer(Trainer):
     """
-    Fine-tunes a classifier with the task loss and, weighted, [`difficulty_margin_loss`] (CascadeBERT, Findings of
+    Fine-tune a classifier with the task loss and, weighted, [`difficulty_margin_loss`] (CascadeBERT, Findings of
     EMNLP 2021, section 3.2), so that its confidence tells which texts to hand on to a larger model. For a FastBERT
     model this is another stage 1, which regularises the teacher.
 
@@ -122,8 +123,9 @@ class DifficultyAwareTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         if difficulty is not None:
             sample_pairs = self.args.sample_pairs and model.training
+            task = task_of(self.accelerator.unwrap_model(model).config)
             regularisation = difficulty_margin_loss(
-                outputs.logits, difficulty, self.args.difficulty_margin, sample_pairs
+                outputs.logits, difficulty, self.args.difficulty_margin, sample_pairs, task
             )
             loss = loss + self.args.difficulty_weight * regularisation
             if model.training:

@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+
+from ..modeling.tasks import TASKS, Task
 
 
-def student_divergences(exit_logits: torch.Tensor, reverse_kl: bool = False, temperature: float = 1.0) -> torch.Tensor:
+# For callers that have no config at hand.
+CLASSIFICATION = TASKS["single_label_classification"]
+
+
+def student_divergences(
+    exit_logits: torch.Tensor, reverse_kl: bool = False, temperature: float = 1.0, task: Task = CLASSIFICATION
+) -> torch.Tensor:
     """
-    The divergence of each student from the teacher, averaged over the rows, in float32 (FastBERT, ACL 2020, Eq. 5 and
-    6).
+    Return the divergence of each student from the teacher, averaged over the rows, in float32 (FastBERT, ACL 2020,
+    Eq. 5 and 6).
 
     Args:
         exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit; the last one is the teacher.
@@ -21,48 +28,32 @@ def student_divergences(exit_logits: torch.Tensor, reverse_kl: bool = False, tem
         temperature (`float`):
             Divides all logits; the divergence is multiplied by its square, so that gradients keep their size (Hinton
             et al., 2015, section 2). The paper's is 1.
+        task ([`Task`]): Of the model.
 
     Returns:
         `torch.Tensor` of shape `[L - 1]`; its sum is the loss. The teacher gets no gradient.
     """
-    log_probabilities = (exit_logits.float() / temperature).log_softmax(-1)
-    students = log_probabilities[:, :-1]
-    teacher = log_probabilities[:, -1:].detach().expand_as(students)
-    wanted, given = (students, teacher) if reverse_kl else (teacher, students)
-    divergences = nn.functional.kl_div(given, wanted, reduction="none", log_target=True)
-    return divergences.sum(-1).mean(0) * temperature**2
-
-
-def exit_cross_entropies(exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    The cross entropy of each exit with the gold labels, averaged over the rows, in float32.
-
-    Args:
-        exit_logits (`torch.Tensor` of shape `[rows, exits, num_labels]`): Of some exits.
-        labels (`torch.Tensor` of shape `[rows]`): Gold labels.
-
-    Returns:
-        `torch.Tensor` of shape `[exits]`.
-    """
-    labels = labels.view(-1, 1).expand(exit_logits.shape[:2])
-    losses = nn.functional.cross_entropy(exit_logits.float().transpose(1, 2), labels, reduction="none")
-    # As in the stock models, rows with the label -100 do not count.
-    return losses.sum(0) / (labels[:, 0] != -100).sum()
+    students, teacher = exit_logits[:, :-1], exit_logits[:, -1:].detach()
+    return task.divergence(students, teacher, temperature=temperature, reverse=reverse_kl).mean(0)
 
 
 def depth_weights(num_exits: int, device: torch.device | None = None) -> torch.Tensor:
-    """The weight of each exit in PABEE's loss (NeurIPS 2020, Eq. 5): j / (1 + ... + L) for exit j."""
+    """Return the weight of each exit in PABEE's loss (NeurIPS 2020, Eq. 5): j / (1 + ... + L) for exit j."""
     depths = torch.arange(1, num_exits + 1, dtype=torch.float32, device=device)
     return depths / depths.sum()
 
 
 def difficulty_margin_loss(
-    logits: torch.Tensor, difficulty: torch.Tensor, margin: float = 0.5, sample_pairs: bool = False
+    logits: torch.Tensor,
+    difficulty: torch.Tensor,
+    margin: float = 0.5,
+    sample_pairs: bool = False,
+    task: Task = CLASSIFICATION,
 ) -> torch.Tensor:
     """
-    How far the confidences of easy rows fail to be above those of hard ones by a margin, max(0, margin - (c_easy -
-    c_hard)), averaged over all pairs of an easy and a hard row (CascadeBERT, Findings of EMNLP 2021, Eq. 4 to 6).
-    Confidence is the highest probability. In float32, or in float64 where the logits are.
+    Return by how much easy rows fail to be more confident than hard rows by a margin: max(0, margin - (c_easy -
+    c_hard)), averaged over all pairs of an easy and a hard row (CascadeBERT, Findings of EMNLP 2021, Eq. 4 to 6). The
+    confidence c is the highest probability. In float32, or in float64 where the logits are.
 
     With the sign of Eq. 6 as printed, the loss would raise the confidence of hard rows. Section 3.2 says that it is to
     fall, and the authors' code does so: `MarginRankingLoss(margin)` of easy, hard and +1. Pairs of equal difficulty
@@ -75,6 +66,7 @@ def difficulty_margin_loss(
         sample_pairs (`bool`):
             Pairs each easy row with one hard row, drawn with replacement, as the authors' code does, instead of with
             all of them. The expected loss is the same.
+        task ([`Task`]): Of the model.
 
     Returns:
         `torch.Tensor` without dimensions; 0, with a gradient of 0, where all rows are easy or all are hard.
@@ -84,8 +76,7 @@ def difficulty_margin_loss(
             f"difficulty must be 0 (easy) or 1 (hard) for each of the {len(logits)} rows, got "
             f"{difficulty.tolist()}. Example: torch.tensor([0, 1, 0])"
         )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    confidence = logits.softmax(-1).amax(-1)  # [rows]
+    confidence = task.probabilities(logits).amax(-1)  # [rows]
     easy, hard = confidence[difficulty == 0], confidence[difficulty == 1]
     if sample_pairs and len(hard) > 0:
         gaps = easy - hard[torch.randint(len(hard), easy.shape, device=hard.device)]  # [easy]
@@ -98,35 +89,38 @@ def difficulty_margin_loss(
 @dataclass(frozen=True)
 class Objective:
     """
+    What the exits are taught, and what learns by it.
+
     Args:
         losses (`Callable`):
-            From the logits of every exit, `[rows, L, num_labels]`, the labels (or `None`) and the
-            [`SelfDistillationArguments`] to one loss for each exit that learns, first to last. Their sum is minimised.
+            From the logits of every exit, `[rows, L, num_labels]`, the labels (or `None`), the
+            [`ExitTrainingArguments`] and the [`Task`] to one loss for each exit that learns, first to last. Their sum
+            is minimised.
         name (`str`): What the logs call these losses: `name_exit_1`, ...
         freezes_teacher (`bool`): Whether the backbone and the teacher stay as they are, and only the students learn.
-        needs_labels (`bool`): Whether rows without labels cannot be used.
+        needs_labels (`bool`): Whether it learns from labels. Otherwise it learns the answers of the teacher.
     """
 
-    losses: Callable[[torch.Tensor, torch.Tensor | None, Any], torch.Tensor]
+    losses: Callable[[torch.Tensor, torch.Tensor | None, Any, Task], torch.Tensor]
     name: str
     freezes_teacher: bool
     needs_labels: bool = True
 
 
-def _self_distillation(exit_logits, labels, args):
-    return student_divergences(exit_logits, args.reverse_kl, args.temperature)
+def _self_distillation(exit_logits, labels, args, task):
+    return student_divergences(exit_logits, args.reverse_kl, args.temperature, task)
 
 
-def _frozen_cross_entropy(exit_logits, labels, args):
-    return exit_cross_entropies(exit_logits[:, :-1], labels)
+def _frozen_cross_entropy(exit_logits, labels, args, task):
+    return task.mean_loss(exit_logits[:, :-1], labels)
 
 
-def _joint_cross_entropy(exit_logits, labels, args):
-    return exit_cross_entropies(exit_logits, labels)
+def _joint_cross_entropy(exit_logits, labels, args, task):
+    return task.mean_loss(exit_logits, labels)
 
 
-def _weighted_cross_entropy(exit_logits, labels, args):
-    return exit_cross_entropies(exit_logits, labels) * depth_weights(exit_logits.shape[1], exit_logits.device)
+def _weighted_cross_entropy(exit_logits, labels, args, task):
+    return task.mean_loss(exit_logits, labels) * depth_weights(exit_logits.shape[1], exit_logits.device)
 
 
 OBJECTIVES = {

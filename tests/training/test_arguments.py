@@ -1,4 +1,4 @@
-"""`SelfDistillationArguments`: the paper's settings for stage 2, and what an evaluation speed may be."""
+"""The arguments of the trainers: the paper's settings for stage 2, and what an evaluation speed may be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastbert_hf import SelfDistillationArguments
+from fastbert_hf.training import OBJECTIVES, ExitTrainingArguments
 
 
 def test_defaults_are_the_settings_of_the_paper(tmp_path):
@@ -45,6 +46,22 @@ def test_command_line_sets_every_field(tmp_path):
     assert args.eval_speeds == [0.2, 1.0]
     assert args.reverse_kl is True
     assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == (1e-3, 2, 7)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_command_line_sets_the_objective(tmp_path, objective):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--objective", objective]
+    (args,) = HfArgumentParser(ExitTrainingArguments).parse_args_into_dataclasses(words)
+    assert args.objective == objective
+
+
+def test_self_distillation_has_no_other_objective(tmp_path):
+    assert SelfDistillationArguments(str(tmp_path), use_cpu=True).objective == "self_distillation"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'objective'"):
+        SelfDistillationArguments(str(tmp_path), use_cpu=True, objective="joint_cross_entropy")
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--objective", "joint_cross_entropy"]
+    with pytest.raises(ValueError, match="not used by the HfArgumentParser"):
+        HfArgumentParser(SelfDistillationArguments).parse_args_into_dataclasses(words)
 
 
 def test_command_line_without_the_fields_gives_the_defaults(tmp_path):

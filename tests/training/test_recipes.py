@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import BertModel, Trainer
 
-from fastbert_hf import FastBertForSequenceClassification, SelfDistillationTrainer
-from fastbert_hf.training import recipes
+from fastbert_hf import FastBertForSequenceClassification
+from fastbert_hf.training import ExitTrainer
 from fastbert_hf.training.recipes import RECIPES, StageSettings, get_recipe, stage_folders, train_recipe
 
-from ..common import NUM_LAYERS, tiny_stock_model, tiny_texts, tiny_tokenizer
+from ..common import (
+    NUM_LAYERS,
+    assert_same_weights,
+    ragged_batch,
+    tiny_model,
+    tiny_stock_model,
+    tiny_texts,
+    tiny_tokenizer,
+)
 
 
 LABELS = {0: "no", 1: "yes", 2: "so"}
@@ -53,6 +66,24 @@ def train(recipe, backbone, folder, **settings):
     )
 
 
+@pytest.fixture(scope="module")
+def finished(backbone, tmp_path_factory) -> Callable[[str], tuple[FastBertForSequenceClassification, Path]]:
+    """Train a recipe when it is first asked for; return its model and its folder, which are to stay as they are."""
+
+    @cache
+    def train_once(name: str) -> tuple[FastBertForSequenceClassification, Path]:
+        folder = tmp_path_factory.mktemp(name)
+        return train(RECIPES[name], backbone, folder), folder
+
+    return train_once
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    """A copy of the folder of the recipe `fastbert`."""
+    return Path(shutil.copytree(finished("fastbert")[1], tmp_path / "fastbert"))
+
+
 def saved(folder) -> dict[str, torch.Tensor]:
     return FastBertForSequenceClassification.from_pretrained(folder / "model").state_dict()
 
@@ -64,7 +95,7 @@ def moved(before: dict, after: dict) -> set[str]:
 
 
 def test_the_recipes_are_those_of_the_papers():
-    stages = {name: recipe.stages for name, recipe in RECIPES.items()}
+    stages = {name: tuple(stage.name for stage in recipe.stages) for name, recipe in RECIPES.items()}
     assert stages == {
         "fastbert": ("fine_tuning", "self_distillation"),
         "fastbert_joint_first": ("weighted_cross_entropy", "self_distillation"),
@@ -77,24 +108,23 @@ def test_the_recipes_are_those_of_the_papers():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_trains_and_answers(backbone, tmp_path, name):
+def test_every_recipe_trains_and_answers(finished, name):
     recipe = RECIPES[name]
-    model = train(recipe, backbone, tmp_path)
+    model, output_dir = finished(name)
     assert model.config.num_hidden_layers == (K if recipe.fixed_depth else NUM_LAYERS)
     assert model.config.exit_policy == recipe.config.get("exit_policy", "entropy")
     assert model.config.id2label == LABELS
     batch = tiny_tokenizer()(tiny_texts(5), padding=True, return_tensors="pt")
     assert model(**batch, speed=0.5).logits.shape == (5, 3)
-    folders = stage_folders(recipe, tmp_path, K if recipe.fixed_depth else None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(folder.name for folder in folders)
+    folders = stage_folders(recipe, output_dir, K if recipe.fixed_depth else None)
+    assert {path.name for path in output_dir.iterdir()} == {folder.name for folder in folders}
     for folder in folders:
         assert any("eval_loss" in entry for entry in json.loads((folder / "model" / "log.json").read_text()))
 
 
 @pytest.mark.parametrize("name", ["fastbert", "deebert"])
-def test_the_second_stage_moves_the_students_alone(backbone, tmp_path, name):
-    train(RECIPES[name], backbone, tmp_path)
-    first, second = map(saved, stage_folders(RECIPES[name], tmp_path))
+def test_the_second_stage_moves_the_students_alone(finished, name):
+    first, second = map(saved, stage_folders(RECIPES[name], finished(name)[1]))
     assert moved(first, second) == {f"exits.{index}" for index in range(NUM_LAYERS - 1)}
 
 
@@ -107,14 +137,14 @@ def test_fine_tuning_moves_backbone_and_teacher_and_no_student(backbone, tmp_pat
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "train", remember)
-    recipe = dataclasses.replace(RECIPES["fastbert"], stages=("fine_tuning",))
+    recipe = dataclasses.replace(RECIPES["fastbert"], stages=RECIPES["fastbert"].stages[:1])
     train(recipe, backbone, tmp_path)
     after = saved(stage_folders(recipe, tmp_path)[0])
     assert moved(before, after) == {"fastbert.backbone", f"exits.{NUM_LAYERS - 1}"}
 
 
-def test_pabee_moves_everything_at_once_and_shares_its_pooler(backbone, tmp_path):
-    model = train(RECIPES["pabee"], backbone, tmp_path)
+def test_pabee_moves_everything_at_once_and_shares_its_pooler(backbone, finished):
+    model = finished("pabee")[0]
     assert model.shared_pooler is not None
     pretrained = BertModel.from_pretrained(backbone, add_pooling_layer=False).state_dict()
     own = model.fastbert.backbone.state_dict()
@@ -124,8 +154,8 @@ def test_pabee_moves_everything_at_once_and_shares_its_pooler(backbone, tmp_path
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
-def test_pabee_leaves_after_patience_agreements_in_a_row(backbone, tmp_path, patience):
-    model = train(RECIPES["pabee"], backbone, tmp_path)
+def test_pabee_leaves_after_patience_agreements_in_a_row(finished, patience):
+    model = copy.deepcopy(finished("pabee")[0])
     model.config.patience = patience
     batch = tiny_tokenizer()(tiny_texts(40), padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -141,17 +171,20 @@ def test_pabee_leaves_after_patience_agreements_in_a_row(backbone, tmp_path, pat
         assert layer == expected
 
 
-def test_deebert_leaves_at_the_first_entropy_below_its_threshold_in_nats(backbone, tmp_path):
-    model = train(RECIPES["deebert"], backbone, tmp_path)
+def test_deebert_leaves_at_the_first_entropy_below_its_threshold_in_nats(finished):
+    model = finished("deebert")[0]
     batch = tiny_tokenizer()(tiny_texts(40), padding=True, return_tensors="pt")
     with torch.no_grad():
         probabilities = model(**batch, output_exit_logits=True).exit_logits.double().softmax(-1)
         entropies = -(probabilities * probabilities.log()).sum(-1)
-        threshold = entropies[:, :-1].median().item()
+        # Between two of them, and far from both.
+        middle = entropies[:, :-1].flatten().sort().values[40:80]
+        widest = middle.diff().argmax()
+        threshold = middle[widest : widest + 2].mean().item()
         # Its entropy is not normalised: the speed is the threshold over ln N.
         exit_layer = model(**batch, speed=threshold / torch.log(torch.tensor(3.0)).item()).exit_layer.tolist()
     for row, layer in zip(entropies.tolist(), exit_layer, strict=True):
-        below = [depth for depth, entropy in enumerate(row, start=1) if entropy < threshold - 1e-6]
+        below = [depth for depth, entropy in enumerate(row, start=1) if entropy < threshold]
         assert layer == (below[0] if below else NUM_LAYERS)
     assert len(set(exit_layer)) > 1
 
@@ -165,8 +198,11 @@ def test_bert_kl_starts_from_the_first_k_pretrained_layers(backbone, tmp_path):
 
 
 def test_static_student_learns_the_answers_of_the_fine_tuned_model_from_its_first_layers(
-    backbone, tmp_path, monkeypatch
+    backbone, finished, tmp_path, monkeypatch
 ):
+    folder = shutil.copytree(finished("distilled_kl")[1], tmp_path / "again")
+    teacher_folder, student_folder = stage_folders(RECIPES["distilled_kl"], folder, K)
+    shutil.rmtree(student_folder)
     seen = {}
     original = Trainer.train
 
@@ -176,9 +212,9 @@ def test_static_student_learns_the_answers_of_the_fine_tuned_model_from_its_firs
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "train", remember)
-    train(RECIPES["distilled_kl"], backbone, tmp_path)
-    teacher_folder = stage_folders(RECIPES["distilled_kl"], tmp_path, K)[0]
+    train(RECIPES["distilled_kl"], backbone, folder)
     teacher = FastBertForSequenceClassification.from_pretrained(teacher_folder / "model")
+    assert teacher.config.num_hidden_layers == NUM_LAYERS
     for row in list(seen["rows"])[:5]:
         with torch.no_grad():
             answer = teacher(torch.tensor([row["input_ids"]])).logits.softmax(-1)[0]
@@ -188,8 +224,6 @@ def test_static_student_learns_the_answers_of_the_fine_tuned_model_from_its_firs
 
 
 def test_the_loss_of_the_static_student_is_the_cross_entropy_with_its_teachers_probabilities():
-    from ..common import ragged_batch, tiny_model
-
     model, batch = tiny_model(), ragged_batch((4, 6))
     wanted = torch.tensor([[0.2, 0.3, 0.5], [0.9, 0.05, 0.05]])
     output = model(**batch, labels=wanted)
@@ -199,78 +233,85 @@ def test_the_loss_of_the_static_student_is_the_cross_entropy_with_its_teachers_p
 
 def test_a_joint_first_stage_hands_its_students_on(backbone, tmp_path, monkeypatch):
     handed = {}
-    original = SelfDistillationTrainer.train
+    original = ExitTrainer.train
 
     def remember(self, *args, **kwargs):
         handed[self.args.objective] = {name: value.clone() for name, value in self.model.state_dict().items()}
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(SelfDistillationTrainer, "train", remember)
+    monkeypatch.setattr(ExitTrainer, "train", remember)
     train(RECIPES["fastbert_joint_first"], backbone, tmp_path)
     first = saved(stage_folders(RECIPES["fastbert_joint_first"], tmp_path)[0])
     assert all(torch.equal(first[name], value) for name, value in handed["self_distillation"].items())
 
 
-def test_recipes_share_what_they_have_in_common(backbone, tmp_path, monkeypatch):
-    trained = []
-    original = recipes._train_stage
-    monkeypatch.setattr(recipes, "_train_stage", lambda *args: (trained.append(args[0]), original(*args)))
+@pytest.fixture
+def trained(monkeypatch) -> dict[str, Dataset]:
+    """The folder and the rows of every stage that is trained."""
+    rows_of, original = {}, Trainer.train
+
+    def remember(self, *args, **kwargs):
+        rows_of[Path(self.args.output_dir).name] = self.train_dataset
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", remember)
+    return rows_of
+
+
+def test_recipes_share_what_they_have_in_common(backbone, folder, trained):
     shared_teacher = {"teacher_exit_type": "attention"}
     deebert = RECIPES["deebert"]
     deebert = dataclasses.replace(deebert, config={**deebert.config, **shared_teacher})
-    train(RECIPES["fastbert"], backbone, tmp_path)
-    model = train(deebert, backbone, tmp_path)
-    assert trained == ["fine_tuning", "self_distillation", "frozen_cross_entropy"]
-    tuned = FastBertForSequenceClassification.from_pretrained(tmp_path / "attention-fine_tuning" / "model")
+    train(RECIPES["fastbert"], backbone, folder)
+    assert not trained
+    model = train(deebert, backbone, folder)
+    assert list(trained) == ["linear_under_attention-fine_tuning-frozen_cross_entropy"]
+    tuned = FastBertForSequenceClassification.from_pretrained(folder / "attention-fine_tuning" / "model")
     batch = tiny_tokenizer()(tiny_texts(5), padding=True, return_tensors="pt")
     assert torch.equal(model(**batch).logits, tuned(**batch).logits)
-    train(RECIPES["fastbert"], backbone, tmp_path)
-    assert len(trained) == 3
 
 
-def test_an_interrupted_recipe_goes_on_with_the_stage_that_is_not_finished(backbone, tmp_path, monkeypatch):
+def test_an_interrupted_recipe_goes_on_with_the_stage_that_is_not_finished(backbone, finished, tmp_path, monkeypatch):
     def stop(self, *args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SelfDistillationTrainer, "train", stop)
+        patch.setattr(ExitTrainer, "train", stop)
         with pytest.raises(KeyboardInterrupt):
             train(RECIPES["fastbert"], backbone, tmp_path)
     first = stage_folders(RECIPES["fastbert"], tmp_path)[0]
     stamp = (first / "model" / "model.safetensors").stat().st_mtime_ns
     model = train(RECIPES["fastbert"], backbone, tmp_path)
     assert (first / "model" / "model.safetensors").stat().st_mtime_ns == stamp
-    uninterrupted = train(RECIPES["fastbert"], backbone, tmp_path / "other")
-    own = model.state_dict()
-    assert all(torch.equal(own[name], value) for name, value in uninterrupted.state_dict().items())
+    assert_same_weights(model, finished("fastbert")[0])
 
 
-def test_a_folder_of_other_settings_is_refused(backbone, tmp_path):
-    train(RECIPES["fastbert"], backbone, tmp_path)
+def test_a_folder_of_other_settings_is_refused(backbone, folder):
     with pytest.raises(ValueError, match=r"learning_rate was 0.001 and is 0.5.*give another output_dir"):
-        train(RECIPES["fastbert"], backbone, tmp_path, whole_model=StageSettings(0.5, 2))
+        train(RECIPES["fastbert"], backbone, folder, whole_model=StageSettings(0.5, 2))
+    with pytest.raises(ValueError, match=r"self_distillation holds.*temperature was 1.0 and is 2.0"):
+        train(RECIPES["fastbert"], backbone, folder, exits_alone=StageSettings(1e-2, 2, temperature=2.0))
 
 
-def test_another_backbone_other_labels_or_other_data_are_other_settings(backbone, tmp_path):
+def test_another_backbone_other_labels_or_other_data_are_other_settings(backbone, folder, tmp_path, trained):
     recipe = RECIPES["fastbert"]
-    train(recipe, backbone, tmp_path)
     other = rows(seed=5)
     assert len(other) == len(rows())
     with pytest.raises(ValueError, match="data was"):
-        train(recipe, backbone, tmp_path, train_dataset=other)
+        train(recipe, backbone, folder, train_dataset=other)
     elsewhere = tmp_path / "backbone"
     tiny_stock_model(seed=1).save_pretrained(elsewhere)
     with pytest.raises(ValueError, match="backbone was"):
-        train(recipe, elsewhere, tmp_path)
+        train(recipe, elsewhere, folder)
     # What leaves no trace in the model may change.
-    train(recipe, backbone, tmp_path, args={"logging_steps": 7, "per_device_eval_batch_size": 3})
+    train(recipe, backbone, folder, args={"logging_steps": 7, "per_device_eval_batch_size": 3})
+    assert not trained
 
 
-def test_exits_of_another_width_are_other_settings(backbone, tmp_path):
-    train(RECIPES["fastbert"], backbone, tmp_path)
+def test_exits_of_another_width_are_other_settings(backbone, folder):
     wider = dataclasses.replace(RECIPES["fastbert"], config={"exit_hidden_size": 64})
     with pytest.raises(ValueError, match=r"exit_hidden_size was None and is 64"):
-        train(wider, backbone, tmp_path)
+        train(wider, backbone, folder)
 
 
 def test_students_under_another_teacher_have_a_folder_of_their_own(tmp_path):
@@ -288,30 +329,20 @@ def test_students_under_another_teacher_have_a_folder_of_their_own(tmp_path):
     ]
 
 
-def test_exits_that_share_a_pooler_have_a_fine_tuned_model_of_their_own(backbone, tmp_path):
-    shared = {"share_exit_pooler": True}
-    recipe = dataclasses.replace(RECIPES["fastbert"], config=shared)
-    assert [folder.name.partition("-")[0] for folder in stage_folders(recipe, tmp_path)] == ["attention_shared"] * 2
-    train(RECIPES["fastbert"], backbone, tmp_path)
-    model = train(recipe, backbone, tmp_path)
+def test_exits_that_share_a_pooler_have_a_fine_tuned_model_of_their_own(backbone, folder):
+    recipe = dataclasses.replace(RECIPES["fastbert"], config={"share_exit_pooler": True})
+    assert [path.name.partition("-")[0] for path in stage_folders(recipe, folder)] == ["attention_shared"] * 2
+    model = train(dataclasses.replace(recipe, stages=recipe.stages[:1]), backbone, folder)
     assert model.shared_pooler is not None
 
 
-def test_unlabeled_rows_join_self_distillation(backbone, tmp_path, monkeypatch):
-    seen = {}
-    original = recipes._train_stage
-
-    def remember(stage, model, folder, settings, data, *rest):
-        seen[stage] = data
-        return original(stage, model, folder, settings, data, *rest)
-
-    monkeypatch.setattr(recipes, "_train_stage", remember)
+def test_unlabeled_rows_join_self_distillation(backbone, folder, trained):
     unlabeled = rows(10, seed=3).remove_columns("labels")
-    train(RECIPES["fastbert"], backbone, tmp_path, unlabeled_dataset=unlabeled)
-    assert (tmp_path / "attention-fine_tuning-self_distillation_unlabeled" / "model").exists()
-    assert len(seen["fine_tuning"]) == 24
-    assert len(seen["self_distillation"]) == 34
-    assert "labels" not in seen["self_distillation"].column_names
+    train(RECIPES["fastbert"], backbone, folder, unlabeled_dataset=unlabeled)
+    distilled = "attention-fine_tuning-self_distillation_unlabeled"
+    assert (folder / distilled / "model").exists()
+    assert {name: len(data) for name, data in trained.items()} == {distilled: 34}
+    assert "labels" not in trained[distilled].column_names
 
 
 def test_unknown_recipe_lists_the_known_ones():

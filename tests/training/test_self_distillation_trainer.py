@@ -16,7 +16,6 @@ from transformers import (
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, SelfDistillationTrainer
 from fastbert_hf import SelfDistillationArguments as Arguments
-from fastbert_hf.training import student_divergences
 
 from ..common import (
     NUM_LAYERS,
@@ -33,9 +32,9 @@ from ..common import (
     training_settings,
     without_dropout,
 )
+from .common import SGD, assert_moved, exit_logits_of, float64_divergences
 
 
-SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
 STUDENTS = range(1, NUM_LAYERS)
 
 
@@ -47,60 +46,6 @@ def stage_two(tmp_path, model, rows=None, eval_rows=None, compute_metrics=None, 
         eval_dataset=eval_rows,
         compute_metrics=compute_metrics,
     )
-
-
-def exit_logits_of(model, rows) -> torch.Tensor:
-    batch = default_data_collator(rows)
-    batch.pop("labels", None)
-    with torch.no_grad():
-        return model.eval()(**batch, output_exit_logits=True).exit_logits
-
-
-def float64_divergences(exit_logits: torch.Tensor, reverse_kl: bool = False) -> list[float]:
-    """Eq. 5 of the paper, written out in float64: of each student, averaged over the rows."""
-    probabilities = exit_logits.double().exp() / exit_logits.double().exp().sum(-1, keepdim=True)
-    teacher = probabilities[:, -1]
-    divergences = []
-    for student in probabilities[:, :-1].unbind(1):
-        wanted, given = (student, teacher) if reverse_kl else (teacher, student)
-        divergences.append((wanted * (wanted / given).log()).sum(-1).mean().item())
-    return divergences
-
-
-@pytest.mark.parametrize("reverse_kl", [False, True])
-def test_divergences_and_their_gradients_equal_float64_formulas(reverse_kl):
-    rows, num_exits, num_labels = 7, 5, 4
-    generator = torch.Generator().manual_seed(0)
-    exit_logits = (torch.randn(rows, num_exits, num_labels, generator=generator) * 3).requires_grad_()
-
-    divergences = student_divergences(exit_logits, reverse_kl)
-    divergences.sum().backward()
-
-    expected = torch.tensor(float64_divergences(exit_logits.detach(), reverse_kl))
-    assert divergences.shape == (num_exits - 1,)
-    assert_close(divergences.detach(), expected.float(), 1e-5)
-    student, teacher = exit_logits.detach().double().softmax(-1).split([num_exits - 1, 1], 1)
-    ratio = (student / teacher).log()
-    if reverse_kl:
-        gradient = student * (ratio - (student * ratio).sum(-1, keepdim=True)) / rows
-    else:
-        gradient = (student - teacher) / rows
-    assert_close(exit_logits.grad[:, :-1], gradient.float(), 1e-6)
-    assert not exit_logits.grad[:, -1].any()
-
-
-def test_the_two_directions_of_the_divergence_differ_and_vanish_for_equal_answers():
-    exit_logits = torch.tensor([[[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]]])
-    forward, reverse = student_divergences(exit_logits), student_divergences(exit_logits, reverse_kl=True)
-    assert abs(forward - reverse).item() > 0.05
-    assert student_divergences(exit_logits[:, [1, 1]]).item() == pytest.approx(0, abs=1e-7)
-
-
-def test_divergences_of_half_precision_logits_are_float32():
-    exit_logits = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-    divergences = student_divergences(exit_logits)
-    assert divergences.dtype == torch.float32
-    assert_close(divergences, torch.tensor(float64_divergences(exit_logits)).float(), 1e-5)
 
 
 @pytest.mark.parametrize("reverse_kl", [False, True])
@@ -137,7 +82,7 @@ def test_every_student_parameter_moves_and_all_else_stays(tmp_path, family, exit
     rows = tiny_rows(pad_token_id=pad_token_id_of(family))
     stage_two(tmp_path, model, rows, weight_decay=weight_decay).train()
 
-    assert changed_parameters(model, before) == students
+    assert_moved(model, before, students)
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
 
 
@@ -205,7 +150,7 @@ def test_unlabeled_data_set_with_other_columns_is_welcome(tmp_path):
     )
     trainer.train()
     metrics = trainer.evaluate()
-    assert changed_parameters(model, before) == student_names(model)
+    assert_moved(model, before, student_names(model))
     encoding = tokenizer(dataset["text"][:], padding=True, return_tensors="pt")
     with torch.no_grad():
         exit_layer = model(**encoding, speed=0.8).exit_layer
@@ -252,36 +197,6 @@ def test_fresh_model_resumes_from_the_checkpoint_of_a_trained_one(tmp_path):
     assert not changed_parameters(fresh, copied_state(model))
 
 
-def test_best_model_by_a_metric_at_one_speed_is_loaded_at_the_end(tmp_path):
-    answers_seen, trained = [], []
-    model = tiny_model()
-
-    def compute_metrics(prediction):
-        answers_seen.append(prediction)
-        return {"accuracy": -float(len(answers_seen))}
-
-    trainer = stage_two(
-        tmp_path,
-        model,
-        eval_rows=tiny_rows(8),
-        compute_metrics=compute_metrics,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="accuracy_speed_0.5",
-    )
-    model.teacher.register_forward_hook(lambda *call: trained.append(copied_state(model)))
-    trainer.train()
-
-    assert trainer.state.best_metric == -2
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    after_one_step, after_two_steps = trained[1], trained[3]
-    assert not changed_parameters(model, after_one_step)
-    assert changed_parameters(model, after_two_steps)
-
-
 def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
     model = tiny_model()
     before = copied_state(model)
@@ -292,7 +207,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
 
     assert dtypes == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert changed_parameters(model, before) == student_names(model)
+    assert_moved(model, before, student_names(model))
     expected = sum(float64_divergences(exit_logits_of(model, tiny_rows(8))))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.1)
 
@@ -317,166 +232,6 @@ def test_distilling_brings_every_student_nearer_to_the_teacher(tmp_path):
     assert all(late < 0.5 * early for late, early in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("policy", "patience"),
-    [("entropy", 1), ("confidence", 1), ("margin", 1), ("patience", 1), ("patience", 2), ("patience", 3)],
-)
-def test_evaluation_in_one_full_depth_pass_reports_what_adaptive_calls_give(tmp_path, policy, patience):
-    model = tiny_model(seed=2, exit_policy=policy, patience=patience)
-    rows = tiny_rows(22)
-    names = ["0", "0.1", "0.34", "0.5", "0.65", "0.8", "1"]
-    trainer = stage_two(
-        tmp_path,
-        model,
-        eval_rows=rows,
-        eval_speeds=[float(name) for name in names],
-        per_device_eval_batch_size=4,
-    )
-    calls = {"embeddings": 0, "layers": 0}
-
-    def count(part):
-        calls[part] += 1
-
-    handles = [model.fastbert.backbone.embeddings.register_forward_hook(lambda *call: count("embeddings"))]
-    handles += [layer.register_forward_hook(lambda *call: count("layers")) for layer in model.fastbert.layers()]
-    metrics = trainer.evaluate()
-    for handle in handles:
-        handle.remove()
-    assert calls == {"embeddings": 6, "layers": 6 * NUM_LAYERS}
-
-    batch = default_data_collator(rows)
-    labels = batch.pop("labels")
-    model.eval()
-    depths = set()
-    with torch.no_grad():
-        teacher = model(**batch).logits.argmax(-1)
-        for name in names:
-            output = model(**batch, speed=float(name))
-            answers = output.logits.argmax(-1)
-            depths.update(output.exit_layer.tolist())
-            expected = {
-                f"eval_accuracy_speed_{name}": (answers == labels).float().mean().item(),
-                f"eval_agreement_speed_{name}": (answers == teacher).float().mean().item(),
-                f"eval_mean_exit_layer_speed_{name}": output.exit_layer.float().mean().item(),
-            }
-            assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
-    assert len(depths) > 1
-    assert metrics["eval_agreement_speed_0"] == 1
-    assert metrics["eval_mean_exit_layer_speed_0"] == NUM_LAYERS
-    assert metrics["eval_mean_exit_layer_speed_1"] < NUM_LAYERS
-
-
-@pytest.mark.parametrize("reverse_kl", [False, True])
-def test_evaluation_loss_is_the_sum_of_the_divergences_over_all_rows(tmp_path, reverse_kl):
-    model = tiny_model()
-    rows = tiny_rows(22)
-    trainer = stage_two(tmp_path, model, eval_rows=rows, per_device_eval_batch_size=4, reverse_kl=reverse_kl)
-    metrics = trainer.evaluate()
-    expected = float64_divergences(exit_logits_of(model, rows), reverse_kl)
-    for depth, divergence in enumerate(expected, start=1):
-        assert metrics[f"eval_kl_exit_{depth}"] == pytest.approx(divergence, abs=1e-5)
-    assert metrics["eval_loss"] == pytest.approx(sum(expected), abs=1e-5)
-    assert f"eval_kl_exit_{NUM_LAYERS}" not in metrics
-
-
-def test_evaluation_without_labels_reports_all_but_the_accuracy(tmp_path):
-    model = tiny_model()
-    settings = {"per_device_eval_batch_size": 4}
-    with_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10), **settings).evaluate()
-    without_labels = stage_two(tmp_path, model, eval_rows=tiny_rows(10, labels=False), **settings).evaluate()
-
-    missing = {f"eval_accuracy_speed_{speed}" for speed in ("0.1", "0.5", "0.8")}
-    assert with_labels.keys() - without_labels.keys() == missing
-    shared = {key for key in without_labels if "speed_" in key or "kl_exit" in key or key == "eval_loss"}
-    assert len(shared) == 2 * 3 + len(STUDENTS) + 1
-    assert {key: without_labels[key] for key in shared} == pytest.approx({key: with_labels[key] for key in shared})
-
-
-def test_custom_metrics_are_reported_at_every_speed(tmp_path):
-    model = tiny_model()
-    rows = tiny_rows(10)
-    predictions = []
-
-    def compute_metrics(prediction):
-        predictions.append(prediction)
-        return {"first_label": float((prediction.predictions.argmax(-1) == 0).mean())}
-
-    trainer = stage_two(tmp_path, model, eval_rows=rows, compute_metrics=compute_metrics, eval_speeds=[0.0, 0.7])
-    metrics = trainer.evaluate()
-
-    batch = default_data_collator(rows)
-    labels = batch.pop("labels")
-    assert len(predictions) == 2
-    for name, prediction in zip(("0", "0.7"), predictions, strict=True):
-        with torch.no_grad():
-            logits = model.eval()(**batch, speed=float(name)).logits
-        assert_close(torch.from_numpy(prediction.predictions), logits)
-        assert prediction.label_ids.tolist() == labels.tolist()
-        expected = (logits.argmax(-1) == 0).float().mean().item()
-        assert metrics[f"eval_first_label_speed_{name}"] == pytest.approx(expected)
-    assert not any("accuracy" in key for key in metrics)
-
-
-def test_evaluation_without_speeds_reports_only_the_divergences(tmp_path):
-    metrics = stage_two(tmp_path, tiny_model(), eval_rows=tiny_rows(10), eval_speeds=[]).evaluate()
-    assert not any("speed_" in key for key in metrics)
-    assert {f"eval_kl_exit_{depth}" for depth in STUDENTS} <= metrics.keys()
-
-
-def test_prediction_loss_only_still_reports_the_loss(tmp_path):
-    model = tiny_model()
-    rows = tiny_rows(8)
-    metrics = stage_two(tmp_path, model, eval_rows=rows, prediction_loss_only=True).evaluate()
-    expected = sum(float64_divergences(exit_logits_of(model, rows)))
-    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
-    assert not any("speed_" in key for key in metrics)
-
-
-@pytest.mark.parametrize("labels", [True, False])
-def test_predict_returns_the_logits_of_every_exit(tmp_path, labels):
-    model = tiny_model()
-    rows = tiny_rows(10, labels=labels)
-    output = stage_two(tmp_path, model, per_device_eval_batch_size=4).predict(rows)
-    assert output.predictions.shape == (10, NUM_LAYERS, 3)
-    assert_close(torch.from_numpy(output.predictions), exit_logits_of(model, rows))
-    assert (output.label_ids is not None) == labels
-    assert "test_mean_exit_layer_speed_0.5" in output.metrics
-
-
-@pytest.mark.parametrize(("logging_steps", "accumulation"), [(1, 1), (2, 1), (2, 2)])
-def test_logged_divergences_add_up_to_the_loss(tmp_path, logging_steps, accumulation):
-    trainer = stage_two(
-        tmp_path,
-        tiny_model(),
-        tiny_rows(64),
-        eval_rows=tiny_rows(8),
-        max_steps=4,
-        logging_steps=logging_steps,
-        gradient_accumulation_steps=accumulation,
-        eval_strategy="steps",
-        eval_steps=1,
-    )
-    trainer.train()
-    training_logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    evaluation_logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(training_logs) == 4 // logging_steps
-    assert len(evaluation_logs) == 4
-    for prefix, logs in (("", training_logs), ("eval_", evaluation_logs)):
-        for entry in logs:
-            assert sum(entry[f"{prefix}kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(
-                entry[f"{prefix}loss"], abs=1e-4
-            )
-            assert entry[f"{prefix}loss"] > 0.01
-
-
-def test_a_second_training_logs_its_own_divergences(tmp_path):
-    trainer = stage_two(tmp_path, tiny_model(), tiny_rows(64), max_steps=3, logging_steps=2, learning_rate=5e-3)
-    trainer.train()
-    trainer.train()
-    first_log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert sum(first_log[f"kl_exit_{depth}"] for depth in STUDENTS) == pytest.approx(first_log["loss"], abs=1e-4)
-
-
 def test_pooler_shared_with_the_teacher_stays(tmp_path):
     model = tiny_model(share_exit_pooler=True)
     before = copied_state(model)
@@ -487,9 +242,8 @@ def test_pooler_shared_with_the_teacher_stays(tmp_path):
     trainer.train()
 
     assert modes == {False}
-    changed = changed_parameters(model, before)
-    assert changed == student_names(model)
-    assert changed == {f"exits.{i}.out_proj.{name}" for i in range(NUM_LAYERS - 1) for name in ("weight", "bias")}
+    out_proj = {f"exits.{i}.out_proj.{name}" for i in range(NUM_LAYERS - 1) for name in ("weight", "bias")}
+    assert_moved(model, before, out_proj)
 
 
 @pytest.mark.parametrize(("exit_type", "teacher_exit_type"), [("attention", "linear"), ("linear", "attention")])
@@ -499,7 +253,7 @@ def test_pooler_that_only_the_students_share_moves(tmp_path, exit_type, teacher_
     trainer = stage_two(tmp_path, model, weight_decay=0.1)
     pooler = {f"shared_pooler.{name}" for name, _ in model.shared_pooler.named_parameters()}
     trainer.train()
-    assert changed_parameters(model, before) == student_names(model) | pooler
+    assert_moved(model, before, student_names(model) | pooler)
 
 
 def test_pooler_that_only_the_students_share_is_in_train_mode(tmp_path):
@@ -574,4 +328,4 @@ def test_model_may_come_from_model_init(tmp_path):
     trainer = SelfDistillationTrainer(args=arguments, model_init=lambda: tiny_model(), train_dataset=tiny_rows(8))
     trainer.train()
     before = tiny_model().state_dict()
-    assert changed_parameters(trainer.model, before) == student_names(trainer.model)
+    assert_moved(trainer.model, before, student_names(trainer.model))

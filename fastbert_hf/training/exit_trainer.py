@@ -1,9 +1,10 @@
-"""SelfDistillationTrainer: the students learn what the teacher says; or what the rivals of FastBERT teach them."""
+"""ExitTrainer teaches the exits; SelfDistillationTrainer teaches them what the teacher says: stage 2 of FastBERT."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,32 +15,38 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..modeling.exit_policies import exit_uncertainties, first_exits
+from ..evaluation.exit_record import ExitRecord
+from ..evaluation.replay import replay_at_speed
+from ..modeling.tasks import Task, task_of
 from ..sharing.model_card import Measured, as_list, write_model_card
-from .arguments import SelfDistillationArguments
-from .objectives import OBJECTIVES
+from .arguments import ExitTrainingArguments, SelfDistillationArguments
+from .objectives import CLASSIFICATION, OBJECTIVES
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the rows whose best label is the gold one; what a trainer without `compute_metrics` reports."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def accuracy(prediction: EvalPrediction, task: Task = CLASSIFICATION) -> dict[str, float]:
+    """Return the share of the rows that are answered rightly, for the `compute_metrics` of a trainer."""
+    answers = task.predictions(torch.from_numpy(prediction.predictions)).numpy()
+    return {"accuracy": float((answers == prediction.label_ids).mean())}
 
 
-class SelfDistillationTrainer(Trainer):
+class ExitTrainer(Trainer):
     """
-    Stage 2 of FastBERT: freezes the backbone and the teacher (`requires_grad`), keeps both in eval mode, and teaches
-    the students to say what the teacher says. Labels are not used; unlabeled texts are welcome. `args.objective`
-    chooses another loss, and with it what learns: the objectives of FastBERT's rivals run here, too.
+    Teach the exits of a model what `args.objective` says, and report what each speed would give.
+
+    Self-distillation and `"frozen_cross_entropy"` train the students alone: the backbone and the teacher are frozen
+    (`requires_grad`) and stay in eval mode. The other objectives train the whole model.
 
     The evaluation makes one full-depth pass. For each of `args.eval_speeds` it reports `mean_exit_layer`, `agreement`
-    with the teacher and, where there are labels, what `compute_metrics` says of the answers at that speed, as
-    `eval_accuracy_speed_0.5`. `eval_loss` is the sum of the students' divergences; each of them is in the logs of
-    training and evaluation as `kl_exit_1` to `kl_exit_{L-1}` (for another objective under its own name). `predict`
-    returns the logits of every exit, `[rows, L, num_labels]`.
+    with the teacher and, where there are labels, what `compute_metrics` returns for the answers at that speed, as
+    `eval_accuracy_speed_0.5`. The limits of the config, `min_exit_layer` and `max_layers`, count as they do in the
+    pipeline. `eval_loss` is the sum of the losses of the exits; each of them is in the logs of training and evaluation
+    as well, such as `kl_exit_1` to `kl_exit_{L-1}` for self-distillation. `predict` returns the logits of every exit,
+    `[rows, L, num_labels]`.
 
     Args:
-        model ([`FastBertForSequenceClassification`]): With a trained teacher. A PEFT model around one works, too.
-        args ([`SelfDistillationArguments`], *optional*): Settings.
+        model ([`FastBertForSequenceClassification`]):
+            With a trained teacher, if it is frozen. A PEFT model around one works, too.
+        args ([`ExitTrainingArguments`], *optional*): Settings.
         compute_metrics (`Callable`, *optional*):
             From an `EvalPrediction` with the logits at one speed, `[rows, num_labels]`, and the labels to a dict.
             Accuracy unless given.
@@ -48,37 +55,44 @@ class SelfDistillationTrainer(Trainer):
     Example:
 
     ```python
-    >>> trainer = SelfDistillationTrainer(model, SelfDistillationArguments("outputs"), train_dataset=texts)
+    >>> args = ExitTrainingArguments("outputs", objective="joint_cross_entropy", learning_rate=2e-5)
+    >>> trainer = ExitTrainer(model, args, train_dataset=labelled_texts)
     >>> trainer.train()
     ```
     """
 
+    arguments_class = ExitTrainingArguments
     # The loss is a mean over each micro-batch.
     loss_is_scaled_for_ga = False
 
     def __init__(
         self,
         model: PreTrainedModel | None = None,
-        args: SelfDistillationArguments | None = None,
+        args: ExitTrainingArguments | None = None,
         *,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs,
     ):
         if args is None:
-            args = SelfDistillationArguments("trainer_output")
-        if not isinstance(args, SelfDistillationArguments):
+            args = self.arguments_class("trainer_output")
+        if not isinstance(args, self.arguments_class):
+            name = self.arguments_class.__name__
             raise TypeError(
-                f"args must be SelfDistillationArguments, got {type(args).__name__}. Example: "
-                "SelfDistillationTrainer(model, SelfDistillationArguments('outputs', num_train_epochs=5), "
-                "train_dataset=...)"
+                f"args must be {name}, got {type(args).__name__}. Example: {type(self).__name__}(model, "
+                f"{name}('outputs', num_train_epochs=5), train_dataset=...)"
             )
         self.objective = OBJECTIVES[args.objective]
         if model is not None or kwargs.get("model_init") is None:
             self._choose_what_learns(model)
         super().__init__(model, args, **kwargs)
-        self.metrics_at_speed = compute_metrics or accuracy
+        self.metrics_at_speed = compute_metrics or partial(accuracy, task=self.task)
         self._has_own_optimizer = any(part is not None for part in kwargs.get("optimizers", ()))
         self._losses, self._steps = 0.0, 0
+
+    @property
+    def task(self) -> Task:
+        """What the model answers."""
+        return task_of(base_model(self.model).config)
 
     def _choose_what_learns(self, model: PreTrainedModel | None) -> None:
         if self.objective.freezes_teacher:
@@ -97,6 +111,7 @@ class SelfDistillationTrainer(Trainer):
             parameter.requires_grad = True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        # New exits have biases of zero, which the first training step changes.
         has_teacher = base_model(self.model).teacher.out_proj.bias.any()
         if self.objective.freezes_teacher and not resume_from_checkpoint and not has_teacher:
             raise ValueError(
@@ -141,7 +156,7 @@ class SelfDistillationTrainer(Trainer):
 
     def exit_losses(self, exit_logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """
-        The loss of every exit that learns; their sum is minimised.
+        Return the loss of every exit that learns; their sum is minimised.
 
         Args:
             exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
@@ -150,9 +165,9 @@ class SelfDistillationTrainer(Trainer):
         if self.objective.needs_labels and labels is None:
             raise ValueError(
                 f"objective={self.args.objective!r} learns from labels, but the rows have none: give them a 'labels' "
-                "column, or leave out objective (self-distillation needs none)."
+                "column, or learn the answers of the teacher, which needs none: objective='self_distillation'."
             )
-        return self.objective.losses(exit_logits, labels, self.args)
+        return self.objective.losses(exit_logits, labels, self.args, self.task)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._steps:
@@ -202,8 +217,8 @@ class SelfDistillationTrainer(Trainer):
         self, exit_logits: torch.Tensor, label_ids: np.ndarray | None
     ) -> tuple[dict[str, float], list[dict[str, float]]]:
         """
-        What one full-depth pass says of the students and of every speed in `args.eval_speeds`; and a row for each of
-        these speeds and for full depth, as the model card shows them.
+        Return what one full-depth pass tells of the exits and of every speed in `args.eval_speeds`, as metrics; and a
+        row for each of these speeds and for speed 0, as the model card shows them.
 
         Args:
             exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
@@ -213,20 +228,17 @@ class SelfDistillationTrainer(Trainer):
         if label_ids is not None or not self.objective.needs_labels:
             losses = self.exit_losses(exit_logits, None if label_ids is None else torch.from_numpy(label_ids))
             metrics = {"loss": losses.sum().item(), **self._named(losses)}
-        config = base_model(self.model).config
-        uncertainties = exit_uncertainties(exit_logits, config.exit_policy, config.patience)
-        speeds = []
+        record, config = ExitRecord(exit_logits), base_model(self.model).config
+        of_teacher, speeds = self.task.predictions(exit_logits[:, -1]), []
         for speed in dict.fromkeys([*self.args.eval_speeds, 0.0]):
-            exit_layer = first_exits(uncertainties, speed)
-            logits = exit_logits[torch.arange(len(exit_layer)), exit_layer - 1]  # [rows, num_labels]
-            agreement = logits.argmax(-1) == exit_logits[:, -1].argmax(-1)
+            replay = replay_at_speed(record, config, speed)
             at_speed = {
-                "mean_exit_layer": exit_layer.float().mean().item(),
-                "agreement": agreement.float().mean().item(),
+                "mean_exit_layer": replay.exit_layer.float().mean().item(),
+                "agreement": (self.task.predictions(replay.logits) == of_teacher).float().mean().item(),
             }
             of_task = {}
             if label_ids is not None:
-                of_task = self.metrics_at_speed(EvalPrediction(logits.numpy(), label_ids))
+                of_task = self.metrics_at_speed(EvalPrediction(replay.logits.numpy(), label_ids))
             if speed in self.args.eval_speeds:
                 at_this = {**at_speed, **of_task}
                 metrics.update({f"{name}_speed_{speed:g}": value for name, value in at_this.items()})
@@ -247,7 +259,7 @@ class SelfDistillationTrainer(Trainer):
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Writes the model card into `args.output_dir`: what the last evaluation measured at each speed, and the settings
+        Write the model card into `args.output_dir`: what the last evaluation measured at each speed, and the settings
         of this training. Arguments as in `Trainer`. The card of an adapter is PEFT's own.
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -276,7 +288,7 @@ class SelfDistillationTrainer(Trainer):
 
     def _settings_for_card(self, hyperparameters: dict[str, Any]) -> dict[str, Any]:
         settings = {"objective": self.args.objective, **hyperparameters}
-        if self.args.objective == "self_distillation":
+        if not self.objective.needs_labels:
             settings["temperature"] = self.args.temperature
         # In the summary this is a sentence.
         settings["optimizer"] = self.args.optim.value
@@ -286,13 +298,36 @@ class SelfDistillationTrainer(Trainer):
         return settings
 
 
+class SelfDistillationTrainer(ExitTrainer):
+    """
+    Teach the students to give the answers of the teacher: stage 2 of FastBERT. Everything else stays as it is. Labels
+    are not used; texts without labels are welcome.
+
+    This is [`ExitTrainer`] with its objective fixed; see there for what the evaluation reports.
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): With a trained teacher. A PEFT model around one works, too.
+        args ([`SelfDistillationArguments`], *optional*): Settings.
+        kwargs: As in [`ExitTrainer`].
+
+    Example:
+
+    ```python
+    >>> trainer = SelfDistillationTrainer(model, SelfDistillationArguments("outputs"), train_dataset=texts)
+    >>> trainer.train()
+    ```
+    """
+
+    arguments_class = SelfDistillationArguments
+
+
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The FastBERT model itself, out of a PEFT model where there is one."""
+    """Return the FastBERT model itself, out of a PEFT model where there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def checked_base_model(model: PreTrainedModel | None) -> PreTrainedModel:
-    """The same, or a `ValueError` where it has no students."""
+    """Return the FastBERT model itself, or raise a `ValueError` if it is none or has no students."""
     fastbert = base_model(model)
     if not hasattr(fastbert, "student_modules"):
         raise ValueError(
@@ -305,7 +340,7 @@ def checked_base_model(model: PreTrainedModel | None) -> PreTrainedModel:
 
 
 def freeze_all_but_students(model: PreTrainedModel | None) -> None:
-    """Leaves gradients to the students alone: `requires_grad` is off for the backbone and the teacher."""
+    """Let the students alone ask for gradients: turn `requires_grad` off for the backbone and the teacher."""
     fastbert = checked_base_model(model)
     if fastbert is not model and not all(hasattr(module, "modules_to_save") for module in fastbert.student_modules()):
         names = [f"exits.{index}" for index in range(len(fastbert.exits))]
