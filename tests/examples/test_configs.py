@@ -5,7 +5,7 @@ import gzip
 import json
 import os
 import re
-import subprocess
+import runpy
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -20,12 +20,12 @@ from transformers import (
     ErnieForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
+    Trainer,
     pipeline,
 )
 
-import fastbert_hf  # noqa: F401  (registers the pipeline)
-
-from ..common import load_script
+from fastbert_hf.commands.self_distill import main
+from fastbert_hf.commands.self_distill_options import parse_self_distill_options
 
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -139,47 +139,31 @@ def assert_answers(config: Path, folder: Path) -> None:
     assert answer["label"] in labels and 1 <= answer["exit_layer"] <= 3
 
 
-@pytest.fixture(scope="module")
-def script():
-    return load_script(SCRIPT)
-
-
-def run(script, monkeypatch, config: Path, data_dir: Path, tmp_path: Path, *options) -> dict[str, list]:
-    """Runs the script in this process; returns its stages and the encoded rows."""
-    seen = {"steps": [], "rates": [], "rows": {}}
-    train_stage, encode = script.train_stage, script.encode
-
-    def watched_train_stage(trainer, folder):
-        train_stage(trainer, folder)
-        seen["steps"].append(trainer.state.global_step)
-        seen["rates"].append(trainer.args.learning_rate)
-
-    def watched_encode(arguments, tokenizer, rows, label2id=None, name=""):
-        encoded = encode(arguments, tokenizer, rows, label2id, name)
-        seen["rows"][name] = [tokenizer.decode(row["input_ids"]) for row in encoded]
-        seen["tokenizer"] = tokenizer
-        return encoded
-
-    monkeypatch.setattr(script, "train_stage", watched_train_stage)
-    monkeypatch.setattr(script, "encode", watched_encode)
-    monkeypatch.setattr(sys, "argv", ["run_self_distill.py", *words(config, data_dir, tmp_path, *options)])
-    script.main()
+@pytest.fixture
+def trainers(monkeypatch) -> list[Trainer]:
+    """The trainer of every stage that is trained, in order."""
+    seen, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, **kwargs: (seen.append(self), train(self, **kwargs))[1])
     return seen
 
 
-def assert_trained(config: Path, seen: dict[str, list]) -> None:
+def decoded(trainer: Trainer) -> list[str]:
+    """Return the training rows as the model reads them."""
+    return [trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset]
+
+
+def assert_trained(config: Path, trainers: list[Trainer]) -> None:
     """Two steps in each stage, at the paper's rates, on pairs where the data set has pairs."""
-    assert seen["steps"] == [2, 2]
-    assert seen["rates"] == [2e-5, 2e-4]
+    assert [trainer.state.global_step for trainer in trainers] == [2, 2]
+    assert [trainer.args.learning_rate for trainer in trainers] == [2e-5, 2e-4]
     texts_in_row = 2 if config.stem == "ernie_lcqmc" else 1
-    separator = seen["tokenizer"].sep_token  # ends each text
-    assert {row.count(separator) for row in seen["rows"]["training"]} == {texts_in_row}
+    separator = trainers[0].processing_class.sep_token  # ends each text
+    assert {row.count(separator) for row in decoded(trainers[0])} == {texts_in_row}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_the_settings_are_known_arguments_with_the_values_of_the_paper(script, monkeypatch, config):
-    monkeypatch.setattr(sys, "argv", ["run_self_distill.py", str(config)])
-    arguments, stage_one = script.parse_arguments()
+def test_the_settings_are_known_arguments_with_the_values_of_the_paper(config):
+    arguments, stage_one = parse_self_distill_options("A command.", [str(config)])
     known = {argument.name for kind in (type(arguments), type(stage_one)) for argument in fields(kind)}
     settings = settings_of(config)
     assert settings.keys() <= known
@@ -202,35 +186,34 @@ def test_the_table_lists_every_file_and_its_backbone():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_two_steps_on_rows_of_our_own(script, monkeypatch, tmp_path, config):
+def test_two_steps_on_rows_of_our_own(monkeypatch, tmp_path, trainers, config):
     monkeypatch.delenv("FASTBERT_DATA", raising=False)
     data_dir = own_data(config, tmp_path / "data")
-    seen = run(script, monkeypatch, config, data_dir, tmp_path, "--data_dir", data_dir)
-    assert_trained(config, seen)
-    assert not any(seen["tokenizer"].unk_token in row for row in seen["rows"]["training"])
+    main(words(config, data_dir, tmp_path, "--data_dir", data_dir))
+    assert_trained(config, trainers)
+    rows = decoded(trainers[0])
+    assert not any(trainers[0].processing_class.unk_token in row for row in rows)
     if config.stem == "ernie_lcqmc":
-        assert any(row.replace(" ", "").startswith("[CLS]怎么种番茄") for row in seen["rows"]["training"])
+        assert any(row.replace(" ", "").startswith("[CLS]怎么种番茄") for row in rows)
     assert_answers(config, tmp_path / "out")
 
 
 @pytest.mark.skipif(not DATA_DIR, reason="needs the real data sets in FASTBERT_DATA")
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_two_steps_on_the_real_rows(script, monkeypatch, tmp_path, config):
+def test_two_steps_on_the_real_rows(tmp_path, trainers, config):
     if not Path(DATA_DIR, settings_of(config)["train_file"]).is_file():
         pytest.skip(f"FASTBERT_DATA has no {settings_of(config)['train_file']}")
-    seen = run(script, monkeypatch, config, Path(DATA_DIR), tmp_path)
-    assert_trained(config, seen)
-    assert len(seen["rows"]["training"]) == 80 and len(seen["rows"]["validation"]) == 24
+    main(words(config, Path(DATA_DIR), tmp_path))
+    assert_trained(config, trainers)
+    assert len(trainers[0].train_dataset) == 80 and len(trainers[0].eval_dataset) == 24
     assert_answers(config, tmp_path / "out")
 
 
-def test_the_command_of_the_table_runs(tmp_path):
+def test_the_command_of_the_table_runs(monkeypatch, capsys, tmp_path):
     (config,) = [path for path in CONFIGS if path.stem == "bert_wwm_book_review"]
     data_dir = own_data(config, tmp_path / "data")
-    environment = {**os.environ, "FASTBERT_DATA": str(data_dir)}
-    command = [sys.executable, str(SCRIPT), *words(config, data_dir, tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    table = [line.split()[0] for line in done.stdout.splitlines() if re.match(r" +\d\.\d\d ", line)]
+    monkeypatch.setenv("FASTBERT_DATA", str(data_dir))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words(config, data_dir, tmp_path)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    table = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r" +\d\.\d\d ", line)]
     assert table == ["0.00", "0.10", "0.50", "0.80"]
-    assert_answers(config, tmp_path / "out")

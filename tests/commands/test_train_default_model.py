@@ -1,13 +1,14 @@
-"""The script that made the default model, on a handful of sentences."""
+"""The command that made the default model, on a handful of sentences."""
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import re
-import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -15,11 +16,10 @@ from safetensors import safe_open
 from transformers import pipeline
 
 from fastbert_hf import FastBertForSequenceClassification
+from fastbert_hf.commands import train_default_model
+from fastbert_hf.commands.train_default_model import DefaultModelOptions, load_default_model_data, main
 
-from ..common import load_script
 
-
-SCRIPT = load_script(Path(__file__).parent.parent.parent / "examples" / "train_default_model.py")
 GOOD = ("a warm and funny film", "what a joy from start to end", "the cast is wonderful")
 BAD = ("a dull and endless film", "what a waste of an evening", "the plot makes no sense")
 
@@ -41,20 +41,32 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(data_dir, tmp_path_factory) -> Path:
+def trained(data_dir, backbone, tmp_path_factory) -> tuple[Path, FastBertForSequenceClassification]:
+    """The folder that the command leaves, and the model that it has measured."""
     output = tmp_path_factory.mktemp("output")
     arguments = ["--data_dir", data_dir, "--output_dir", output / "model", "--work_dir", output / "stages"]
+    measured, save = [], train_default_model.save_in_half_precision
+
+    def remember(model, tokenizer, folder):
+        measured.append(copy.deepcopy(model))
+        save(model, tokenizer, folder)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_default_model.py", *map(str, arguments)])
-        SCRIPT.main()
-    return output / "model"
+        patch.setattr("fastbert_hf.commands.train_default_model.default_backbone", lambda: str(backbone))
+        patch.setattr(train_default_model, "save_in_half_precision", remember)
+        main([*map(str, arguments)])
+    return output / "model", *measured
+
+
+@pytest.fixture
+def folder(trained) -> Path:
+    return trained[0]
 
 
 def test_reviews_are_whole_and_in_sentences_without_labels_and_markup(data_dir):
-    script = SCRIPT.ScriptArguments(data_dir=str(data_dir))
-    reviews = SCRIPT.load_splits(script)["reviews"]
-    assert reviews.column_names == ["text"]
-    assert list(reviews["text"]) == [
+    reviews = load_default_model_data(DefaultModelOptions(data_dir=str(data_dir)))["reviews"]
+    assert reviews.column_names == ["text_a"]
+    assert list(reviews["text_a"]) == [
         "I laughed. Then I cried! Did you?",
         "A film. Good.",
         "I laughed.",
@@ -77,6 +89,17 @@ def test_the_model_is_saved_in_half_precision_and_loads_in_single(folder):
     assert answer["label"] in ("negative", "positive")
 
 
+def test_what_is_measured_is_what_is_saved(trained):
+    folder, measured = trained
+    saved = FastBertForSequenceClassification.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in measured.state_dict().items())
+
+
+def test_the_default_speed_is_the_fastest_that_loses_nothing():
+    table = pd.DataFrame({"speed": [0, 0.2, 0.4, 0.6, 0.8], "accuracy": [0.8, 0.9, 0.7, 0.8, 0.7]})
+    assert train_default_model.fastest_without_loss(table) == 0.6
+
+
 def test_the_default_speed_loses_nothing_on_dev_and_is_in_the_card(folder):
     speed = json.loads((folder / "config.json").read_text())["speed"]
     card = ModelCard.load(folder / "README.md")
@@ -90,6 +113,5 @@ def test_the_default_speed_loses_nothing_on_dev_and_is_in_the_card(folder):
 
 
 def test_a_missing_file_is_one_line(data_dir, tmp_path):
-    script = SCRIPT.ScriptArguments(data_dir=str(tmp_path))
     with pytest.raises(SystemExit, match=r"there is no file .*sst2/train\.tsv\.gz: correct --data_dir"):
-        SCRIPT.load_splits(script)
+        load_default_model_data(DefaultModelOptions(data_dir=str(tmp_path)))

@@ -1,18 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from fastbert_hf.evaluation import load_table
 
 from ..common import tiny_model, tiny_texts, tiny_tokenizer
-
-
-SCRIPT = Path(__file__).parent.parent.parent / "examples" / "evaluate_speeds.py"
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +60,10 @@ def test_figures_and_times_are_made_on_request(run, tmp_path, model_dir, data_fi
     assert {path.stem for path in figures.glob("*.svg")} == {path.stem for path in figures.glob("*.png")}
 
 
-def test_data_without_labels_gives_agreement_and_says_that_accuracy_needs_them(
-    script, monkeypatch, capsys, tmp_path, model_dir
-):
+def test_data_without_labels_gives_agreement_and_says_that_accuracy_needs_them(command, capsys, tmp_path, model_dir):
     path = tmp_path / "texts.csv"
     path.write_text("\n".join(["text", *tiny_texts(20)]) + "\n")
-    monkeypatch.setattr(sys, "argv", ["evaluate_speeds.py", "--model_name_or_path", str(model_dir)])
-    sys.argv += ["--data_file", str(path)]
-    script.main()
+    command.main(["--model_name_or_path", str(model_dir), "--data_file", str(path)])
     captured = capsys.readouterr()
     assert "The data has no column 'label': accuracy needs labels." in captured.err
     assert "agreement" in captured.out and "accuracy" not in captured.out
@@ -97,14 +87,9 @@ def test_max_samples_takes_some_rows(run, model_dir, data_file):
         (["--time_speeds", "-1"], r"speed must be a number in [0, 1], got -1"),
         (["--output", "table.txt"], "--output must end with .csv or .json"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
-        (["--text_column", "body"], "has no column 'body', only label, text: correct --text_column"),
+        (["--text_column", "body"], "has no column 'body', only label, text: correct text_column"),
     ],
 )
 def test_wrong_arguments_end_with_one_line(error_of, model_dir, data_file, arguments, message):
     common = ["--model_name_or_path", model_dir, "--data_file", data_file]
     assert message in error_of(*common, *arguments)
-
-
-def test_help_loads_no_model_code():
-    output = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--figures_dir" in output

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from transformers import Trainer
 from ..common import tiny_texts
 
 
-SCRIPT = Path(__file__).parent.parent.parent / "examples" / "label_difficulty.py"
 ROWS = 24
 
 
@@ -82,16 +79,17 @@ def test_the_first_layers_with_the_chosen_exit_judge(run, monkeypatch, arguments
     assert len(models) == 4
 
 
-def test_defaults_are_a_small_member_and_the_papers_rounds(script):
-    arguments = script.ScriptArguments()
-    assert (arguments.num_hidden_layers, arguments.exit_type) == (2, "linear_mean")
-    assert (arguments.num_folds, arguments.seeds) == (8, [1, 2, 3, 4, 5])
-    assert (arguments.learning_rate, arguments.num_train_epochs) == (1e-4, 3)
-    assert len(script.load_rows(arguments)) > 1000
+def test_defaults_are_a_small_member_and_the_papers_rounds(command):
+    options = command.LabelDifficultyOptions()
+    assert (options.num_hidden_layers, options.exit_type) == (2, "linear_mean")
+    assert (options.num_folds, options.seeds) == (8, [1, 2, 3, 4, 5])
+    assert (options.learning_rate, options.num_train_epochs) == (1e-4, 3)
 
 
-def test_some_random_rows_can_be_labelled(run, arguments, tmp_path):
-    run(*arguments, "--max_train_samples", 10)
+def test_without_a_file_the_example_rows_are_labelled(run, error_of, arguments, train_file, tmp_path):
+    arguments = [word for word in arguments if word not in ("--train_file", str(train_file))]
+    assert "give the rows to label, as in --train_file train.tsv" in error_of(*arguments)
+    run(*arguments, "--max_train_samples", 10, example_data=train_file.parent)
     assert len(read(tmp_path / "out.jsonl")) == 10
 
 
@@ -137,11 +135,3 @@ def test_rows_that_have_a_difficulty_are_refused(run, arguments, tmp_path):
     Dataset.from_list([{"label": 0, "text": "word7", "difficulty": 1}] * 4).to_json(tmp_path / "train.jsonl")
     with pytest.raises(SystemExit, match="has a column 'difficulty' already: remove it to label the rows anew"):
         run(*arguments, "--train_file", tmp_path / "train.jsonl")
-
-
-def test_help_loads_no_model_code():
-    code = f"import runpy, sys; sys.argv = [{str(SCRIPT)!r}, '--help']; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-    code += "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "finally:\n    print([name for name in sys.modules if name in ('torch', 'fastbert_hf', 'datasets')])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "--num_folds" in output and output.splitlines()[-1] == "[]"

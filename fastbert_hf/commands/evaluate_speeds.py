@@ -1,0 +1,140 @@
+"""
+Tell what each speed of a saved model costs and gives on your data: a table to choose from, and the paper's figures.
+
+One full-depth pass answers for all speeds. Data without labels gives the agreement with the full model instead of an
+accuracy. `--output` keeps 191 speeds from 0 to 1 as .csv, or with the measured times as .json; the printed table is
+shorter.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import ColumnOptions, check_at_least_one, check_choice, fail, one_line_errors, parse_options
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..evaluation import ExitRecord
+    from ..modeling.configuration_fastbert import FastBertConfig
+
+
+@dataclass
+class EvaluateSpeedsOptions(ColumnOptions):
+    """Which model on which data."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "A saved FastBERT model with its tokenizer."})
+    data_file: str = field(default="", metadata={"help": "CSV, TSV or JSON lines, also .gz."})
+    max_samples: int | None = field(default=None, metadata={"help": "Only so many random rows."})
+    policies: list[str] | None = field(
+        default=None, metadata={"help": "Some of entropy, confidence, margin and patience; the model's own if none."}
+    )
+    metric: str = field(default="accuracy", metadata={"help": "accuracy, f1 or matthews_correlation."})
+    batch_size: int = field(default=32, metadata={"help": "Rows in a batch of the full-depth pass."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone."})
+    speeds: list[float] = field(
+        default_factory=lambda: [step / 10 for step in range(11)], metadata={"help": "Speeds of the printed table."}
+    )
+    time_speeds: list[float] = field(default_factory=list, metadata={"help": "Speeds whose wall-clock is measured."})
+    output: str | None = field(default=None, metadata={"help": "File for all speeds, .csv or .json."})
+    figures_dir: str | None = field(default=None, metadata={"help": "Folder for Figures 3 to 6, as PNG and SVG."})
+
+
+def check_evaluate_speeds_options(options: EvaluateSpeedsOptions) -> None:
+    """End the program if an option is wrong, as far as that can be told without model and data."""
+    from ..evaluation.speed_sweep import TASK_METRICS
+    from ..modeling.exit_policies import EXIT_POLICIES, check_speed
+
+    for name in ("model_name_or_path", "data_file"):
+        if not getattr(options, name):
+            fail(f"give --{name}")
+    if not Path(options.data_file).is_file():
+        fail(f"there is no file {options.data_file}: correct --data_file")
+    unknown = [policy for policy in options.policies or [] if policy not in EXIT_POLICIES]
+    if unknown:
+        fail(f"--policies must be some of {', '.join(EXIT_POLICIES)}, got {', '.join(unknown)}")
+    check_choice("metric", options.metric, TASK_METRICS)
+    if options.output and Path(options.output).suffix not in (".csv", ".json"):
+        fail(f"--output must end with .csv or .json, got {options.output}")
+    check_at_least_one(options, "batch_size", "max_samples")
+    with one_line_errors():
+        for speed in (*options.speeds, *options.time_speeds):
+            check_speed(speed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with the words of a command line, those of the program unless given."""
+    options = parse_options(EvaluateSpeedsOptions, __doc__, arguments)
+    check_evaluate_speeds_options(options)
+
+    import torch
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    from ..data import check_rows, encode, load_rows, sample
+    from ..evaluation import record_exits, save_table, sweep_speeds, time_speeds
+    from ..evaluation.speed_sweep import SPEEDS
+    from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+
+    columns = options.columns()
+    with one_line_errors():
+        rows = load_rows(options.data_file)
+        has_labels = options.label_column in rows.column_names
+        check_rows(rows, "evaluation", **{**columns, "label_column": options.label_column if has_labels else None})
+    rows = sample(rows, options.max_samples, seed=0)
+    with one_line_errors("the model cannot be loaded"):
+        model = FastBertForSequenceClassification.from_pretrained(options.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    if torch.cuda.is_available() and not options.use_cpu:
+        model.to("cuda")
+    label2id = {name: index for index, name in model.config.id2label.items()} if has_labels else None
+    with one_line_errors():
+        rows = encode(rows, tokenizer, label2id, "evaluation", **columns, max_length=options.max_length)
+
+    record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), options.batch_size)
+    with warnings.catch_warnings():
+        if not has_labels:
+            print(f"The data has no column {options.label_column!r}: {options.metric} needs labels.", file=sys.stderr)
+            warnings.filterwarnings("ignore", message="the data has no labels")
+        speeds = sorted({*SPEEDS, *options.speeds})
+        table = sweep_speeds(model, record, speeds, options.policies, options.metric)
+    table.attrs = {"model": options.model_name_or_path, "data": options.data_file, "rows": len(rows)}
+
+    shown = [name for name in table.columns if not name.startswith(("exit_", "paper_flops", "executed_flops"))]
+    print(f"\n{len(rows)} rows, {model.config.num_hidden_layers} layers\n")
+    print(table[table["speed"].isin(options.speeds)][shown].to_string(index=False, float_format="{:.3f}".format))
+    if options.time_speeds:
+        times = time_speeds(model, rows, options.time_speeds)
+        print(f"\nMeasured on {model.device}\n")
+        print(times.to_string(index=False, float_format="{:.2f}".format))
+        table.attrs["times"] = times.to_dict("records")
+    print()
+    if options.output:
+        save_table(table, options.output)
+        print(f"All speeds are in {options.output}.")
+    if options.figures_dir:
+        draw_figures(Path(options.figures_dir), model.config, record, table)
+
+
+def draw_figures(folder: Path, config: FastBertConfig, record: ExitRecord, table: pd.DataFrame) -> None:
+    """Draw Figures 3 to 6 of the FastBERT paper into a folder."""
+    from ..evaluation import figures
+
+    policies = {policy: rows for policy, rows in table.groupby("policy", sort=False)}
+    drawn = {"trade_off": figures.plot_trade_off(policies)}
+    for policy in policies:
+        drawn[f"exit_layers_{policy}"] = figures.plot_exit_layers(record, config, policy=policy)
+        drawn[f"uncertainty_{policy}"] = figures.plot_uncertainty_by_layer(record, config, policy=policy)
+        if record.labels is not None and policy != "patience":
+            drawn[f"accuracy_{policy}"] = figures.plot_accuracy_by_uncertainty(record, config, policy)
+    for name, figure in drawn.items():
+        figures.save_figure(figure, folder / name)
+    print(f"{len(drawn)} figures are in {folder}.")
+
+
+if __name__ == "__main__":
+    main()

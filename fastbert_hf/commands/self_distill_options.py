@@ -1,0 +1,168 @@
+"""The options of the command `self_distill`: from the command line, from a JSON file, and those of the quick start."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
+from transformers import HfArgumentParser, TrainingArguments
+
+from .options import (
+    DataOptions,
+    OneLineParser,
+    check_choice,
+    check_data_options,
+    default_backbone,
+    fail,
+    one_line_errors,
+)
+
+
+QUICK_START = {
+    "output_dir": "outputs/quick_start",
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 16,
+    "num_train_epochs": 3.0,
+    "distill_num_train_epochs": 4.0,
+    "speed": 0.1,
+}
+DATA = ("train_file", "validation_file", "unlabeled_file")
+HUB_DATA = ("dataset_name", "dataset_config_name")
+
+
+@dataclass
+class SelfDistillOptions(DataOptions):
+    """What to train on which data."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained encoder; with --distill_only a fine-tuned classifier."}
+    )
+    distill_only: bool = field(default=False, metadata={"help": "Only stage 2: the model is fine-tuned already."})
+    distill_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage 2."})
+    distill_num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of stage 2."})
+    reverse_kl: bool = field(default=False, metadata={"help": "Minimise KL(student || teacher) in stage 2."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Softens the answers that stage 2 learns; 1 as they are."}
+    )
+    exit_type: str | None = field(
+        default=None, metadata={"help": "Structure of new exits: attention, linear or linear_mean."}
+    )
+    exit_policy: str | None = field(default=None, metadata={"help": "entropy, confidence, margin or patience."})
+    speed: float = field(default=0.5, metadata={"help": "The speed of the saved model where a call names none."})
+    eval_speeds: list[float] = field(
+        default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8],
+        metadata={"help": "Speeds of the table at the end."},
+    )
+
+    def exits(self) -> dict[str, str]:
+        """Return the fields of [`FastBertConfig`] that the options set."""
+        settings = {"exit_type": self.exit_type, "exit_policy": self.exit_policy}
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+@dataclass
+class StageOneOptions(TrainingArguments):
+    """`TrainingArguments` with other defaults."""
+
+    output_dir: str = field(default="outputs/fastbert", metadata={"help": "Folder of the model and its stages."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device in evaluation."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of all steps, else their number."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep in each stage."})
+
+
+def parse_self_distill_options(
+    doc: str, arguments: list[str] | None = None
+) -> tuple[SelfDistillOptions, StageOneOptions]:
+    """
+    Return the options of a command line, which may begin with a JSON file of options; those after it win.
+
+    Args:
+        doc (`str`): Docstring of the command, whose first paragraph `--help` shows.
+        arguments (`list[str]`, *optional*): The words of the command line; those of the program unless given.
+    """
+    parser = OneLineParser((SelfDistillOptions, StageOneOptions), description=doc.split("\n\n")[0].strip())
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    from_file = read_settings(Path(words.pop(0)), parser) if words and words[0].endswith(".json") else {}
+    # A name that is in the namespace already gets no default, so what is still None was not given.
+    names = [argument.name for kind in parser.dataclass_types for argument in fields(kind) if argument.init]
+    given = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(names)))
+    given = {name: value for name, value in vars(given).items() if value is not None}
+    # Data in the options replaces data of the other kind in the file.
+    replaced = DATA if "dataset_name" in given else HUB_DATA if "train_file" in given else ()
+    settings = {**{name: value for name, value in from_file.items() if name not in replaced}, **given}
+    if not settings.keys() & {"train_file", "dataset_name"}:
+        settings = {**QUICK_START, **settings}
+    try:
+        return parser.parse_dict(settings)
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
+
+
+def read_settings(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
+    """Return the options in a JSON file, after a check of their names and types."""
+    if not path.is_file():
+        fail(f"there is no file {path}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{path} is not JSON: {error}")
+    if not isinstance(settings, dict):
+        fail(f'{path} must hold an object, as in {{"learning_rate": 2e-5}}, got {json.dumps(settings)[:40]}')
+    kinds = {}
+    for options in parser.dataclass_types:
+        hints = get_type_hints(options)
+        kinds.update((option.name, hints[option.name]) for option in fields(options) if option.init)
+    for name, value in settings.items():
+        if name not in kinds:
+            similar = difflib.get_close_matches(name, kinds, n=1)
+            hint = f"did you mean {similar[0]!r}? " if similar else ""
+            fail(f"{path}: there is no argument {name!r}; {hint}--help lists all arguments")
+        if not is_of_type(value, kinds[name]):
+            kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
+            fail(f"{path}: {name!r} must be {kind}, got {json.dumps(value, ensure_ascii=False)}")
+    return settings
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Return whether a value from JSON is of the type of an option. A whole number is a `float`, too."""
+    for candidate in (value, json.loads(json.dumps(value), parse_int=float)):
+        try:
+            type_validator("", candidate, kind)
+            return True
+        except TypeError:
+            continue
+    return False
+
+
+def check_self_distill_options(options: SelfDistillOptions, example_data: Path | None = None) -> None:
+    """
+    End the program if an option is wrong, as far as that can be told without a look into the data.
+
+    Args:
+        options ([`SelfDistillOptions`]): Those of the quick start are completed.
+        example_data (`Path`, *optional*): Folder of the quick start's `train.tsv` and `test.tsv`.
+    """
+    from ..modeling.exit_classifiers import EXIT_TYPES
+    from ..modeling.exit_policies import EXIT_POLICIES, check_speed
+
+    if options.model_name_or_path is None and options.has_data():
+        fail("give the encoder to start from, as in --model_name_or_path bert-base-uncased")
+    check_data_options(options, example_data)
+    check_choice("exit_type", options.exit_type, EXIT_TYPES)
+    check_choice("exit_policy", options.exit_policy, EXIT_POLICIES)
+    if not options.temperature > 0:
+        fail(f"--temperature must be above 0, got {options.temperature}")
+    with one_line_errors():
+        for speed in (options.speed, *options.eval_speeds):
+            check_speed(speed)
+    if options.model_name_or_path is None:
+        options.model_name_or_path = default_backbone()
