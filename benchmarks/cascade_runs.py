@@ -1,4 +1,4 @@
-"""The cascades behind docs/results.md: what their dials give, what the regularisation does, and how long they take."""
+"""Measure the cascades behind docs/results.md: their dials, what the regularisation does, and their times."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from statistics import median
 import pandas as pd
 import torch
 import transformers
-from cascade_members import MARGINS, NUM_FOLDS, SEEDS, WEIGHT, Workshop
+from cascade_members import MARGINS, NUM_FOLDS, SEEDS, WEIGHT, Experiment
 from paper_runs import COLUMNS, Run
 from tqdm import tqdm
 
 from fastbert_hf import CascadeForSequenceClassification, FastBertForSequenceClassification
-from fastbert_hf.evaluation import ExitRecord, sweep_cascade
+from fastbert_hf.evaluation import ExitRecord, sweep_speeds
 from fastbert_hf.evaluation.metrics import DifficultyInversionScore, ExpectedCalibrationError
 from fastbert_hf.training import hard_shares
 
@@ -28,8 +28,10 @@ SPLITS = ("dev", "test")
 @dataclass(frozen=True)
 class Members:
     """
+    What a cascade is made of.
+
     Args:
-        names (`tuple` of `str`): What [`members_of`] calls them.
+        names (`tuple` of `str`): Its members, as [`members_of`] calls them.
         exit_policy (`str`): How the cascade tells that it is sure.
         leave_early (`bool`): Whether a text can also leave inside a member.
     """
@@ -57,62 +59,56 @@ REPEATS = 5
 
 
 def cascade(run: Run, data_dir: Path, work_dir: Path) -> dict:
-    """Trains the members, labels the difficulty, trains the small member with it, and counts."""
-    workshop = Workshop.of(run, data_dir, work_dir)
-    models = members_of(workshop)
-    records = {name: {split: workshop.record(model, split) for split in SPLITS} for name, model in models.items()}
+    """Train the members, label the difficulty, train the small member with it, and return the numbers."""
+    experiment = Experiment.of(run, data_dir, work_dir)
+    models = members_of(experiment)
+    records = {name: {split: experiment.record(model, split) for split in SPLITS} for name, model in models.items()}
     return {
-        **about(workshop),
-        "small": {name: {split: calibration(records[name][split]) for split in SPLITS} for name in workshop.small},
-        "cascades": {
-            label: {
-                split: dial(joined(models, members), [records[name][split] for name in members.names])
-                for split in SPLITS
-            }
-            for label, members in CASCADES.items()
-        },
+        **about(experiment),
+        "small": {name: {split: calibration(records[name][split]) for split in SPLITS} for name in experiment.small},
+        "cascades": {label: dials(models, records, members) for label, members in CASCADES.items()},
     }
 
 
 def regularisation(run: Run, data_dir: Path, work_dir: Path) -> dict:
-    """The fine-tuned small member without the regularisation and with each margin, several times each."""
-    workshop = Workshop.of(run, data_dir, work_dir)
+    """Train the fine-tuned small member without the regularisation and with each margin, several times each."""
+    experiment = Experiment.of(run, data_dir, work_dir)
     cases = []
     for margin in (None, *PAPER_MARGINS):
-        models = [workshop.regularised(margin, seed) for seed in TRAINING_SEEDS]
-        trainings = [{split: calibration(workshop.record(model, split)) for split in SPLITS} for model in models]
+        models = [experiment.regularised(margin, seed) for seed in TRAINING_SEEDS]
+        trainings = [{split: calibration(experiment.record(model, split)) for split in SPLITS} for model in models]
         cases.append({"margin": margin, "trainings": trainings})
-    return {**about(workshop), "training_seeds": TRAINING_SEEDS, "cases": cases}
+    return {**about(experiment), "training_seeds": TRAINING_SEEDS, "cases": cases}
 
 
 def cascade_times(run: Run, data_dir: Path, work_dir: Path) -> dict:
     """
-    Test texts through the pipeline, at the speeds that reach a speed-up in layers on dev: the ratio to speed 0 in
+    Time the pipeline on test texts, at the speeds that reach a speed-up in layers on dev: the ratio to speed 0 in
     time, within each repeat, beside that in layers executed.
     """
-    workshop = Workshop.of(run, data_dir, work_dir)
-    models = members_of(workshop)
-    texts, found = texts_of(workshop)[:TIMED_TEXTS], {}
+    experiment = Experiment.of(run, data_dir, work_dir)
+    models = members_of(experiment)
+    texts, found = texts_of(experiment)[:TIMED_TEXTS], {}
     for label in TIMED:
         model = joined(models, CASCADES[label])
-        dev = pd.DataFrame(dial(model, [workshop.record(models[name], "dev") for name in CASCADES[label].names]))
+        dev = pd.DataFrame(dial(model, [experiment.record(models[name], "dev") for name in CASCADES[label].names]))
         speeds = [dev["speed"][i] for i in (dev["layer_speed_up"].ge(s - 1e-6).idxmax() for s in TIMED_SPEED_UPS)]
         speeds = [speed for speed in speeds if speed > 0]  # idxmax of nothing is the first row, speed 0
-        classifier = transformers.pipeline("fast-text-classification", model=model, tokenizer=workshop.tokenizer)
+        classifier = transformers.pipeline("fast-text-classification", model=model, tokenizer=experiment.tokenizer)
         found[label] = time_pipeline(classifier, texts, [float(speed) for speed in speeds])
-    return {**about(workshop), "threads": torch.get_num_threads(), "repeats": REPEATS, "times": found}
+    return {**about(experiment), "threads": torch.get_num_threads(), "repeats": REPEATS, "times": found}
 
 
 EXECUTE = {"cascade": cascade, "regularisation": regularisation, "cascade_times": cascade_times}
 
 
-def members_of(workshop: Workshop) -> dict[str, FastBertForSequenceClassification]:
-    return {"large": workshop.large, **workshop.small, "FastBERT": workshop.with_student()}
+def members_of(experiment: Experiment) -> dict[str, FastBertForSequenceClassification]:
+    return {"large": experiment.large, **experiment.small, "FastBERT": experiment.with_student()}
 
 
-def about(workshop: Workshop) -> dict:
-    """What a result says of itself."""
-    run, (settings, _) = workshop.run, workshop.run.settings()
+def about(experiment: Experiment) -> dict:
+    """Return what a result says of itself."""
+    run, (settings, _) = experiment.run, experiment.run.settings()
     return {
         "run": {"set": run.set, "recipe": run.recipe, "seed": run.seed, "max_rows": run.max_rows},
         "settings": {
@@ -123,16 +119,16 @@ def about(workshop: Workshop) -> dict:
             "difficulty_weight": WEIGHT,
             "difficulty_margin": MARGINS[run.set],
         },
-        "rows": {split: len(part) for split, part in workshop.splits.items()},
-        "labels": len(workshop.id2label),
-        "hard_shares": hard_shares(workshop.labelled, list(workshop.id2label.values())),
+        "rows": {split: len(part) for split, part in experiment.splits.items()},
+        "labels": len(experiment.id2label),
+        "hard_shares": hard_shares(experiment.labelled, list(experiment.id2label.values())),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "cores": os.cpu_count(),
     }
 
 
 def calibration(record: ExitRecord) -> dict[str, float]:
-    """How right, how consistent and how calibrated the last exit is: the columns of the paper's Table 5."""
+    """Return how right, how consistent and how calibrated the last exit is: the columns of the paper's Table 5."""
     logits, labels = record.exit_logits[:, -1], record.labels
     values = {"accuracy": (logits.argmax(-1) == labels).double().mean().item()}
     for metric in (DifficultyInversionScore(), ExpectedCalibrationError()):
@@ -141,30 +137,40 @@ def calibration(record: ExitRecord) -> dict[str, float]:
 
 
 def joined(models: dict[str, FastBertForSequenceClassification], members: Members) -> CascadeForSequenceClassification:
-    """A cascade of copies."""
+    """Return a cascade of copies of some members."""
     copies = [copy.deepcopy(models[name]) for name in members.names]
     for member in copies:
         member.config.min_exit_layer = None if members.leave_early else member.config.num_hidden_layers
     return CascadeForSequenceClassification.from_members(copies, exit_policy=members.exit_policy)
 
 
+def dials(
+    models: dict[str, FastBertForSequenceClassification],
+    records: dict[str, dict[str, ExitRecord]],
+    members: Members,
+) -> dict[str, dict[str, list[float]]]:
+    """Return what every speed of a cascade gives on each split, from the records of its members."""
+    model = joined(models, members)
+    return {split: dial(model, [records[name][split] for name in members.names]) for split in SPLITS}
+
+
 def dial(model: CascadeForSequenceClassification, records: list[ExitRecord]) -> dict[str, list[float]]:
-    """What every speed of a cascade gives."""
-    table = sweep_cascade(model, records)
+    """Return columns of what every speed of a cascade gives."""
+    table = sweep_speeds(model, ExitRecord.of_members(records))
     names = [*COLUMNS, *(name for name in table.columns if name.startswith("member_"))]
     return {name: table[name].round(5).tolist() for name in names}
 
 
-def texts_of(workshop: Workshop) -> list[str] | list[dict[str, str]]:
-    """The test texts as the pipeline takes them."""
-    test = workshop.texts["test"]
+def texts_of(experiment: Experiment) -> list[str] | list[dict[str, str]]:
+    """Return the test texts as the pipeline takes them."""
+    test = experiment.texts["test"]
     if "text_b" not in test.column_names:
         return [str(text) for text in test["text_a"]]
     return [{"text": str(a), "text_pair": str(b)} for a, b in zip(test["text_a"], test["text_b"], strict=True)]
 
 
 def time_pipeline(classifier, texts: list, speeds: list[float]) -> list[dict[str, float]]:
-    """For each speed: how many times fewer layers are executed than at speed 0, and how many times faster it is."""
+    """Return for each speed how many times fewer layers are executed than at speed 0, and how many times faster."""
     seconds, layers = {speed: [] for speed in (0.0, *speeds)}, {}
     with tqdm(total=(REPEATS + 1) * len(seconds), desc="Timing") as bar:
         for _ in range(REPEATS + 1):

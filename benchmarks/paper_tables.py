@@ -1,9 +1,9 @@
 """
-The tables and figures of the FastBERT paper in our size, and FastBERT beside its rivals: writes docs/results.md.
+The tables and figures of the FastBERT paper in our size, and FastBERT beside its baselines: writes docs/results.md.
 
     python benchmarks/paper_tables.py --data_dir $FASTBERT_DATA   # everything: many hours
     python benchmarks/paper_tables.py --data_dir $FASTBERT_DATA --only table_2  # one part
-    python benchmarks/paper_tables.py --data_dir $FASTBERT_DATA --only rivals --sets trec mrpc
+    python benchmarks/paper_tables.py --data_dir $FASTBERT_DATA --only baselines --sets trec mrpc
     python benchmarks/paper_tables.py --write_only  # from the numbers that are there
 
 A finished training keeps its numbers in `docs/results/<name>.json` and is not repeated; an interrupted one goes on
@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-PARTS = ("table_2", "table_3", "rivals", "crossed", "tried", "cascades", "cascade_times")
+PARTS = ("table_2", "table_3", "baselines", "crossed", "tried", "cascades", "cascade_times")
 
 
 @dataclass

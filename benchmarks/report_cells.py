@@ -1,4 +1,4 @@
-"""How the written reports show numbers and tables."""
+"""Show numbers and tables as the written reports do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def percent(value: float) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation in percent; one value alone has no deviation."""
+    """Return mean and standard deviation in percent; one value alone has no deviation."""
     text = percent(mean(values))
     return f"{text} ± {percent(stdev(values))}" if len(values) > 1 else text
 

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from report_cells import NOT_YET
 
 from fastbert_hf.evaluation.figures import COLOURS, MARKERS, STYLE, save_figure
-from fastbert_hf.evaluation.speed_sweep import write_whole
+from fastbert_hf.files import write_whole
 
 
 # Name of the comparison, case within it, what it is, against what, target, and what the target is of.
@@ -110,7 +110,7 @@ def other_side(result: dict, rates: dict) -> tuple[str, float]:
 def options_table(results: dict) -> str:
     lines = ["| option | shape | faster by | range |", "| --- | --- | --- | --- |"]
     titles = {
-        "regrouping": "survivors joined (`regroup`), against apart; share of the layers",
+        "rebatching": "survivors joined (`rebatch`), against apart; share of the layers",
         "bfloat16": "bfloat16, against float32, speed 0",
         "compiled": "`torch.compile` of each layer, speed 0",
     }

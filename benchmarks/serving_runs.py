@@ -34,10 +34,8 @@ from fastbert_hf import (
     FastBertForSequenceClassification,
     FastTextClassificationPipeline,
 )
-from fastbert_hf.evaluation import executed_flops, record_exits
+from fastbert_hf.evaluation import executed_flops, record_exits, replay_at_speed
 from fastbert_hf.evaluation.speed_sweep import SPEEDS
-from fastbert_hf.modeling.encoder_layouts import run_layer
-from fastbert_hf.modeling.exit_policies import exit_uncertainties, first_exits
 from fastbert_hf.modeling.packed_batch import pack_lists
 
 
@@ -127,8 +125,8 @@ def model_that_leaves(shape: str, share: float, texts: list[str]) -> tuple[FastB
     tokenizer = load_tokenizer()
     rows = [{"input_ids": ids} for ids in tokenizer(texts, **CUT)["input_ids"]]
     record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), progress=False)
-    uncertainties = exit_uncertainties(record.exit_logits, model.config.exit_policy)
-    depths = {speed: first_exits(uncertainties, speed).double().mean().item() for speed in SPEEDS}
+    replays = {speed: replay_at_speed(record, model.config, speed) for speed in SPEEDS}
+    depths = {speed: replayed.exit_layer.double().mean().item() for speed, replayed in replays.items()}
     return model, min(depths, key=lambda speed: abs(depths[speed] - wanted))
 
 
@@ -345,7 +343,7 @@ def against_pypi_fastbert(texts: list[str], repeats: int, share: float, single: 
 def against_peak(dtype: torch.dtype, repeats: int) -> dict:
     """Twelve packed layers on 32 texts of 32 tokens against their matrix products alone, each with its own weights."""
     model = own_model("BERT-base", dtype)
-    layers, tokens = model.fastbert.layers(), 32 * 32
+    layers, tokens, engine = model.fastbert.layers(), 32 * 32, model.engine(inference=True)
     packed_batch = pack_lists(list(range(32)), [32] * 32, torch.device("cpu"))
     hidden_states = torch.randn(1, tokens, 768, dtype=dtype)
     wide = torch.randn(tokens, 3072, dtype=dtype)
@@ -353,10 +351,9 @@ def against_peak(dtype: torch.dtype, repeats: int) -> dict:
     flops = sum(2 * tokens * weight.numel() for matrices in weights for weight in matrices)
 
     def run_layers():
-        with torch.inference_mode():
-            states = hidden_states
-            for layer in layers:
-                states = run_layer(layer, states, packed_batch)
+        states = hidden_states
+        for depth in range(1, engine.num_layers + 1):
+            states, _ = engine.run_layer(depth, states, packed_batch)
 
     def multiply():
         with torch.inference_mode():
@@ -379,12 +376,12 @@ def cost_of_a_layer(repeats: int) -> list[dict]:
                 texts = max(tokens // 32, 1)
                 packed_batch = pack_lists(list(range(texts)), [tokens // texts] * texts, torch.device("cpu"))
                 states, seconds = torch.randn(1, tokens, model.config.hidden_size, dtype=dtype), []
-                with torch.inference_mode():
-                    for _ in range(repeats + 2):
-                        start = time.perf_counter()
-                        for layer in model.fastbert.layers():
-                            run_layer(layer, states, packed_batch)
-                        seconds.append((time.perf_counter() - start) / 4)
+                engine = model.engine(inference=True)
+                for _ in range(repeats + 2):
+                    start = time.perf_counter()
+                    for depth in range(1, engine.num_layers + 1):
+                        engine.run_layer(depth, states, packed_batch)
+                    seconds.append((time.perf_counter() - start) / engine.num_layers)
                 cost = 1e6 * median(seconds[2:]) / tokens
                 rows.append(
                     {"shape": shape, "dtype": str(dtype)[6:], "tokens": tokens, "microseconds": round(cost, 2)}
@@ -392,14 +389,14 @@ def cost_of_a_layer(repeats: int) -> list[dict]:
     return rows
 
 
-def with_and_without_regrouping(shape: str, texts: list[str], repeats: int, share: float) -> dict:
+def with_and_without_rebatching(shape: str, texts: list[str], repeats: int, share: float) -> dict:
     """Exits on, a stream: the same texts and exits with survivors joined and not."""
     (model, speed), tokenizer = model_that_leaves(shape, share, texts), load_tokenizer()
     sides = {
-        name: lambda regroup=regroup: list(model.predict(tokenizer(texts, **CUT), speed=speed, regroup=regroup))
-        for name, regroup in (("joined", True), ("apart", False))
+        name: lambda rebatch=rebatch: list(model.predict(tokenizer(texts, **CUT), speed=speed, rebatch=rebatch))
+        for name, rebatch in (("joined", True), ("apart", False))
     }
-    seconds = in_turn(sides, repeats, f"{shape}, regrouping")
+    seconds = in_turn(sides, repeats, f"{shape}, rebatching")
     return {"texts_per_second": rates(seconds, len(texts)), **ratios(seconds["apart"], seconds["joined"])}
 
 

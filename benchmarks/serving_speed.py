@@ -57,7 +57,7 @@ NAMES = {
     "peak_float32": "packed layers against their matrix products, float32",
     "peak_bfloat16": "packed layers against their matrix products, bfloat16",
     "bfloat16": "speed 0, a stream, bfloat16 against float32",
-    "regrouping": "exits on, a stream, survivors joined against apart",
+    "rebatching": "exits on, a stream, survivors joined against apart",
     "layer_cost": "time of a layer for each token, by the tokens of its batch",
     "compiled": "speed 0, a stream, torch.compile of the layers",
     "growth": "seconds by the number of texts, their length, layers and classes",
@@ -108,10 +108,10 @@ def measure(name: str, arguments: Arguments) -> object:
         return runs.against_peak(getattr(torch, name.removeprefix("peak_")), 3 * repeats)
     if name == "bfloat16":
         return {shape: runs.bfloat16_against_float32(shape, streams[shape], repeats) for shape in runs.SHAPES}
-    if name == "regrouping":
+    if name == "rebatching":
         cases = [(shape, share) for shape in runs.SHAPES for share in (0.5, 0.25)]
         return {
-            f"{shape}, {share:g}": runs.with_and_without_regrouping(shape, streams[shape], 2 * repeats, share)
+            f"{shape}, {share:g}": runs.with_and_without_rebatching(shape, streams[shape], 2 * repeats, share)
             for shape, share in cases
         }
     if name == "layer_cost":
@@ -142,8 +142,8 @@ def main() -> None:
         import torch
         import transformers
 
-        from fastbert_hf.evaluation.speed_sweep import write_whole
-        from fastbert_hf.modeling.faster_linears import onednn_is_faster
+        from fastbert_hf.files import write_whole
+        from fastbert_hf.modeling.engine import onednn_is_faster
 
         settings = {
             "repeats": arguments.repeats,

@@ -77,8 +77,11 @@ def test_every_run_has_its_own_name_and_a_known_recipe(runs, cascades):
         assert (run.depth is not None) == (run.recipe in RECIPES and RECIPES[run.recipe].fixed_depth)
     assert {run.set for run in runs.cascade_runs() if run.recipe == "cascade"} == set(runs.CASCADE_SETS)
     assert {run.set for run in runs.table_2_runs()} == set(runs.TABLE_2_SETS)
-    assert {(run.set, run.seed) for run in runs.rival_runs()} == {(s, k) for s in runs.RIVAL_SETS for k in (1, 2)}
-    assert all(run.max_rows == 3000 for run in runs.rival_runs())
+    baselines = runs.baseline_runs()
+    assert {(run.set, run.seed) for run in baselines} == {
+        (name, seed) for name in runs.BASELINE_SETS for seed in (1, 2)
+    }
+    assert all(run.max_rows == 3000 for run in baselines)
 
 
 def test_a_speed_is_chosen_on_dev_and_reported_on_test(report):
@@ -114,7 +117,7 @@ def test_models_of_each_depth_make_one_dial(report, runs, tmp_path):
     assert results.reached("trec", "bert_kl", None, 1)[4.0]["accuracy"] == pytest.approx(0.65)
 
 
-def test_dev_chooses_between_the_exits_of_a_rival(report, runs, tmp_path):
+def test_dev_chooses_between_the_exits_of_a_baseline(report, runs, tmp_path):
     better_on_dev = result(None, [0.9] * 5, [0.1] * 5)
     better_on_test = result(None, [0.8] * 5, [0.9] * 5)
     runs.keep(better_on_dev, runs.Run("trec", "deebert", 1, 3000, ""), tmp_path)
@@ -125,7 +128,7 @@ def test_dev_chooses_between_the_exits_of_a_rival(report, runs, tmp_path):
     assert report.Results(tmp_path).best_variant("deebert", ("mean", "")) == ""
 
 
-def test_rivals_are_averaged_over_the_sets_that_all_of_them_have(report, runs, tmp_path):
+def test_baselines_are_averaged_over_the_sets_that_all_of_them_have(report, runs, tmp_path):
     for seed, accuracy in ((1, 0.8), (2, 0.9)):
         for recipe, variant in (("fastbert", ""), ("deebert", "mean"), ("pabee", "mean")):
             run = runs.Run("trec", recipe, seed, 3000, variant)
@@ -134,7 +137,7 @@ def test_rivals_are_averaged_over_the_sets_that_all_of_them_have(report, runs, t
             for depth in report.DEPTHS:
                 parts = result(None, [accuracy] * 5, [accuracy] * 5)
                 runs.keep(parts, runs.Run("trec", recipe, seed, 3000, depth=depth), tmp_path)
-    text = report.rivals(report.Results(tmp_path))
+    text = report.baselines(report.Results(tmp_path))
     assert "Averages over trec:" in text
     assert "| FastBERT | 85.0 ± 7.1 | 85.0 ± 7.1 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in text
     assert "| sst2 | FastBERT | not run |" in text
@@ -142,7 +145,7 @@ def test_rivals_are_averaged_over_the_sets_that_all_of_them_have(report, runs, t
 
 def test_nothing_that_was_not_run_gets_a_number(report, tmp_path):
     results = report.Results(tmp_path)
-    own = (report.table_2, report.table_3, report.rivals, report.crossed, report.tried)
+    own = (report.table_2, report.table_3, report.baselines, report.crossed, report.tried)
     cascades = report.cascade_report
     for part in (*own, cascades.cascades, cascades.regularisation, cascades.times):
         body = part(results).splitlines()[2:]
@@ -290,7 +293,7 @@ def test_real_sets_have_their_sizes(runs):
 def test_the_committed_results_are_those_of_the_committed_numbers(report):
     results = report.Results(DOCS / "results")
     text = (DOCS / "results.md").read_text(encoding="utf-8")
-    own = (report.table_2, report.speeds_to_choose, report.table_3, report.rivals, report.crossed, report.tried)
+    own = (report.table_2, report.speeds_to_choose, report.table_3, report.baselines, report.crossed, report.tried)
     cascades = report.cascade_report
     for part in (*own, cascades.cascades, cascades.regularisation, cascades.times):
         assert part(results) in text

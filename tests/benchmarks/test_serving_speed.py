@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert_hf.modeling.prediction import CPU_BATCH_TOKENS
+from fastbert_hf.modeling.scheduler import CPU_BATCH_TOKENS
 
 from ..common import assert_close, load_script
 
@@ -81,7 +81,7 @@ def test_every_comparison_with_stock_runs(runs, texts):
         runs.one_at_a_time("MiniLM", texts, 1),
         runs.against_stock_on_equal_lengths("MiniLM", texts * 4, 1),
         runs.bfloat16_against_float32("MiniLM", texts, 1),
-        runs.with_and_without_regrouping("MiniLM", texts, 1, 0.5),
+        runs.with_and_without_rebatching("MiniLM", texts, 1, 0.5),
     ]
     for result in results:
         assert 0 < result["least"] <= result["ratio"] <= result["greatest"]
