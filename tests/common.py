@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import (
     AlbertConfig,
     AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertTokenizer,
     CamembertConfig,
@@ -173,6 +175,13 @@ def changed_parameters(model: torch.nn.Module, before: dict[str, torch.Tensor]) 
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
+def assert_same_weights(loaded: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Weights of equal names, bit for bit."""
+    loaded, expected = loaded.state_dict(), expected.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 def copied_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -260,12 +269,36 @@ def tiny_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=64)
 
 
+def other_tokenizer() -> BertTokenizer:
+    """The words of `tiny_tokenizer` with other ids."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"word{index}" for index in reversed(range(len(special), VOCAB_SIZE))]
+    return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=64)
+
+
+def stock(family: str = "bert", num_layers: int = 2, seed: int = 0, num_labels: int = 3, **fields) -> PreTrainedModel:
+    """A fine-tuned stock classifier, as far as a test can tell; `fields` are those of its config."""
+    config = tiny_text_config(family, num_layers)
+    for name, value in {"num_labels": num_labels, **fields}.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    return spread_out(AutoModelForSequenceClassification.from_config(config), seed)
+
+
 def tiny_texts(number: int = 12, seed: int = 0) -> list[str]:
     """Random texts of 1 to 12 words that `tiny_tokenizer` knows."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 13, (number,), generator=generator).tolist()
     words = [torch.randint(5, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
     return [" ".join(f"word{index}" for index in text) for text in words]
+
+
+def copied_to_cache(checkpoint: Path, cache: Path, repo_id: str = "org/tiny", commit: str = "0123456789" * 4) -> Path:
+    """Copy a checkpoint to where the client of the Hub keeps the main branch of a repository; return that folder."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(checkpoint, repository / "snapshots" / commit))
 
 
 def load_script(path: Path) -> ModuleType:

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, DataCollatorWithPadding, pipeline
 
 from fastbert_hf import DEFAULT_MODEL_DIR, FastBertForSequenceClassification
+from fastbert_hf.data import load_rows
 from fastbert_hf.evaluation import record_exits, sweep_speeds
 
-from .common import CUT_NETWORK, DEFAULT_MODEL_FILES, load_script
+from .common import CUT_NETWORK, DEFAULT_MODEL_FILES
 
 
 ROOT = Path(__file__).parent.parent
@@ -27,19 +28,19 @@ FIRST_LINES = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
 
 LOAD_WITHOUT_NETWORK = """
 import json, time
-import torch
-import fastbert_hf
-from transformers import pipeline
 try:
     socket.create_connection(("127.0.0.1", 9))
 except OSError:
     guarded = len(reached)
+import torch
+import fastbert_hf
+from transformers import pipeline
 start = time.process_time()
 classifier = pipeline("fast-text-classification", speed=0.5)
 seconds = time.process_time() - start
 answer = classifier("The plot is thin, but the cast makes it a joy.")
 dtype = str(classifier.model.dtype)
-print(json.dumps({"seconds": seconds, "reached": len(reached) - guarded, "answer": answer, "dtype": dtype}))
+print(json.dumps({"seconds": seconds, "reached": reached[guarded:], "answer": answer, "dtype": dtype}))
 """
 
 
@@ -99,7 +100,7 @@ def test_the_first_lines_of_the_readme_answer_as_they_say():
 def test_it_loads_without_network_in_under_two_seconds(without_network):
     # Of the processor, so that other processes on it make no difference; the first load, with what it imports late.
     assert without_network["seconds"] < 2
-    assert without_network["reached"] == 0
+    assert without_network["reached"] == []
     assert without_network["answer"][0]["label"] == "positive"
     assert without_network["dtype"] == "torch.float32"
 
@@ -170,8 +171,7 @@ def test_it_reaches_what_was_asked_of_it(card):
 def test_its_card_tells_what_real_data_says(card):
     if "FASTBERT_DATA" not in os.environ:
         pytest.skip("FASTBERT_DATA does not name the folder of the real data sets")
-    script = load_script(ROOT / "examples" / "train_default_model.py")
-    rows = script.load_file(os.path.join(os.environ["FASTBERT_DATA"], "en/sst2/test.tsv.gz"))
+    rows = load_rows(Path(os.environ["FASTBERT_DATA"], "en/sst2/test.tsv.gz"))
     model = FastBertForSequenceClassification.from_pretrained(DEFAULT_MODEL_DIR, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(DEFAULT_MODEL_DIR)
     encoded = [

@@ -1,12 +1,10 @@
-"""What `import fastbert_hf` does, and what the files that travel with a checkpoint may import."""
+"""What `import fastbert_hf` does, what it leaves alone, and what it does without: network, Trainer and extras."""
 
 from __future__ import annotations
 
-import ast
 import configparser
 import json
 import os
-import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -32,12 +30,14 @@ from .common import CUT_NETWORK, tiny_model
 
 
 PACKAGE = Path(fastbert_hf.__file__).parent
-MODELING_FILES = sorted((PACKAGE / "modeling").glob("*.py"))
-ALLOWED_PACKAGES = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+EXTRAS = ("datasets", "evaluate", "matplotlib", "pandas", "sklearn")
 
+# In a process where the extras cannot be imported.
 IMPORT_AND_LOAD = """
-import json, sys, warnings
+import json, sys
 
+folder, *extras = sys.argv[1:]
+sys.modules.update(dict.fromkeys(extras))
 import torch
 torch.set_num_threads(3)
 torch.set_num_interop_threads(2)
@@ -51,19 +51,21 @@ except OSError:
     pass
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-folder = sys.argv[1]
+config, model, classifier = (
+    load.from_pretrained(folder) for load in (AutoConfig, AutoModel, AutoModelForSequenceClassification)
+)
 batch = {"input_ids": torch.tensor([[2, 7, 9, 3]])}
 with torch.no_grad():
-    logits = AutoModelForSequenceClassification.from_pretrained(folder)(**batch).logits
-    hidden_states = AutoModel.from_pretrained(folder)(**batch).last_hidden_state
+    logits, hidden_states = classifier(**batch).logits, model(**batch).last_hidden_state
+import fastbert_hf.evaluation
+import fastbert_hf.training
 print(json.dumps({
     "threads": threads,
     "training_imported": training_imported,
     "reached_at_import": reached_at_import,
     "guard_works": len(reached) > len(reached_at_import),
-    "config": type(AutoConfig.from_pretrained(folder)).__name__,
-    "model": type(AutoModel.from_pretrained(folder)).__name__,
-    "classifier": type(AutoModelForSequenceClassification.from_pretrained(folder)).__name__,
+    "types": [type(loaded).__name__ for loaded in (config, model, classifier)],
+    "without_extras": [fastbert_hf.SelfDistillationTrainer.__name__, fastbert_hf.evaluation.record_exits.__name__],
     "default_dtype": str(torch.get_default_dtype()),
     "logits": logits.tolist(),
     "hidden_states": hidden_states.tolist(),
@@ -80,10 +82,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def elsewhere(folder) -> dict:
-    """What a fresh process sees after `import fastbert_hf` with its network cut."""
+    """What a fresh process sees after `import fastbert_hf`, its network cut, and nothing of the extras there."""
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     finished = subprocess.run(
-        [sys.executable, "-c", CUT_NETWORK + IMPORT_AND_LOAD, str(folder)],
+        [sys.executable, "-c", CUT_NETWORK + IMPORT_AND_LOAD, str(folder), *EXTRAS],
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -129,8 +131,7 @@ def test_a_model_with_exits_is_no_cascade(folder, loads):
 
 
 def test_auto_classes_know_the_models_in_a_fresh_process(elsewhere):
-    names = (elsewhere["config"], elsewhere["model"], elsewhere["classifier"])
-    assert names == ("FastBertConfig", "FastBertModel", "FastBertForSequenceClassification")
+    assert elsewhere["types"] == ["FastBertConfig", "FastBertModel", "FastBertForSequenceClassification"]
 
 
 def test_auto_classes_load_every_weight_in_a_fresh_process(elsewhere):
@@ -154,6 +155,10 @@ def test_import_changes_no_thread_count_and_no_default_dtype(elsewhere):
 
 def test_import_leaves_the_trainer_to_those_who_train(elsewhere):
     assert elsewhere["training_imported"] == []
+
+
+def test_training_and_recording_need_no_extra(elsewhere):
+    assert elsewhere["without_extras"] == ["SelfDistillationTrainer", "record_exits"]
 
 
 def test_pipeline_is_registered_without_the_mark_of_custom_code():
@@ -194,87 +199,3 @@ def test_type_hints_are_shipped():
     setup = configparser.ConfigParser()
     setup.read(PACKAGE.parent / "setup.cfg")
     assert "py.typed" in setup["options.package_data"]["fastbert_hf"].split()
-
-
-def forbidden_imports(source: str) -> list[str]:
-    """Imports that would fail in a folder that holds this file, its dotted siblings and nothing else."""
-    forbidden = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-            forbidden += [name for name in names if name.partition(".")[0] not in ALLOWED_PACKAGES]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            if node.module.partition(".")[0] not in ALLOWED_PACKAGES:
-                forbidden.append(node.module)
-        elif isinstance(node, ast.ImportFrom):
-            is_sibling = node.level == 1 and node.module is not None and "." not in node.module
-            if not is_sibling or not (PACKAGE / "modeling" / f"{node.module}.py").is_file():
-                forbidden.append("." * node.level + (node.module or ""))
-    return forbidden
-
-
-def classes_of(source: str) -> set[str]:
-    return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)}
-
-
-def checks_of_foreign_classes(source: str, our_classes: set[str]) -> list[str]:
-    """`isinstance` and `issubclass` calls that name one of our classes from another file."""
-    foreign = our_classes - classes_of(source)
-    checks = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in ("isinstance", "issubclass"):
-                named = re.findall(r"\w+", ast.unparse(node.args[1]))
-                checks += [ast.unparse(node) for name in named if name in foreign]
-    return checks
-
-
-@pytest.mark.parametrize("file", MODELING_FILES, ids=lambda file: file.name)
-def test_modeling_files_import_only_what_travels_with_a_checkpoint(file):
-    assert forbidden_imports(file.read_text()) == []
-
-
-@pytest.mark.parametrize(
-    ("line", "name"),
-    [
-        ("import numpy as np", "numpy"),
-        ("from datasets import Dataset", "datasets"),
-        ("import fastbert_hf.version", "fastbert_hf.version"),
-        ("from fastbert_hf.modeling import exit_policies", "fastbert_hf.modeling"),
-        ("from . import exit_policies", "."),
-        ("from ..training import arguments", "..training"),
-        ("from ..version import __version__", "..version"),
-        ("from .training.arguments import SelfDistillationArguments", ".training.arguments"),
-        ("from .no_such_file import name", ".no_such_file"),
-        ("def late():\n    import accelerate", "accelerate"),
-    ],
-)
-def test_import_check_sees_what_would_not_travel(line, name):
-    assert forbidden_imports(line) == [name]
-
-
-@pytest.mark.parametrize("file", MODELING_FILES, ids=lambda file: file.name)
-def test_modeling_files_do_not_check_for_classes_of_other_files(file):
-    our_classes = set().union(*(classes_of(other.read_text()) for other in MODELING_FILES))
-    assert {"FastBertConfig", "PackedBatch", "FastBertForSequenceClassification"} <= our_classes
-    assert checks_of_foreign_classes(file.read_text(), our_classes) == []
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "isinstance(x, PackedBatch)",
-        "isinstance(x, (str, packed_batch.PackedBatch))",
-        "issubclass(x, PackedBatch | None)",
-    ],
-)
-def test_class_check_sees_classes_of_other_files(line):
-    assert checks_of_foreign_classes(line, {"PackedBatch"}) == [line]
-    assert checks_of_foreign_classes(f"class PackedBatch: ...\n{line}", {"PackedBatch"}) == []
-
-
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("**/*.py")), ids=lambda file: file.name)
-def test_no_file_of_the_package_sets_thread_counts_or_registers_for_auto_classes(file):
-    source = file.read_text()
-    assert "set_num_threads" not in source
-    assert "register_for_auto_class" not in source

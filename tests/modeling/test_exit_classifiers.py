@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
-from fastbert_hf.modeling.configuration_fastbert import EXIT_TYPES
-from fastbert_hf.modeling.exit_classifiers import EXIT_POOLERS, ExitClassifier
+from fastbert_hf.modeling.exit_classifiers import EXIT_TYPES, ExitClassifier
 from fastbert_hf.modeling.packed_batch import pack_padded
 from tests.common import (
     FAMILIES,
@@ -23,11 +25,11 @@ LENGTHS = (4, 1, 7, 4, 10)
 
 
 def packed_states(padding_side: str = "right") -> tuple:
-    """Random hidden states of a ragged batch: padded and packed, and the batch and layout that packed them."""
+    """Random hidden states of a ragged batch: padded and packed, and the batch and padding that packed them."""
     batch = ragged_batch(LENGTHS, padding_side=padding_side)
-    packed_batch, layout = pack_padded(batch["attention_mask"])
+    packed_batch, padding = pack_padded(batch["attention_mask"])
     padded = torch.randn(*batch["input_ids"].shape, 32, generator=torch.Generator().manual_seed(0))
-    return padded, layout.pack(padded), packed_batch, layout
+    return padded, padding.unpad(padded), packed_batch, padding
 
 
 def texts_in_packed_order(hidden_states: torch.Tensor, packed_batch) -> tuple[torch.Tensor, ...]:
@@ -44,14 +46,24 @@ def test_attention_exit_equals_the_papers_structure_on_each_text_alone(heads):
         assert_close(logits, torch.stack([reference_exit_logits(model, depth, text) for text in texts]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("exit_type", ["linear", "linear_mean"])
+@pytest.mark.parametrize(
+    ("family", "exit_type"), [*((family, "linear") for family in FAMILIES), ("bert", "linear_mean")]
+)
 def test_linear_exit_equals_the_familys_stock_head_on_each_first_token_or_mean(family, exit_type):
     model = tiny_model(family, exit_type=exit_type)
     _, hidden_states, packed_batch, _ = packed_states()
     logits = model.exits[1](hidden_states, packed_batch)
     texts = texts_in_packed_order(hidden_states, packed_batch)
     assert_close(logits, torch.stack([reference_exit_logits(model, 2, text) for text in texts]))
+
+
+@pytest.mark.parametrize("exit_type", EXIT_TYPES)
+def test_multiply_accumulates_are_half_of_what_torch_counts(exit_type):
+    model = tiny_model(exit_type=exit_type)
+    pooler, (_, hidden_states, packed_batch, _) = model.exits[1].pooler, packed_states()
+    with FlopCounterMode(display=False) as counter:
+        pooler(hidden_states, replace(packed_batch, attn_implementation="eager"))  # whose products it sees
+    assert 2 * pooler.macs(packed_batch.lengths).sum() == counter.get_total_flops()
 
 
 def test_attention_exit_has_the_papers_sizes():
@@ -82,8 +94,10 @@ def test_linear_exit_keeps_the_hidden_width(exit_type):
     }
 
 
-@pytest.mark.parametrize("family", ["bert", "electra", "distilbert", "modernbert"])
-@pytest.mark.parametrize("exit_type", EXIT_TYPES)
+@pytest.mark.parametrize(
+    ("family", "exit_type"),
+    [*(("bert", exit_type) for exit_type in EXIT_TYPES), ("electra", "linear"), ("distilbert", "linear_mean")],
+)
 def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_type):
     config = FastBertConfig(text_config=tiny_text_config(family), num_labels=3, exit_dropout=0)
     exit_classifier = ExitClassifier(config, exit_type)
@@ -104,10 +118,10 @@ def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_exit_reads_nothing_but_its_own_text(exit_type, padding_side):
     model = tiny_model(exit_type=exit_type)
-    padded, hidden_states, packed_batch, layout = packed_states(padding_side)
+    padded, hidden_states, packed_batch, padding = packed_states(padding_side)
     before = model.exits[0](hidden_states, packed_batch)
     padded[packed_batch.rows[2]] += 1
-    after = model.exits[0](layout.pack(padded), packed_batch)
+    after = model.exits[0](padding.unpad(padded), packed_batch)
     changed = (before - after).abs().amax(-1) > 1e-3
     assert changed.tolist() == [False, False, True, False, False]
 
@@ -134,7 +148,7 @@ def test_exit_without_dropout_answers_in_training_as_in_evaluation(exit_type):
     assert_close(in_training, model.exits[0].eval()(hidden_states, packed_batch))
 
 
-@pytest.mark.parametrize(("exit_type", "pooler"), EXIT_POOLERS.items())
+@pytest.mark.parametrize(("exit_type", "pooler"), EXIT_TYPES.items())
 def test_shared_pooler_serves_every_exit_and_each_keeps_its_last_linear(exit_type, pooler):
     model = tiny_model(exit_type=exit_type, share_exit_pooler=True)
     assert type(model.shared_pooler) is pooler
@@ -150,8 +164,8 @@ def test_shared_pooler_serves_every_exit_and_each_keeps_its_last_linear(exit_typ
 @pytest.mark.parametrize(("exit_type", "teacher_exit_type"), [("attention", "linear"), ("linear", "attention")])
 def test_teacher_of_another_type_keeps_a_pooler_of_its_own(exit_type, teacher_exit_type):
     model = tiny_model(exit_type=exit_type, teacher_exit_type=teacher_exit_type, share_exit_pooler=True)
-    assert type(model.shared_pooler) is EXIT_POOLERS[exit_type]
-    assert type(model.teacher.pooler) is EXIT_POOLERS[teacher_exit_type]
+    assert type(model.shared_pooler) is EXIT_TYPES[exit_type]
+    assert type(model.teacher.pooler) is EXIT_TYPES[teacher_exit_type]
     assert all(student.pooler is None for student in model.students)
     _, hidden_states, packed_batch, _ = packed_states()
     for depth in range(1, NUM_LAYERS + 1):

@@ -6,16 +6,36 @@ import numpy as np
 import pytest
 import torch
 
+from fastbert_hf import CascadeConfig, FastBertConfig
 from fastbert_hf.modeling.exit_policies import (
     EXIT_POLICIES,
+    ExitPolicy,
     check_speed,
+    config_thresholds,
     exit_range,
-    exit_uncertainties,
-    exit_uncertainty,
-    first_exits,
+    exit_thresholds,
+    leaves,
     row_speeds,
 )
-from tests.common import assert_close
+from fastbert_hf.modeling.tasks import TASKS
+from tests.common import tiny_text_config
+
+
+INF = math.inf
+
+
+def exit_uncertainty(logits: torch.Tensor, name: str, patience: int = 1, state: torch.Tensor | None = None) -> tuple:
+    """The uncertainty of one exit's answers, and what the policy remembers."""
+    return ExitPolicy(name, TASKS["single_label_classification"], patience).uncertainty(logits, state)
+
+
+def exit_uncertainties(exit_logits: torch.Tensor, name: str, patience: int = 1) -> torch.Tensor:
+    """Of every exit, `[rows, L]`, from `[rows, L, num_labels]`."""
+    state, uncertainties = None, []
+    for logits in exit_logits.unbind(1):
+        uncertainty, state = exit_uncertainty(logits, name, patience, state)
+        uncertainties.append(uncertainty)
+    return torch.stack(uncertainties, 1)
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -112,12 +132,19 @@ def test_patience_keeps_a_count_for_every_row():
 
 @pytest.mark.parametrize("patience", range(1, 13))
 def test_patience_is_below_its_speed_exactly_from_the_agreements_that_the_speed_asks_for(patience):
-    exit_logits = torch.eye(3)[[1] * (patience + 2)][None]
-    uncertainties = exit_uncertainties(exit_logits, "patience", patience)
-    first = [
-        first_exits(uncertainties, (patience - needed + 1) / patience).item() for needed in range(1, patience + 1)
-    ]
-    assert first == [needed + 1 for needed in range(1, patience + 1)]
+    uncertainties = exit_uncertainties(torch.eye(3)[[1] * (patience + 2)][None], "patience", patience)
+    for needed in range(1, patience + 1):
+        speed = row_speeds((patience - needed + 1) / patience, 1)
+        below = leaves(uncertainties[0], speed.expand(patience + 2))
+        assert below.tolist() == [False] * needed + [True] * (patience + 2 - needed)
+
+
+def test_patience_remembers_nothing_of_rows_that_an_exit_may_not_answer():
+    policy = ExitPolicy("patience", TASKS["single_label_classification"], 4)
+    state = policy.start(2)
+    for asked in ([True, True], [True, False], [True, True]):
+        uncertainty, state = policy.uncertainty(torch.eye(3)[[1, 1]], state, torch.tensor(asked))
+    assert uncertainty.tolist() == [0.5, 0.75]
 
 
 @pytest.mark.parametrize("policy", EXIT_POLICIES)
@@ -127,8 +154,8 @@ def test_uncertainty_of_logits_that_are_not_finite_is_nan_and_below_no_speed(pol
     uncertainties = exit_uncertainties(exit_logits, policy, patience=2)
     assert uncertainties[0].isnan().all()
     assert uncertainties[1].isfinite().all()
-    assert not (uncertainties[0] < row_speeds(1.0, 1)).any()
-    assert first_exits(uncertainties, 1.0).tolist() == [3, 2 if policy == "patience" else 1]
+    assert not leaves(uncertainties, torch.ones(2, 3))[0].any()
+    assert leaves(uncertainties, torch.ones(2, 3))[1].any()
 
 
 def test_unknown_policy_names_the_known_ones():
@@ -136,53 +163,50 @@ def test_unknown_policy_names_the_known_ones():
         exit_uncertainty(torch.zeros(1, 2), "vote")
 
 
-@pytest.mark.parametrize("policy", ["entropy", "confidence", "margin"])
-def test_uncertainties_of_all_exits_are_those_of_each_exit(policy):
-    exit_logits = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
-    uncertainties = exit_uncertainties(exit_logits, policy)
-    assert uncertainties.shape == (4, 3)
-    for depth in range(3):
-        assert_close(uncertainties[:, depth], exit_uncertainty(exit_logits[:, depth], policy)[0], 0)
+def test_a_text_leaves_strictly_below_its_threshold():
+    uncertainty = torch.tensor([0.49, 0.5, 0.51, 0.0, 1.0, 1.0])
+    threshold = torch.tensor([0.5, 0.5, 0.5, 0.0, 1.0, INF])
+    for at_end in (False, True):
+        assert leaves(uncertainty, threshold, at_end).tolist() == [True, False, False, False, False, True]
 
 
-def test_first_exit_is_the_first_strictly_below_the_speed_else_the_last():
-    uncertainties = torch.tensor([[0.9, 0.5, 0.1, 0.6], [0.5, 0.49, 0.3, 0.0], [0.9, 0.8, 0.7, 0.6]])
-    assert first_exits(uncertainties, 0.5).tolist() == [3, 2, 4]
-    assert first_exits(uncertainties, 1).tolist() == [1, 1, 1]
-    assert first_exits(uncertainties, 0).tolist() == [4, 4, 4]
-    assert first_exits(uncertainties, 0.5).dtype == torch.long
+def test_nan_leaves_where_all_do_and_where_no_other_exit_answers():
+    uncertainty, threshold = torch.full((3,), math.nan), torch.tensor([0.0, 1.0, INF])
+    assert leaves(uncertainty, threshold).tolist() == [False, False, True]
+    assert leaves(uncertainty, threshold, at_end=True).tolist() == [True, True, True]
 
 
 @pytest.mark.parametrize(
-    ("exits", "speed", "expected"),
+    ("limits", "expected"),
     [
-        (range(1, 5), 0.5, [3, 2, 4]),
-        # The second row was sure at exit 2, and is asked again at exit 3.
-        (range(3, 5), 0.5, [3, 3, 4]),
-        (range(2, 4), 0.5, [3, 2, 3]),
-        (range(1, 2), 0.5, [1, 1, 1]),
-        (range(4, 5), 1, [4, 4, 4]),
-        (range(2, 4), 0, [3, 3, 3]),
-        (range(2, 4), 1, [2, 2, 2]),
+        ({}, [[0.5, 0.5, 0.5, INF], [0, 0, 0, INF]]),
+        ({"min_exit_layer": 3}, [[0, 0, 0.5, INF], [0, 0, 0, INF]]),
+        ({"max_layers": 2}, [[0.5, INF, INF, INF], [0, INF, INF, INF]]),
+        ({"min_exit_layer": 2, "max_layers": 2}, [[0, INF, INF, INF]] * 2),
+        ({"is_last_member": False}, [[0.5] * 4, [0] * 4]),
+        ({"is_last_member": False, "min_exit_layer": 4}, [[0, 0, 0, 0.5], [0] * 4]),
+        ({"is_last_member": False, "max_layers": 3}, [[0.5, 0.5, 0.5, 0], [0] * 4]),
     ],
 )
-def test_first_exits_within_a_range_answers_at_its_last_at_the_latest(exits, speed, expected):
-    uncertainties = torch.tensor([[0.9, 0.5, 0.1, 0.6], [0.5, 0.49, 0.3, 0.0], [0.9, 0.8, 0.7, 0.6]])
-    assert first_exits(uncertainties, speed, exits).tolist() == expected
-    assert first_exits(uncertainties, speed, exits).dtype == torch.long
+def test_thresholds_say_which_exit_may_answer_and_which_answers_all(limits, expected):
+    thresholds = exit_thresholds(torch.tensor([0.5, 0.0]), 4, **limits)
+    assert thresholds.dtype == torch.float32
+    first_certain = 4 if not limits.get("max_layers") else limits["max_layers"]
+    # After the exit that answers all there is nobody left to ask.
+    if limits.get("is_last_member", True):
+        thresholds, expected = thresholds[:, :first_certain], [row[:first_certain] for row in expected]
+    assert thresholds.tolist() == expected
 
 
-def test_first_exits_without_a_range_are_those_of_all_exits():
-    uncertainties = torch.rand(50, 6, generator=torch.Generator().manual_seed(4))
-    for speed in (0, 0.2, 0.9, 1):
-        assert torch.equal(first_exits(uncertainties, speed), first_exits(uncertainties, speed, exit_range(6)))
-
-
-def test_first_exits_leaves_its_input_alone():
-    uncertainties = torch.tensor([[0.9, 0.5]])
-    first_exits(uncertainties, 0.1)
-    first_exits(uncertainties, 0.1, range(1, 2))
-    assert uncertainties.tolist() == [[pytest.approx(0.9), 0.5]]
+def test_thresholds_of_a_config_are_those_of_every_member():
+    limits = [{"min_exit_layer": 4}, {"min_exit_layer": 2, "max_layers": 3}]
+    small, large = (FastBertConfig(text_config=tiny_text_config("bert"), num_labels=3, **own) for own in limits)
+    speeds = torch.tensor([0.25, 0.0])
+    of_small, of_large = config_thresholds(CascadeConfig(members=[small, large]), speeds)
+    assert of_small.tolist() == [[0, 0, 0, 0.25], [0] * 4]
+    assert of_large[:, :3].tolist() == [[0, 0.25, INF], [0, 0, INF]]
+    (alone,) = config_thresholds(small, speeds)
+    assert alone.tolist() == [[0, 0, 0, INF]] * 2
 
 
 @pytest.mark.parametrize(
@@ -196,11 +220,6 @@ def test_check_speed_refuses_what_is_no_number_in_the_unit_interval(speed):
 @pytest.mark.parametrize("speed", [0, 1, 0.0, 1.0, 0.3, np.float32(0.3), np.float64(0.3), np.int64(1)])
 def test_check_speed_accepts_numbers_in_the_unit_interval(speed):
     assert check_speed(speed) is None
-
-
-def test_first_exits_refuses_a_bad_speed():
-    with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got 2"):
-        first_exits(torch.zeros(1, 2), 2)
 
 
 @pytest.mark.parametrize(

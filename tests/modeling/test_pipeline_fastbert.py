@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 
 from fastbert_hf import FastTextClassificationPipeline
 from fastbert_hf.modeling.pipeline_fastbert import BLOCK_TEXTS
-from fastbert_hf.modeling.prediction import BLOCK_BATCHES, CPU_BATCH_TOKENS
+from fastbert_hf.modeling.scheduler import BLOCK_BATCHES, CPU_BATCH_TOKENS
 
-from ..common import NUM_LAYERS, tiny_model, tiny_text_config, tiny_texts, tiny_tokenizer
+from ..common import NUM_LAYERS, tiny_model, tiny_texts, tiny_tokenizer
 
 
 LABELS = {0: "bad", 1: "fair", 2: "good"}
@@ -31,7 +29,7 @@ PAIRS = [
     for text, other in zip(tiny_texts(9, seed=1), tiny_texts(9, seed=2), strict=True)
 ]
 SPEED = 0.7
-LONG_TEXT = "word7 word8 " * 84_000
+LONG_TEXT = "word7 word8 " * 10_000
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +119,7 @@ def test_speed_of_a_call(classifier, direct, speed):
     assert_same_answers(classifier(TEXTS, speed=speed), direct(TEXTS, float(speed)))
 
 
-@pytest.mark.parametrize("speed", [0, 0.7, 1])
-def test_speed_of_the_constructor(model, tokenizer, direct, speed):
-    assert_same_answers(make_pipeline(model, tokenizer, speed=speed)(TEXTS), direct(TEXTS, speed))
-
-
-@pytest.mark.parametrize("speed", [0, 0.7, 1])
+@pytest.mark.parametrize("speed", [0, 0.7])
 def test_speed_of_the_config(classifier, direct, config_defaults, speed):
     config_defaults.speed = speed
     assert_same_answers(classifier(TEXTS), direct(TEXTS, speed))
@@ -160,23 +153,16 @@ def test_depth_falls_as_speed_grows(classifier):
     assert means[-1] < 2
 
 
-@pytest.mark.parametrize("speed", [math.nan, math.inf, -1, 1.1, True, "0.5", [0.1, 0.2]])
-@pytest.mark.parametrize(
-    "make", [lambda: TEXTS[0], lambda: TEXTS, lambda: iter(TEXTS)], ids=["text", "list", "iterator"]
-)
-def test_speed_that_is_no_number_from_0_to_1_is_refused(classifier, speed, make):
-    with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got .*Example: speed=0.5"):
-        list(classifier(make(), speed=speed))
-
-
-@pytest.mark.parametrize("speed", [math.nan, -1, True, "0.5"])
-def test_constructor_refuses_such_a_speed(model, tokenizer, speed):
+@pytest.mark.parametrize("speed", [math.nan, -1, 1.1, True, "0.5", [0.1, 0.2]])
+def test_speed_that_is_no_number_from_0_to_1_is_refused(model, tokenizer, classifier, speed):
+    for make in (lambda: TEXTS[0], lambda: TEXTS, lambda: iter(TEXTS)):
+        with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got .*Example: speed=0.5"):
+            list(classifier(make(), speed=speed))
     with pytest.raises(ValueError, match=r"speed must be a number in \[0, 1\], got"):
         make_pipeline(model, tokenizer, speed=speed)
 
 
-@pytest.mark.parametrize("speed", [0, SPEED])
-@pytest.mark.parametrize("max_layers", range(1, NUM_LAYERS + 1))
+@pytest.mark.parametrize(("speed", "max_layers"), [(0, 1), (0, 3), (SPEED, 1), (SPEED, NUM_LAYERS)])
 def test_max_layers_of_a_call(classifier, direct, max_layers, speed):
     answers = classifier(TEXTS, speed=speed, max_layers=max_layers)
     assert_same_answers(answers, direct(TEXTS, speed, max_layers))
@@ -221,9 +207,9 @@ def test_sequences_give_a_list(classifier, direct, inputs, container):
     assert_same_answers(answers, direct(inputs))
 
 
-@pytest.mark.parametrize("inputs", [TEXTS, PAIRS])
 @pytest.mark.parametrize(
-    "make", [lambda inputs: (item for item in inputs), iter, lambda inputs: map(lambda item: item, inputs)]
+    ("make", "inputs"),
+    [(iter, TEXTS), (lambda inputs: (item for item in inputs), PAIRS), (lambda inputs: map(str, inputs), TEXTS)],
 )
 def test_generators_and_iterators_give_an_iterator(classifier, direct, inputs, make):
     answers = classifier(make(inputs), speed=SPEED)
@@ -297,9 +283,9 @@ def test_second_text_of_none_is_no_second_text(classifier, direct):
     assert_same_answers(classifier(inputs, speed=SPEED), direct(TEXTS[:2]))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("inputs", [TEXTS, PAIRS])
-@pytest.mark.parametrize("make", [list, iter])
+@pytest.mark.parametrize(
+    ("batch_size", "inputs", "make"), [(1, TEXTS, list), (3, PAIRS, iter), (3, TEXTS, iter), (8, PAIRS, list)]
+)
 def test_batch_size_changes_no_answer(classifier, direct, inputs, batch_size, make):
     assert_same_answers(classifier(make(inputs), speed=SPEED, batch_size=batch_size), direct(inputs))
 
@@ -324,7 +310,7 @@ def test_streams_are_read_a_bounded_number_of_tokens_ahead(classifier, tokenizer
     read, tokens_of = [], {text: len(tokenizer(text)["input_ids"]) for text in TEXTS}
     stream = (read.append(text) or text for text in itertools.cycle(TEXTS))
     limit = (BLOCK_BATCHES + 1) * CPU_BATCH_TOKENS + BLOCK_TEXTS * max(tokens_of.values())
-    for number, _ in enumerate(itertools.islice(classifier(stream, speed=SPEED), 5000), start=1):
+    for number, _ in enumerate(itertools.islice(classifier(stream, speed=1), 4000), start=1):
         if number % 50 == 0:
             assert sum(tokens_of[text] for text in read[number:]) < limit
 
@@ -374,10 +360,11 @@ def test_progress_bar_is_shown_on_request(classifier, capsys):
 def test_threads_may_call_one_pipeline_at_different_speeds(classifier, direct):
     speeds = (0.0, 0.6, 0.7, 1.0)
     with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda speed: [classifier(TEXTS, speed=speed) for _ in range(10)], speeds)
+        answers = pool.map(lambda speed: [classifier(TEXTS, speed=speed) for _ in range(4)], speeds)
         for speed, repeated in zip(speeds, answers, strict=True):
+            expected = direct(TEXTS, speed)
             for got in repeated:
-                assert_same_answers(got, direct(TEXTS, speed))
+                assert_same_answers(got, expected)
 
 
 @pytest.mark.parametrize("min_exit_layer", [1, 2, NUM_LAYERS])
@@ -391,8 +378,7 @@ def test_min_exit_layer_of_a_call_the_constructor_and_the_config(
     assert exit_layers(classifier(TEXTS, speed=1)) == expected
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 2])
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("top_k", "batch_size"), [(None, 4), (1, 4), (2, 1)])
 def test_top_k_lists_labels_by_score_with_the_exit_layer(classifier, direct, top_k, batch_size):
     answers = classifier(TEXTS, speed=SPEED, top_k=top_k, batch_size=batch_size)
     for answer, output in zip(answers, direct.outputs(TEXTS), strict=True):
@@ -431,14 +417,13 @@ def test_tokenizer_cuts_to_max_length(classifier, direct, batch_size):
     assert answers != classifier(TEXTS, speed=SPEED)
 
 
-def test_a_million_characters_are_cut_with_truncation(classifier, direct):
-    assert len(LONG_TEXT) > 1_000_000
+def test_a_very_long_text_is_cut_with_truncation(classifier, direct):
     cut = " ".join(LONG_TEXT.split()[:62])
     assert_same_answers(classifier(LONG_TEXT, speed=SPEED, truncation=True), direct([cut]))
 
 
-def test_a_million_characters_without_truncation_are_an_error_that_names_the_limit(classifier):
-    with pytest.raises(ValueError, match=r"168002 tokens, but this model reads at most 64.*truncation=True"):
+def test_a_very_long_text_without_truncation_is_an_error_that_names_the_limit(classifier):
+    with pytest.raises(ValueError, match=r"20002 tokens, but this model reads at most 64.*truncation=True"):
         classifier(LONG_TEXT, speed=SPEED)
 
 
@@ -449,121 +434,11 @@ def test_longest_text_that_fits_is_answered(classifier, direct):
         classifier([TEXTS[0], too_long], speed=SPEED)
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
-def test_empty_text_is_refused(classifier, text):
-    with pytest.raises(ValueError, match=r"got an empty text .*: leave empty texts out"):
-        classifier(text)
-
-
-@pytest.mark.parametrize("bad", [None, 5, 0.5, b"bytes"])
-def test_what_is_no_text_is_refused(classifier, bad):
-    with pytest.raises(TypeError, match=f"a text must be a string, got {type(bad).__name__} "):
-        classifier(bad)
-
-
-def test_bytes_error_says_how_to_decode_them(classifier):
-    with pytest.raises(TypeError, match=r"bytes need text.decode\(\"utf-8\"\)"):
-        classifier(b"bytes")
-
-
-@pytest.mark.parametrize("bad", ["", "   ", None, 5, b"bytes"])
-@pytest.mark.parametrize("make", [list, tuple, iter, lambda inputs: (text for text in inputs)])
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_one_bad_text_among_good_ones_is_refused(classifier, bad, make, batch_size):
-    is_empty = isinstance(bad, str)
-    expected = "got an empty text" if is_empty else f"a text must be a string, got {type(bad).__name__} "
-    for inputs in ([bad, "word7"], ["word7", "word8", bad]):
-        with pytest.raises(ValueError if is_empty else TypeError, match=expected):
-            list(classifier(make(inputs), batch_size=batch_size))
-
-
-@pytest.mark.parametrize("place", ["text", "text_pair"])
-@pytest.mark.parametrize("make", [lambda pair: pair, lambda pair: [pair], lambda pair: iter([pair])])
-def test_bad_text_in_a_pair_is_refused(classifier, place, make):
-    with pytest.raises(ValueError, match="got an empty text"):
-        list(classifier(make({**PAIRS[0], place: " "})))
-    with pytest.raises(TypeError, match="a text must be a string, got int "):
-        list(classifier(make({**PAIRS[0], place: 5})))
-
-
-def test_bad_text_in_a_data_set_is_refused(classifier):
-    dataset = Dataset.from_dict({"text": ["word7", ""]})
-    with pytest.raises(ValueError, match="got an empty text"):
-        list(classifier(KeyDataset(dataset, "text")))
-    with pytest.raises(ValueError, match="got an empty text"):
-        classifier(dataset["text"])
-
-
-def test_pairs_as_lists_are_refused(classifier):
-    with pytest.raises(ValueError, match="text_pair"):
-        classifier([["word7", "word8"]])
-
-
-@pytest.mark.parametrize("make", [list, tuple, iter, lambda inputs: (item for item in inputs)])
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ([TEXTS[0], PAIRS[0]], "input 1 is a pair, but"),
-        ([PAIRS[0], PAIRS[1], TEXTS[0]], "input 2 is a single text, but"),
-        ([PAIRS[0], {"text": TEXTS[0]}], "input 1 is a single text, but"),
-    ],
-)
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_pairs_among_single_texts_are_refused(classifier, make, inputs, message, batch_size):
-    with pytest.raises(ValueError, match=message):
-        list(classifier(make(inputs), batch_size=batch_size))
-
-
-def test_stock_model_is_refused(tokenizer):
-    stock = AutoModelForSequenceClassification.from_config(tiny_text_config("bert"))
-    expected = r"needs a FastBERT model, got one of type 'bert'.*from_classifier\(name\)"
-    with pytest.raises(ValueError, match=expected):
-        make_pipeline(stock, tokenizer)
-
-
-def test_other_tasks_stay_unknown(model, tokenizer):
-    with pytest.raises(KeyError, match="Unknown task faster-text-classification"):
-        pipeline("faster-text-classification", model=model, tokenizer=tokenizer)
-
-
-LOAD_AND_ANSWER = """
-import json, sys
-import fastbert_hf
-from transformers import pipeline
-from transformers.utils import logging
-
-folder, texts, speed = json.loads(sys.argv[1])
-fast = pipeline("fast-text-classification", model=folder, device="cpu")
-stock = pipeline("text-classification", model=folder, device="cpu")
-logging.get_logger("transformers").error("errors are seen")
-print(json.dumps({
-    "class": type(fast).__name__,
-    "fast": fast(texts, speed=speed),
-    "default": fast(texts),
-    "stock": stock(texts),
-    "stock_batched": stock(texts, batch_size=4),
-}))
-"""
-
-
 @pytest.fixture(scope="module")
 def folder(classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved_pipeline")
     classifier.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def elsewhere(folder):
-    """What a fresh process with nothing but the package says of the texts."""
-    return subprocess.run(
-        [sys.executable, "-c", LOAD_AND_ANSWER, json.dumps([str(folder), TEXTS, SPEED])],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 def test_saved_folder_points_to_no_custom_code(folder):
@@ -573,25 +448,27 @@ def test_saved_folder_points_to_no_custom_code(folder):
     assert not list(folder.glob("**/*.py"))
 
 
-def test_fresh_process_loads_the_saved_pipeline_without_trust(elsewhere, direct):
-    assert elsewhere.returncode == 0, elsewhere.stderr[-3000:]
-    answers = json.loads(elsewhere.stdout)
-    assert answers["class"] == "FastTextClassificationPipeline"
-    assert_same_answers(answers["fast"], direct(TEXTS))
-    assert_same_answers(answers["default"], direct(TEXTS, 0.5))
+def test_stock_pipeline_answers_at_full_depth(folder, direct):
+    stock = pipeline("text-classification", model=str(folder), device="cpu")
+    expected = direct(TEXTS, 0)
+    for answers in (stock(TEXTS), stock(TEXTS, batch_size=4)):
+        assert [one["label"] for one in answers] == [one["label"] for one in expected]
+        assert [one["score"] for one in answers] == pytest.approx([one["score"] for one in expected], abs=1e-5)
 
 
-def test_stock_pipeline_answers_at_full_depth_in_a_fresh_process(elsewhere, direct):
-    answers = json.loads(elsewhere.stdout)
-    expected = [{"label": one["label"], "score": one["score"]} for one in direct(TEXTS, 0)]
-    for stock in (answers["stock"], answers["stock_batched"]):
-        assert [one["label"] for one in stock] == [one["label"] for one in expected]
-        assert [one["score"] for one in stock] == pytest.approx([one["score"] for one in expected], abs=1e-5)
-
-
-def test_neither_pipeline_logs_that_the_model_is_not_supported(elsewhere):
-    assert "errors are seen" in elsewhere.stderr
-    assert "is not supported" not in elsewhere.stderr
+@pytest.mark.parametrize("task", ["fast-text-classification", "text-classification"])
+def test_neither_pipeline_logs_that_the_model_is_not_supported(folder, task):
+    records, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        pipeline(task, model=str(folder), device="cpu")
+        assert not [record for record in records if "is not supported" in record.getMessage()]
+        logger.error("errors are seen")
+        assert len(records) > 0
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_saved_pipeline_answers_alike_when_loaded_again(folder, direct):

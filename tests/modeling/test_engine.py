@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the same numbers, only where nothing else is asked of them."""
+"""The torch engine's linear layers by oneDNN: the same numbers, only where nothing else is asked of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert_hf.modeling import faster_linears as module
-from fastbert_hf.modeling.faster_linears import OneDnnLinears, faster_linears, onednn_is_faster
+from fastbert_hf.modeling import engine
+from fastbert_hf.modeling.engine import OneDnnLinears, faster_linears, onednn_is_faster
 from tests.common import assert_close
 
 
@@ -24,13 +23,13 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def calls(monkeypatch):
     """Shapes of the tokens that oneDNN gets."""
-    shapes, stock = [], module._onednn_linear
+    shapes, stock = [], engine._onednn_linear
 
     def counted(tokens, *args):
         shapes.append(tuple(tokens.shape))
         return stock(tokens, *args)
 
-    monkeypatch.setattr(module, "_onednn_linear", counted)
+    monkeypatch.setattr(engine, "_onednn_linear", counted)
     return shapes
 
 
@@ -91,7 +90,7 @@ def test_compiled_layers_are_left_to_the_compiler(calls):
 
 
 def test_it_is_entered_in_inference_mode_on_float32_of_some_size_alone(monkeypatch):
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(engine, "onednn_is_faster", lambda: True)
     large = torch.randn(1, 100, 400)
 
     def is_entered(hidden_states) -> bool:
@@ -107,7 +106,7 @@ def test_it_is_entered_in_inference_mode_on_float32_of_some_size_alone(monkeypat
         assert not is_entered(large.to("meta"))
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_entered(large)
-        monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
+        monkeypatch.setattr(engine, "onednn_is_faster", lambda: False)
         assert isinstance(faster_linears(large), nullcontext)
 
 
@@ -125,16 +124,6 @@ def test_other_threads_do_not_enter_it(calls):
         assert calls == []
         layer(tokens)
     assert len(calls) == 1
-
-
-def test_flop_counter_counts_these_layers_as_any_other():
-    layer, tokens = linear(), torch.randn(5, 300)
-    counts = []
-    for mode in (nullcontext(), OneDnnLinears()):
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter, mode:
-            layer(tokens)
-        counts.append(counter.get_total_flops())
-    assert counts == [2 * 5 * 300 * 400] * 2
 
 
 def test_the_choice_is_made_once_and_by_measurement(monkeypatch):

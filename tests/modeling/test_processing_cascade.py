@@ -1,0 +1,216 @@
+"""The tokenizers of a cascade: one for all members or one for each, found, saved, loaded, and never mixed up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, BertTokenizer, pipeline
+
+from fastbert_hf import CascadeForSequenceClassification, CascadeProcessor, save_with_code
+
+from ..common import (
+    VOCAB_SIZE,
+    assert_close,
+    other_tokenizer,
+    ragged_batch,
+    stock,
+    tiny_model,
+    tiny_texts,
+    tiny_tokenizer,
+)
+
+
+SPEEDS = (0.0, 0.5, 0.85, 1.0)
+
+
+def vocabularies(processor: CascadeProcessor) -> list[dict[str, int]]:
+    return [tokenizer.get_vocab() for tokenizer in processor.tokenizers]
+
+
+@pytest.fixture(scope="module")
+def processor() -> CascadeProcessor:
+    return CascadeProcessor([tiny_tokenizer(), other_tokenizer()])
+
+
+@pytest.fixture(scope="module")
+def mixed(processor) -> CascadeForSequenceClassification:
+    """A cascade whose members read their own tokens."""
+    members = [stock("distilbert", 1, 4), stock("roberta", 3, 5)]
+    return CascadeForSequenceClassification.from_members(members, tokenizers=processor.tokenizers)
+
+
+@pytest.fixture
+def saved(mixed, processor, tmp_path):
+    mixed.save_pretrained(tmp_path / "mixed")
+    processor.save_pretrained(tmp_path / "mixed")
+    return tmp_path / "mixed"
+
+
+def test_every_member_reads_its_own_tokenizer(mixed, processor):
+    assert mixed.config.own_tokenizers and processor.own_tokenizers
+    texts, pairs = tiny_texts(20), tiny_texts(20, seed=9)
+    inputs = [tokenizer(texts, pairs, padding=True, return_tensors="pt") for tokenizer in processor.tokenizers]
+    # RoBERTa pads with 1, which its positions skip.
+    inputs[1]["input_ids"] = inputs[1]["input_ids"].masked_fill(inputs[1]["attention_mask"] == 0, 1)
+    with torch.no_grad():
+        small, large = (member(**own) for member, own in zip(mixed.members, inputs, strict=True))
+        for speed in SPEEDS:
+            output = mixed(member_inputs=inputs, speed=speed)
+            goes_on = ~(small.uncertainty < speed)
+            assert output.exit_member.tolist() == (1 + goes_on.int()).tolist()
+            assert_close(output.logits, torch.where(goes_on[:, None], large.logits, small.logits))
+            answers = list(mixed.predict(processor(texts, pairs), speed=speed))
+            assert [answer.exit_member for answer in answers] == output.exit_member.tolist()
+            assert_close(torch.stack([answer.logits for answer in answers]), output.logits)
+
+
+def test_they_are_saved_beside_the_cascade_and_found_by_the_pipeline(mixed, processor, saved):
+    assert AutoTokenizer.from_pretrained(saved).get_vocab() == tiny_tokenizer().get_vocab()
+    assert (saved / "member_2" / "tokenizer.json").exists()
+    assert vocabularies(CascadeProcessor.from_pretrained(saved)) == vocabularies(processor)
+    texts, pairs = tiny_texts(20), tiny_texts(20, seed=9)
+    expected = list(mixed.predict(processor(texts, pairs), speed=0.85))
+    asked = [{"text": text, "text_pair": pair} for text, pair in zip(texts, pairs, strict=True)]
+    by_path = pipeline("fast-text-classification", model=str(saved))
+    given = pipeline("fast-text-classification", model=mixed, tokenizer=processor)
+    for classifier in (by_path, given):
+        answers = classifier(asked, speed=0.85)
+        assert [answer["exit_member"] for answer in answers] == [answer.exit_member for answer in expected]
+        scores = [answer.logits.softmax(-1).max().item() for answer in expected]
+        assert [answer["score"] for answer in answers] == pytest.approx(scores, abs=1e-5)
+    assert {answer["exit_member"] for answer in answers} == {1, 2}
+    given.save_pretrained(saved / "again")
+    assert vocabularies(CascadeProcessor.from_pretrained(saved / "again")) == vocabularies(processor)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict:
+    """Classifiers as they lie on a disk, two with one tokenizer and one with another."""
+    folder, found = tmp_path_factory.mktemp("members"), {}
+    for name, model, tokenizer in (
+        ("small", stock(num_layers=1), tiny_tokenizer()),
+        ("large", tiny_model("bert"), tiny_tokenizer()),
+        ("other", stock(num_layers=3), other_tokenizer()),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        found[name] = folder / name
+    return found
+
+
+def test_members_by_name_bring_their_tokenizers(folders):
+    same = [folders["small"], folders["large"]]
+    cascade, processor = (part.from_members(same) for part in (CascadeForSequenceClassification, CascadeProcessor))
+    assert not cascade.config.own_tokenizers and len(processor.tokenizers) == 1
+    own = [str(folders["small"]), str(folders["other"])]
+    own_cascade, own_processor = (
+        part.from_members(own) for part in (CascadeForSequenceClassification, CascadeProcessor)
+    )
+    assert own_cascade.config.own_tokenizers
+    assert vocabularies(own_processor) == [tiny_tokenizer().get_vocab(), other_tokenizer().get_vocab()]
+    # The members' own models stay as they were.
+    assert AutoConfig.from_pretrained(folders["large"]).exit_policy == "entropy"
+    assert [member.config.min_exit_layer for member in cascade.members] == [1, None]
+
+
+def test_loaded_members_bring_none():
+    assert CascadeProcessor.from_members([stock(num_layers=1), stock()]) is None
+
+
+def test_tokenizers_that_cannot_be_told():
+    members = [stock("bert", 1, 1), stock("electra", 2, 2), stock("bert", 4, 3)]
+    for part in (CascadeForSequenceClassification, CascadeProcessor):
+        with pytest.raises(ValueError, match=r"vocabularies of \[100, 107\] tokens: give tokenizers"):
+            part.from_members([members[0], stock(num_layers=3, vocab_size=VOCAB_SIZE + 7)])
+        with pytest.raises(ValueError, match="tokenizers is a list of one for each of the 3 members"):
+            part.from_members(members, tokenizers=[tiny_tokenizer()] * 2)
+        with pytest.raises(ValueError, match="not known, and the others differ"):
+            part.from_members(members, tokenizers=[tiny_tokenizer(), None, other_tokenizer()])
+        with pytest.raises(ValueError, match="tokenizers is a list of one for each of the 3 members"):
+            part.from_members(members, tokenizers=tiny_tokenizer())
+    for given in (tiny_tokenizer(), []):
+        with pytest.raises(ValueError, match="tokenizers is a list, of one for all members or one for each"):
+            CascadeProcessor(given)
+
+
+def test_tokenizers_of_old_checkpoints_are_found(folders, tmp_path):
+    stock(num_layers=1).save_pretrained(tmp_path)
+    words = sorted(other_tokenizer().get_vocab().items(), key=lambda word: word[1])
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words))
+    assert isinstance(AutoTokenizer.from_pretrained(tmp_path), BertTokenizer)
+    processor = CascadeProcessor.from_members([tmp_path, folders["large"]])
+    expected = [tokenizer("word7 word9")["input_ids"] for tokenizer in (other_tokenizer(), tiny_tokenizer())]
+    assert [part["input_ids"] for part in processor(["word7 word9"])[0]] == expected
+
+
+def test_a_tokenizer_that_is_not_given_is_that_of_the_folder(tmp_path):
+    stock(num_layers=1).save_pretrained(tmp_path)
+    other_tokenizer().save_pretrained(tmp_path)
+    processor = CascadeProcessor.from_members([tmp_path, stock(num_layers=3)], [None, tiny_tokenizer()])
+    assert vocabularies(processor) == [other_tokenizer().get_vocab(), tiny_tokenizer().get_vocab()]
+
+
+def limited(folder, limit: int, num_layers: int):
+    """A classifier on the disk that reads at most `limit` tokens."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = limit
+    stock(num_layers=num_layers, seed=num_layers, max_position_embeddings=limit).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("limits", [(32, 64), (64, 32)])
+def test_members_that_read_texts_of_other_lengths_cut_their_own(tmp_path, limits):
+    folders = [limited(tmp_path / f"{layers}", limit, layers) for layers, limit in zip((1, 3), limits, strict=True)]
+    cascade, processor = (part.from_members(folders) for part in (CascadeForSequenceClassification, CascadeProcessor))
+    classifier = pipeline("fast-text-classification", model=cascade, tokenizer=processor)
+    text = " ".join(f"word{5 + index}" for index in range(50))
+    for speed, folder in ((0, folders[1]), (1, folders[0])):
+        alone = pipeline("text-classification", model=str(folder))(text, truncation=True)[0]
+        answer = classifier(text, truncation=True, speed=speed)[0]
+        assert answer["label"] == alone["label"] and answer["score"] == pytest.approx(alone["score"], abs=1e-5)
+
+
+def test_one_tokenizer_does_not_take_the_place_of_several(mixed, processor, saved, tmp_path):
+    message = "every member of this cascade has its own tokenizer, and one for all would take the place"
+    for call in (
+        lambda: save_with_code(mixed, tmp_path / "code", tokenizer=other_tokenizer()),
+        lambda: mixed.push_to_hub("org/name", tokenizer=other_tokenizer()),
+        lambda: pipeline("fast-text-classification", model=mixed, tokenizer=CascadeProcessor([tiny_tokenizer()])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "code").exists()
+    save_with_code(mixed, tmp_path / "code", tokenizer=processor)
+    assert vocabularies(CascadeProcessor.from_pretrained(tmp_path / "code")) == vocabularies(processor)
+    for path in (saved / "member_2").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=message):
+        pipeline("fast-text-classification", model=str(saved))
+    for path in saved.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(OSError, match=r"has no tokenizer: save those of the members there.*save_pretrained\(folder\)"):
+        CascadeProcessor.from_pretrained(saved)
+
+
+def test_wrong_calls_say_what_to_call(mixed, processor):
+    batch = ragged_batch()
+    with pytest.raises(ValueError, match="of its own: give member_inputs alone"):
+        mixed(**batch)
+    with pytest.raises(ValueError, match="each of the 2 members needs input_ids"):
+        mixed(member_inputs=[batch])
+    with pytest.raises(ValueError, match=r"equally many rows, got \[2, 7\]"):
+        mixed(member_inputs=[batch, ragged_batch((3, 4))])
+    with pytest.raises(ValueError, match=r"the inputs of a member are input_ids.*, not labels: leave them out"):
+        mixed(member_inputs=[{**batch, "labels": torch.zeros(7)}] * 2)
+    with pytest.raises(ValueError, match="give what its CascadeProcessor returns"):
+        list(mixed.predict(tiny_tokenizer()(["word7"])))
+    with pytest.raises(ValueError, match="text 1 must be what each of the 2 tokenizers"):
+        list(mixed.predict([*processor(["word7"]), tiny_tokenizer()("word8")]))
+
+
+def test_what_stands_in_for_nothing_is_taken_for_nothing(mixed):
+    batch = ragged_batch()
+    expected = mixed(member_inputs=[batch] * 2, output_hidden_states=False, output_attentions=False)
+    given = {**batch, "token_type_ids": None}
+    assert_close(mixed(member_inputs=[given] * 2).logits, expected.logits)
