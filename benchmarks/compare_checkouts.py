@@ -42,6 +42,9 @@ class Arguments:
     only: list[str] = field(default_factory=list, metadata={"help": "Rows, by their names."})
     repeats: int = field(default=7, metadata={"help": "Turns of each row, after one that is not counted."})
     texts: int = field(default=256, metadata={"help": "Texts in a stream of the smaller model."})
+    without_onednn: bool = field(
+        default=False, metadata={"help": "MKL for both, where their measurements of the two may choose differently."}
+    )
 
 
 def build_rows(shape: str, texts: list[str]) -> dict[str, Callable[[], object]]:
@@ -97,6 +100,7 @@ class Side:
 
     def __init__(self, folder: Path, arguments: Arguments):
         command = [sys.executable, __file__, "--work", str(folder), arguments.data_dir, str(arguments.texts)]
+        command += ["--without_onednn"] * arguments.without_onednn
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.rows = json.loads(self.answer())
 
@@ -140,6 +144,10 @@ if __name__ == "__main__":
         sys.path.insert(0, sys.argv[2])
         import fastbert_hf
 
+        if "--without_onednn" in sys.argv:
+            import torch
+
+            torch.backends.mkldnn.is_available = lambda: False
         assert Path(fastbert_hf.__file__).is_relative_to(sys.argv[2]), fastbert_hf.__file__
         # Its own measurements, which use its own internals.
         sys.path.insert(0, str(Path(sys.argv[2], "benchmarks")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -26,6 +26,7 @@ class Engine(Protocol):
 
     num_layers: int
     device: torch.device
+    session: Callable[[], AbstractContextManager]  # what is entered while it runs
 
     def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
         """Return the embeddings, `[1, total_tokens, hidden_size]`, and the batch with what layers need of it."""
@@ -69,15 +70,14 @@ class TorchEngine:
             backbone.device,
             get_encoder_family(backbone.config),
         )
-        self.num_layers, self.mode = len(self.layers), torch.inference_mode if inference else nullcontext
+        self.num_layers, self.session = len(self.layers), torch.inference_mode if inference else nullcontext
 
     def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
         position_ids = inputs.get("position_ids")
-        with self.mode():
-            if position_ids is None:
-                position_ids = packed_position_ids(self.backbone, packed_batch, inputs.get("input_ids"))
-            hidden_states = embed_tokens(self.backbone, {**inputs, "position_ids": position_ids})
-            position_embeddings = rotary_embeddings(self.backbone, hidden_states, position_ids)
+        if position_ids is None:
+            position_ids = packed_position_ids(self.backbone, packed_batch, inputs.get("input_ids"))
+        hidden_states = embed_tokens(self.backbone, {**inputs, "position_ids": position_ids})
+        position_embeddings = rotary_embeddings(self.backbone, hidden_states, position_ids)
         if position_embeddings is not None:
             packed_batch = replace(packed_batch, position_embeddings=position_embeddings)
         return hidden_states, packed_batch
@@ -85,12 +85,11 @@ class TorchEngine:
     def run_layer(
         self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch
     ) -> tuple[torch.Tensor, PackedBatch]:
-        with self.mode(), faster_linears(hidden_states):
+        with faster_linears(hidden_states):
             return run_layer(self.family.seam, self.layers[depth - 1], hidden_states, packed_batch)
 
     def exit_logits(self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-        with self.mode():
-            return self.exits[depth - 1](self.final_norm(hidden_states), packed_batch, self.shared_pooler)
+        return self.exits[depth - 1](self.final_norm(hidden_states), packed_batch, self.shared_pooler)
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise a layer's output as its reader gets it, where the encoder does so once at its end."""
@@ -130,7 +129,7 @@ def faster_linears(hidden_states: torch.Tensor) -> AbstractContextManager:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Measure whether oneDNN beats MKL on this machine: some milliseconds, once in each process."""
+    """Measure whether oneDNN clearly beats MKL on this machine: some milliseconds, once in each process."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +143,8 @@ def onednn_is_faster() -> bool:
                     start = time.perf_counter()
                     linear(tokens, weight, bias)
                     times.append(time.perf_counter() - start)
-    return median(seconds[_onednn_linear]) < median(seconds[nn.functional.linear])
+    # Where they are about equal, the interception costs more than it gains, and every process would choose anew.
+    return median(seconds[_onednn_linear]) < 0.85 * median(seconds[nn.functional.linear])
 
 
 def _is_plain(tokens: torch.Tensor, weight: torch.Tensor) -> bool:

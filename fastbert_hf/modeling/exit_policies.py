@@ -81,7 +81,7 @@ def leaves(uncertainty: torch.Tensor, threshold: torch.Tensor, at_end: bool = Fa
     """
     Decide which texts leave at an exit: those whose uncertainty is below their threshold. This is the one exit rule.
 
-    NaN is below no threshold but infinity: such a text goes on, and where it ends its answer is an error.
+    NaN is below nothing: such a text goes on, and where it ends its answer is an error.
 
     Args:
         uncertainty, threshold (`torch.Tensor` of shape `[texts]`): Of this exit; see [`exit_thresholds`].
@@ -89,7 +89,7 @@ def leaves(uncertainty: torch.Tensor, threshold: torch.Tensor, at_end: bool = Fa
             Whether no exit of this model may answer after this one. What is NaN here leaves, so that no other member
             of a cascade answers in place of a broken one.
     """
-    leaving = (uncertainty < threshold) | (threshold == math.inf)
+    leaving = uncertainty < threshold
     return leaving | uncertainty.isnan() if at_end else leaving
 
 
@@ -102,7 +102,7 @@ def exit_thresholds(
 ) -> torch.Tensor:
     """
     Return the threshold of every exit for every text, float32 of shape `[texts, L]`: 0 where it may not answer,
-    infinity where it always does.
+    infinity at the last one that may, which answers all that is left.
 
     Args:
         speeds (`torch.Tensor` of shape `[texts]`): In [0, 1].
@@ -114,7 +114,7 @@ def exit_thresholds(
     thresholds = torch.zeros(len(speeds), num_hidden_layers)
     thresholds[:, exits.start - 1 : exits.stop - 1] = speeds[:, None]
     if is_last_member:
-        thresholds[:, exits.stop - 2 :] = math.inf
+        thresholds[:, exits.stop - 2] = math.inf
     return thresholds
 
 

@@ -34,29 +34,31 @@ def attend_within_texts(
         sliding_window (`int`, *optional*): Positions i and j see each other where |i - j| < `sliding_window`.
         first_token_only (`bool`): Whether only the first token of each text asks.
     """
-    groups, tokens = packed_batch.groups, packed_batch.group_tokens
+    groups, positions = packed_batch.groups, packed_batch.position_ids
+    attend, tensors = ATTENTION_KERNELS[packed_batch.attn_implementation], (query, key, value)
     if len(groups) == 1:
-        parts = [(query, key, value, packed_batch.position_ids)]
-    else:
-        # torch.split: the backward of a slice would allocate the whole tensor for each group.
-        parts = zip(
-            query.split([texts for texts, _ in groups] if first_token_only else tokens, 2),
-            key.split(tokens, 2),
-            value.split(tokens, 2),
-            packed_batch.position_ids.split(tokens, 1),
-            strict=True,
-        )
-    attend, outputs = ATTENTION_KERNELS[packed_batch.attn_implementation], []
-    for (texts, length), (*tensors, position_ids) in zip(groups, parts, strict=True):
-        heads, head_dim = tensors[0].shape[1], tensors[0].shape[3]
-        # To [texts, heads, n, head_dim], views of what the projections wrote.
-        views = (tensor.view(heads, texts, -1, head_dim).transpose(0, 1) for tensor in tensors)
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            places = position_ids.view(texts, 1, length)
-            mask = (places.unsqueeze(-1) - places.unsqueeze(-2)).abs() < sliding_window  # [texts, 1, length, length]
-        outputs.append(attend(*views, mask, dropout, scaling).transpose(1, 2).flatten(0, 1))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+        return _attend_in_group(attend, groups[0], tensors, positions, sliding_window, dropout, scaling).unsqueeze(0)
+    # torch.split: the backward of a slice would allocate the whole tensor for each group.
+    tokens = packed_batch.group_tokens
+    queries = query.split([texts for texts, _ in groups] if first_token_only else tokens, 2)
+    parts = zip(queries, key.split(tokens, 2), value.split(tokens, 2), strict=True)
+    outputs = [
+        _attend_in_group(attend, group, part, own_positions, sliding_window, dropout, scaling)
+        for group, part, own_positions in zip(groups, parts, positions.split(tokens, 1), strict=True)
+    ]
+    return torch.cat(outputs).unsqueeze(0)
+
+
+def _attend_in_group(attend, group, tensors, positions, sliding_window, dropout, scaling) -> torch.Tensor:
+    """Attend in equally long neighbours: from `[1, heads, texts * n, head_dim]` to `[texts * n, heads, head_dim]`."""
+    (texts, length), (_, heads, _, head_dim) = group, tensors[0].shape
+    # To [texts, heads, n, head_dim], views of what the projections wrote.
+    views = (tensor.view(heads, texts, -1, head_dim).transpose(0, 1) for tensor in tensors)
+    mask = None
+    if sliding_window is not None and length > sliding_window:
+        places = positions.view(texts, 1, length)
+        mask = (places.unsqueeze(-1) - places.unsqueeze(-2)).abs() < sliding_window  # [texts, 1, length, length]
+    return attend(*views, mask, dropout, scaling).transpose(1, 2).flatten(0, 1)
 
 
 def _sdpa(query, key, value, mask, dropout, scaling):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, groupby
 from numbers import Integral
@@ -29,22 +29,13 @@ ACCELERATOR_BATCH_TOKENS = 16384
 BLOCK_BATCHES = 16
 
 
-@dataclass(frozen=True)
-class ActiveBatch:
-    """
-    Texts that have run through the same layers and have not left yet. Never changes: a layer makes another one.
+class ActiveBatch(NamedTuple):
+    """Texts that have run through the same layers and have not left yet. A layer makes another one."""
 
-    Args:
-        hidden_states (`torch.Tensor` of shape `[1, total_tokens, hidden_size]`): After the layers so far.
-        packed_batch (`PackedBatch`): Where the texts are.
-        thresholds (`torch.Tensor` of shape `[texts, L]`, CPU): Of every exit for each text.
-        state (`torch.Tensor` of shape `[texts, ...]`, *optional*): What the exit policy remembers of each.
-    """
-
-    hidden_states: torch.Tensor
+    hidden_states: torch.Tensor  # [1, total_tokens, hidden_size], after the layers so far
     packed_batch: PackedBatch
-    thresholds: torch.Tensor
-    state: torch.Tensor | None = None
+    thresholds: torch.Tensor  # [texts, L], on the CPU: of every exit for each text
+    state: torch.Tensor | None = None  # [texts, ...], what the exit policy remembers of each
 
     def keep(self, kept: torch.Tensor) -> ActiveBatch:
         """Return those that go on: `kept` is a mask of shape `[texts]` on the CPU."""
@@ -123,41 +114,41 @@ class Member(NamedTuple):
 def answer_rows(
     members: Sequence[Member], policy: ExitPolicy, batch_tokens: int = 0, trace: Trace | None = None
 ) -> Answers:
-    """
-    Answer every row of a call: what a member leaves open goes on to the next one.
-
-    Args:
-        members (sequence of [`Member`]): In the order in which they are asked.
-        policy ([`ExitPolicy`]): Of all of them.
-        batch_tokens (`int`), trace ([`Trace`]): As in [`run_layers`].
-    """
+    """Answer every row of a call: what a member leaves open goes on to the next one. The rest as in [`run_layers`]."""
     num_rows = len(members[0].thresholds)
     is_open, layers_before = torch.ones(num_rows, dtype=torch.bool), torch.zeros(num_rows, dtype=torch.long)
-    outputs, of_member = [], []
+    outputs, depths, of_members = [], [], []
     for number, (engine, thresholds, embed) in enumerate(members, start=1):
         # A member runs up to the last exit that may answer, and not at all on rows that none of them may.
-        may_answer = (thresholds > 0) & is_open[:, None]  # [rows, L]
+        may_answer = thresholds > 0 if number == 1 else (thresholds > 0) & is_open[:, None]  # [rows, L]
         rows = may_answer.any(1).nonzero()[:, 0]
         if len(rows) == 0:
             continue
         exits = [depth for depth, is_asked in enumerate(may_answer.any(0).tolist(), start=1) if is_asked]
-        batches = [
-            ActiveBatch(states, batch, thresholds[batch.rows], policy.start(len(batch.rows), states.device))
-            for states, batch in embed(rows)
-        ]
-        own = run_layers(engine, policy, batches, exits, batch_tokens, trace)
-        outputs, of_member = [*outputs, *own], [*of_member, *[number] * len(own)]
+        with engine.session():
+            batches = [
+                ActiveBatch(states, batch, thresholds[batch.rows], policy.start(len(batch.rows), states.device))
+                for states, batch in embed(rows)
+            ]
+            own = run_layers(engine, policy, batches, exits, batch_tokens, trace)
+        outputs += own
+        depths += [output.depth for output in own for _ in range(len(output.rows))]
+        of_members += [number] * (len(depths) - len(of_members))
         if number < len(members):
             for output in own:
                 is_open[output.rows] = False
             layers_before[rows[is_open[rows]]] += exits[-1]
-    order = torch.cat([output.rows for output in outputs]).argsort()  # back into that of the rows
-    exit_layer = torch.cat([torch.full_like(output.rows, output.depth) for output in outputs])[order] + layers_before
-    exit_member = torch.cat([torch.full_like(o.rows, own) for o, own in zip(outputs, of_member, strict=True)])[order]
-    logits = torch.cat([output.logits for output in outputs])
-    order = order.to(logits.device)
-    uncertainty = torch.cat([output.uncertainty for output in outputs])[order]
-    return Answers(logits[order], exit_layer.to(logits.device), uncertainty, exit_member.to(logits.device))
+    answered = torch.cat([output.rows for output in outputs])
+    columns = [
+        torch.cat([output.logits for output in outputs]),
+        torch.tensor(depths) + layers_before[answered],
+        torch.cat([output.uncertainty for output in outputs]),
+        torch.tensor(of_members),
+    ]
+    if num_rows > 1:  # back into the order of the rows
+        order = answered.argsort()
+        columns = [column[order.to(column.device)] for column in columns]
+    return Answers(*(column.to(columns[0].device) for column in columns))
 
 
 def run_layers(
@@ -172,8 +163,7 @@ def run_layers(
     Run batches through layers and exits until every text has left: the one loop over depth.
 
     Args:
-        engine ([`Engine`]): What runs a layer and an exit.
-        policy ([`ExitPolicy`]): From logits to uncertainties.
+        engine ([`Engine`]), policy ([`ExitPolicy`]): What runs layers and exits, and makes uncertainties of logits.
         batches (`list[ActiveBatch]`): Emptied, so that each is gone when the next layer has read it.
         exits (sequence of `int`): The layers whose exits may answer a text; at the last of them all end.
         batch_tokens (`int`): Tokens of a batch up to which small ones are joined; 0 joins none.
@@ -208,8 +198,7 @@ def ask_exit(
 ) -> tuple[ExitOutput | None, ActiveBatch | None]:
     """Evaluate an exit if it may answer a text. Return what it answers and what goes on, `None` if that is no text."""
     threshold = batch.thresholds[:, depth - 1]
-    asked = threshold > 0
-    is_asked, is_traced = bool(asked.any()), trace is not None and trace.every_exit
+    is_asked, is_traced = bool(threshold.any()), trace is not None and trace.every_exit
     if not is_asked and not is_traced:
         return None, batch
     logits = engine.exit_logits(depth, batch.hidden_states, batch.packed_batch)  # [texts, num_labels]
@@ -217,15 +206,15 @@ def ask_exit(
         trace.exit_logits.append(logits)
     if not is_asked:
         return None, batch
-    uncertainty, state = policy.uncertainty(logits, batch.state, asked)
+    uncertainty, state = policy.uncertainty(logits, batch.state, None if batch.state is None else threshold > 0)
     output = ExitOutput(batch.packed_batch.rows, logits, uncertainty, depth)
-    if threshold.isinf().all():
+    if at_end and threshold.isinf().all():
         return output, None
     # The one wait for the device in each layer: how many texts go on decides the shapes of the next.
     leaving = leaves(uncertainty.cpu(), threshold, at_end)
     if leaving.all():
         return output, None
-    batch = replace(batch, state=state)
+    batch = batch._replace(state=state)
     return (output.keep(leaving), batch.keep(~leaving)) if leaving.any() else (None, batch)
 
 
@@ -270,12 +259,14 @@ def predict(
     else:
         blocks = read_blocks(texts, batch_size)
 
+    policy = ExitPolicy.of(model.config)
+
     def answer(block: list[EncodedText], tokens: int) -> list[Prediction]:
         own_tokens = 0 if batch_size else tokens  # a batch size that was asked for is one batch
         embedders = [partial(embed_rows, model, own, block, n, own_tokens) for n, own in enumerate(engines)]
         thresholds = thresholds_at(torch.tensor([text.speed for text in block], dtype=torch.float32))
         members = list(map(Member, engines, thresholds, embedders))
-        answers = answer_rows(members, ExitPolicy.of(model.config), tokens if rebatch else 0)
+        answers = answer_rows(members, policy, tokens if rebatch else 0)
         logits, *columns = (column.cpu() for column in answers)
         # A copy outside inference mode is a tensor like any other.
         return list(map(Prediction, logits.clone().unbind(), *(column.tolist() for column in columns)))

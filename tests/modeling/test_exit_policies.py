@@ -170,9 +170,9 @@ def test_a_text_leaves_strictly_below_its_threshold():
         assert leaves(uncertainty, threshold, at_end).tolist() == [True, False, False, False, False, True]
 
 
-def test_nan_leaves_where_all_do_and_where_no_other_exit_answers():
+def test_nan_leaves_only_where_no_other_exit_answers():
     uncertainty, threshold = torch.full((3,), math.nan), torch.tensor([0.0, 1.0, INF])
-    assert leaves(uncertainty, threshold).tolist() == [False, False, True]
+    assert leaves(uncertainty, threshold).tolist() == [False, False, False]
     assert leaves(uncertainty, threshold, at_end=True).tolist() == [True, True, True]
 
 
@@ -181,8 +181,8 @@ def test_nan_leaves_where_all_do_and_where_no_other_exit_answers():
     [
         ({}, [[0.5, 0.5, 0.5, INF], [0, 0, 0, INF]]),
         ({"min_exit_layer": 3}, [[0, 0, 0.5, INF], [0, 0, 0, INF]]),
-        ({"max_layers": 2}, [[0.5, INF, INF, INF], [0, INF, INF, INF]]),
-        ({"min_exit_layer": 2, "max_layers": 2}, [[0, INF, INF, INF]] * 2),
+        ({"max_layers": 2}, [[0.5, INF, 0, 0], [0, INF, 0, 0]]),
+        ({"min_exit_layer": 2, "max_layers": 2}, [[0, INF, 0, 0]] * 2),
         ({"is_last_member": False}, [[0.5] * 4, [0] * 4]),
         ({"is_last_member": False, "min_exit_layer": 4}, [[0, 0, 0, 0.5], [0] * 4]),
         ({"is_last_member": False, "max_layers": 3}, [[0.5, 0.5, 0.5, 0], [0] * 4]),
@@ -191,10 +191,6 @@ def test_nan_leaves_where_all_do_and_where_no_other_exit_answers():
 def test_thresholds_say_which_exit_may_answer_and_which_answers_all(limits, expected):
     thresholds = exit_thresholds(torch.tensor([0.5, 0.0]), 4, **limits)
     assert thresholds.dtype == torch.float32
-    first_certain = 4 if not limits.get("max_layers") else limits["max_layers"]
-    # After the exit that answers all there is nobody left to ask.
-    if limits.get("is_last_member", True):
-        thresholds, expected = thresholds[:, :first_certain], [row[:first_certain] for row in expected]
     assert thresholds.tolist() == expected
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ class FakeEngine:
     """
 
     def __init__(self, num_layers: int = NUM_LAYERS):
-        self.num_layers, self.device, self.checks = num_layers, CPU, True
+        self.num_layers, self.device, self.checks, self.session = num_layers, CPU, True, nullcontext
         self.calls: list[tuple[str, int, int]] = []  # ("layer", depth, tokens) or ("exit", depth, texts)
 
     def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
