@@ -39,6 +39,7 @@ class Arguments:
         default=os.environ.get("FASTBERT_DATA", ""),
         metadata={"help": "Folder with zh/douban_book_review and en/sst2; the project's own reviews unless given."},
     )
+    shapes: list[str] = field(default_factory=lambda: ["BERT-base", "MiniLM"], metadata={"help": "One or both."})
     only: list[str] = field(default_factory=list, metadata={"help": "Rows, by their names."})
     repeats: int = field(default=7, metadata={"help": "Turns of each row, after one that is not counted."})
     texts: int = field(default=256, metadata={"help": "Texts in a stream of the smaller model."})
@@ -80,12 +81,12 @@ def build_rows(shape: str, texts: list[str]) -> dict[str, Callable[[], object]]:
     return {f"{name}, {shape}": run for name, run in rows.items()}
 
 
-def work(data_dir: str, texts: int) -> None:
+def work(data_dir: str, texts: int, shapes: list[str]) -> None:
     """Be the process of one checkout: read the name of a row from each line, and print the seconds that it took."""
-    from serving_runs import SHAPES, read_reviews
+    from serving_runs import read_reviews
 
     rows = {}
-    for shape in SHAPES:
+    for shape in shapes:
         count = texts // 4 if shape == "BERT-base" else texts
         rows.update(build_rows(shape, read_reviews(data_dir, shape, max(count, 1))))
     print(json.dumps(list(rows)), flush=True)
@@ -99,8 +100,8 @@ class Side:
     """The process of one checkout."""
 
     def __init__(self, folder: Path, arguments: Arguments):
-        command = [sys.executable, __file__, "--work", str(folder), arguments.data_dir, str(arguments.texts)]
-        command += ["--without_onednn"] * arguments.without_onednn
+        command = [sys.executable, __file__, "--work", str(folder), str(int(arguments.without_onednn))]
+        command += [arguments.data_dir, str(arguments.texts), *arguments.shapes]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.rows = json.loads(self.answer())
 
@@ -144,13 +145,13 @@ if __name__ == "__main__":
         sys.path.insert(0, sys.argv[2])
         import fastbert_hf
 
-        if "--without_onednn" in sys.argv:
+        if sys.argv[3] == "1":
             import torch
 
             torch.backends.mkldnn.is_available = lambda: False
         assert Path(fastbert_hf.__file__).is_relative_to(sys.argv[2]), fastbert_hf.__file__
         # Its own measurements, which use its own internals.
         sys.path.insert(0, str(Path(sys.argv[2], "benchmarks")))
-        work(sys.argv[3], int(sys.argv[4]))
+        work(sys.argv[4], int(sys.argv[5]), sys.argv[6:])
     else:
         main()

@@ -23,7 +23,7 @@ from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
 from .packed_batch import PackedBatch
 from .pretrained_fastbert import FastBertPreTrainedModel
 from .processing_cascade import CascadeProcessor
-from .scheduler import Member, answer_rows, predict
+from .scheduler import Member, answer_rows, answer_texts
 from .stock_checkpoints import dtype_of
 from .tasks import task_of
 
@@ -189,7 +189,7 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         text_configs = [member.text_config for member in self.config.members]
         texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers)
         engines = [member.engine(inference=True) for member in self.members]
-        return predict(
+        return answer_texts(
             self, engines, texts, partial(config_thresholds, self.config), batch_size, batch_tokens, rebatch
         )
 

@@ -21,7 +21,7 @@ from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
 from .packed_attention import PACKED_ATTENTION
 from .packed_encoder import FastBertModel, refuse_attentions
 from .pretrained_fastbert import FastBertPreTrainedModel
-from .scheduler import Member, Trace, answer_rows, predict
+from .scheduler import Member, Trace, answer_rows, answer_texts
 from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
 from .tasks import task_of
 
@@ -294,7 +294,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         exit_range(*limits)  # what is wrong with them is an error now, not at the first answer
         texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config])
         engines = [self.engine(inference=True)]
-        return predict(
+        return answer_texts(
             self, engines, texts, lambda speeds: [exit_thresholds(speeds, *limits)], batch_size, batch_tokens, rebatch
         )
 

@@ -8,11 +8,13 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import TextClassificationPipeline
 from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
+from transformers.pipelines.text_classification import ClassificationFunction
 from transformers.utils.logging import tqdm
 
 from .encoded_texts import read_blocks, rows_of
 from .exit_policies import check_speed, exit_range
 from .processing_cascade import CascadeProcessor, check_tokenizer
+from .tasks import task_of
 
 
 # Texts that the tokenizer gets at a time.
@@ -150,8 +152,9 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
                 )
             yield from rows[0] if len(rows) == 1 else zip(*rows, strict=True)
 
-    def postprocess(self, model_outputs, **kwargs):
-        answers = super().postprocess(model_outputs, **kwargs)
+    def postprocess(self, model_outputs, function_to_apply=None, **kwargs):
+        function_to_apply = function_to_apply or ClassificationFunction(task_of(self.model.config).function_to_apply)
+        answers = super().postprocess(model_outputs, function_to_apply, **kwargs)
         exits = {name: model_outputs[name] for name in ("exit_layer", "exit_member") if name in model_outputs}
         for answer in answers if isinstance(answers, list) else [answers]:
             answer.update(exits)

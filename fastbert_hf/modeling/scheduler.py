@@ -230,7 +230,7 @@ def join_small(batches: list[ActiveBatch], batch_tokens: int) -> list[ActiveBatc
     return [ActiveBatch.join(group) for group in groups]
 
 
-def predict(
+def answer_texts(
     model: PreTrainedModel,
     engines: Sequence[Engine],
     texts: Iterable[EncodedText],

@@ -106,7 +106,7 @@ def answers_of(
             for engine in engines
         ]
 
-    return scheduler.predict(model, engines, texts, thresholds_at, batch_size, batch_tokens, rebatch)
+    return scheduler.answer_texts(model, engines, texts, thresholds_at, batch_size, batch_tokens, rebatch)
 
 
 def full_batch(texts: list[tuple[int, int]], speeds: torch.Tensor) -> Member:
