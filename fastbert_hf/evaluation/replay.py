@@ -87,7 +87,8 @@ def replay(
     may_answer = thresholds > 0  # [rows, L]
     if uncertainties is None:
         uncertainties = exit_uncertainties(record, policy, may_answer)
-    # How many exits of the same member may answer from here on: a layer runs as long as there is one.
+    # How many exits of the same member may answer from here on: a layer runs as long as there is one. If one is left,
+    # it is the member's last, at which NaN leaves, too.
     left = torch.cat([may_answer[:, part].flip(1).cumsum(1).flip(1) for part in record.columns_of_members], 1)
     leaving = torch.where(left == 1, leaves(uncertainties, thresholds, at_end=True), leaves(uncertainties, thresholds))
     leaving &= may_answer

@@ -40,7 +40,7 @@ DEEPEST_NESTING = 8
 MOST_MEMBERS = 16
 WEIGHTS_FILE = r"[\w.-]+\.safetensors"
 IS_EXIT = re.compile(r"(exits|shared_pooler)\.").match
-# A pooler that no exit reads, and numbers that are counted anew.
+# What older checkpoints may hold beside: a stock pooler that no exit reads, and ids that are counted anew.
 IS_HARMLESS = re.compile(r"(.*\.)?(pooler\.dense\.(weight|bias)|position_ids|token_type_ids)$").fullmatch
 # What a file says may be of any length and depth, a message not.
 SHORT = reprlib.Repr()
@@ -78,7 +78,7 @@ def check_raw_config(config: dict[str, Any]) -> None:
 
 
 def check_raw_cascade(config: dict[str, Any]) -> None:
-    """Raise the same for a cascade: for every member by itself, and for all of them together."""
+    """Raise a `ValueError` unless every member of a cascade can be built so, and all of them together."""
     members = config.get("members")
     if not isinstance(members, list) or not 2 <= len(members) <= MOST_MEMBERS:
         raise ValueError(
@@ -218,8 +218,8 @@ def estimated_parameters(config: dict[str, Any]) -> int:
     return backbone + rows * (backbone_size(text_config, "embedding_size") or hidden) + exits
 
 
-def check_size(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, is_packed: bool) -> None:
-    """Raise unless weights of these shapes could be about all of the model, so that building it costs no surprise."""
+def check_total_size(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, is_packed: bool) -> None:
+    """Raise unless weights of these shapes could be those of the model, so that a small file builds no huge one."""
     members = getattr(config, "members", None) or [config]
     parameters = sum(estimated_parameters({**own.to_dict(), "num_labels": own.num_labels}) for own in members)
     # Quantised weights are packed, up to eight into one number.
@@ -255,5 +255,5 @@ def check_weights(
         listed = ", ".join(faults[:3])[:400] + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise ValueError(
             f"the weights are not those of the model that the config describes: they {listed}. Load the config that "
-            "was saved with them."
+            "was saved with them; ignore_mismatched_sizes=True makes what differs in shape, such as exits, anew."
         )

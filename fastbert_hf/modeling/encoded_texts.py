@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text as the members of a cascade read it; a single model is its own only member."""
+    """A text as the members of a cascade read it; a single model counts as a cascade of one."""
 
     position: int  # in the caller's stream, from 0
     # For each member lists of numbers, by the names that the tokenizer gives them; None where it is not asked.

@@ -13,7 +13,7 @@ from .families import Seam
 from .packed_batch import PackedBatch
 
 
-# What stands between the halves: from what crosses the seam and its batch to the same of fewer tokens.
+# Called between the halves: from what crosses the seam and its batch to the same of fewer tokens.
 Between = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, PackedBatch]]
 
 
@@ -22,13 +22,13 @@ def run_layer(
 ) -> tuple[torch.Tensor, PackedBatch]:
     """
     Run one stock layer and return its output, `[1, total_tokens, hidden_size]`, with the batch that it belongs to.
-    It is called whole where gradients, hooks or a compiler may be at work. Elsewhere its halves, one after the other,
-    compute the same without the inspection of a signature that Transformers makes in every layer.
+    The layer itself is called where gradients, hooks or a compiler may be at work. In inference mode its two halves
+    are, which gives the same and skips the inspection of a signature that Transformers makes in every layer.
     """
     arguments: dict[str, Any] = {"packed_batch": packed_batch}
     if packed_batch.position_embeddings is not None:
         arguments["position_embeddings"] = packed_batch.position_embeddings[layer.attention_type]
-    if between is None and not (torch.is_inference_mode_enabled() and is_untouched(layer)):
+    if between is None and not (torch.is_inference_mode_enabled() and all(map(is_untouched, seam.opened(layer)))):
         return layer(states, None, **arguments), packed_batch
 
     def halves(states: torch.Tensor) -> tuple[torch.Tensor, PackedBatch]:

@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     num_layers: int
     device: torch.device
-    session: Callable[[], AbstractContextManager]  # what is entered while it runs
+    session: Callable[[], AbstractContextManager]  # in which all of these methods are called
 
     def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
         """Return the embeddings, `[1, total_tokens, hidden_size]`, and the batch with what layers need of it."""
@@ -65,12 +65,12 @@ class TorchEngine:
                 "model.set_attn_implementation('sdpa')"
             )
         self.backbone, self.exits, self.shared_pooler = backbone, exits, shared_pooler
-        self.layers, self.device, self.family = (
-            encoder_layers(backbone),
-            backbone.device,
-            get_encoder_family(backbone.config),
-        )
+        self.layers, self.family = encoder_layers(backbone), get_encoder_family(backbone.config)
         self.num_layers, self.session = len(self.layers), torch.inference_mode if inference else nullcontext
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device  # which replicas of DataParallel have not
 
     def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
         position_ids = inputs.get("position_ids")
@@ -97,7 +97,7 @@ class TorchEngine:
         return hidden_states if name is None else self.backbone.get_submodule(name)(hidden_states)
 
 
-# Below them an interception costs more than it gains: tokens times hidden_size squared, and weights of a layer.
+# The smallest layers that are worth an interception: tokens times hidden_size squared, and weights.
 LEAST_PRODUCTS = 4_000_000
 LEAST_WEIGHTS = 1 << 16
 

@@ -61,7 +61,7 @@ class ExitPolicy:
             logits (`torch.Tensor` of shape `[rows, num_labels]`): What the exit says. NaN stays NaN.
             state (`torch.Tensor`, *optional*): What this method returned at the exit before, [`start`] at the first.
             asked (`torch.Tensor` of shape `[rows]`, bool, CPU, *optional*):
-                The rows that this exit may answer; of the others nothing is remembered. All unless given.
+                The rows that this exit may answer; the others keep their state. All unless given.
         """
         if self.name != "patience":
             return self.task.uncertainties[self.name](logits.float()), state
@@ -86,8 +86,8 @@ def leaves(uncertainty: torch.Tensor, threshold: torch.Tensor, at_end: bool = Fa
     Args:
         uncertainty, threshold (`torch.Tensor` of shape `[texts]`): Of this exit; see [`exit_thresholds`].
         at_end (`bool`):
-            Whether no exit of this model may answer after this one. What is NaN here leaves, so that no other member
-            of a cascade answers in place of a broken one.
+            Whether no exit of this model may answer after this one. NaN leaves here, and the caller raises an error:
+            else the next member of a cascade would hide that this one is broken.
     """
     leaving = uncertainty < threshold
     return leaving | uncertainty.isnan() if at_end else leaving
@@ -121,7 +121,7 @@ def exit_thresholds(
 def config_thresholds(config: PreTrainedConfig, speeds: torch.Tensor) -> list[torch.Tensor]:
     """
     Return the thresholds within the limits that a [`FastBertConfig`] or [`CascadeConfig`] sets: `[texts, L]` for each
-    member, where a single model is its own only one.
+    member, where a single model counts as a cascade of one.
     """
     members = getattr(config, "members", None) or [config]
     return [

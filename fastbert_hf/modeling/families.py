@@ -23,6 +23,8 @@ class Seam(NamedTuple):
     attention: Callable[[nn.Module, torch.Tensor, dict[str, Any]], torch.Tensor]
     # From a layer and what crosses the seam to the layer's output.
     feed_forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    # The modules of a layer that are not called as a whole then.
+    opened: Callable[[nn.Module], tuple[nn.Module, ...]] = lambda layer: (layer,)
 
 
 def _albert_attention(group: nn.Module, hidden_states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
@@ -45,7 +47,7 @@ DISTILBERT_SEAM = Seam(
     lambda layer, states, arguments: layer.sa_layer_norm(layer.attention(states, None, **arguments)[0] + states),
     lambda layer, crossing: layer.output_layer_norm(layer.ffn(crossing) + crossing),
 )
-ALBERT_SEAM = Seam(_albert_attention, _albert_feed_forward)
+ALBERT_SEAM = Seam(_albert_attention, _albert_feed_forward, lambda group: (group, group.albert_layers[-1]))
 MODERNBERT_SEAM = Seam(
     lambda layer, states, arguments: states + layer.attn(layer.attn_norm(states), attention_mask=None, **arguments)[0],
     lambda layer, crossing: crossing + layer.mlp(layer.mlp_norm(crossing)),

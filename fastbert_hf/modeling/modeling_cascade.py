@@ -140,7 +140,7 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids, task_type_ids: What the tokenizer gave, `[batch_size, length]`.
             labels (`torch.Tensor` of shape `[batch_size]`, or `[batch_size, num_labels]`, *optional*):
-                For the cross entropy of the answers: label ids, or probabilities.
+                For the loss of the answers: label ids, or probabilities.
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row: the uncertainty below which a member answers. Rows at speed 0,
                 and all without a speed, are answered by the last member, and no other runs on them.

@@ -62,7 +62,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         self.fastbert = FastBertModel(config)
         self.supports_gradient_checkpointing = self.fastbert.supports_gradient_checkpointing
         exits, self.shared_pooler = build_exits(config)
-        self.exits = exits  # in this order, on which new weights and saved optimizers depend
+        self.exits = exits  # after the pooler: new weights and saved optimizers depend on the order
         self._freeze_students()
         self.post_init()
 
@@ -195,7 +195,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
 
         Args:
             labels (`torch.Tensor` of shape `[batch_size]`, or `[batch_size, num_labels]`, *optional*):
-                For the cross entropy of the answers: label ids, or the probabilities of another model, which this one
+                For the loss of the answers: label ids, or the probabilities of another model, which this one
                 is to learn.
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row. A row leaves at the first exit whose uncertainty is below its
@@ -222,7 +222,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         thresholds = exit_thresholds(speeds, self.config.num_hidden_layers, min_exit_layer, max_layers)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if (output_exit_logits or output_hidden_states) and (speeds.any() or max_layers is not None):
+        needs_trace = output_exit_logits or output_hidden_states
+        if needs_trace and (speeds.any() or max_layers is not None):
             raise ValueError(
                 "output_exit_logits and output_hidden_states need every layer of every row: leave out speed and "
                 "max_layers."
@@ -230,7 +231,7 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         trace = Trace(bool(output_exit_logits), bool(output_hidden_states))
         engine, policy = self.engine(), ExitPolicy.of(self.config)
         member = Member(engine, thresholds, lambda rows: [engine.embed(packed_batch, inputs)])
-        answers = answer_rows([member], policy, trace=trace)
+        answers = answer_rows([member], policy, trace=trace if needs_trace else None)
         if not self.training:
             answers.check_finite()
         exit_logits = hidden_states = None

@@ -32,7 +32,7 @@ def attend_within_texts(
         scaling (`float`, *optional*): Factor of the products, `head_dim ** -0.5` unless given.
         dropout (`float`): Dropout probability of the attention weights; 0 outside training.
         sliding_window (`int`, *optional*): Positions i and j see each other where |i - j| < `sliding_window`.
-        first_token_only (`bool`): Whether only the first token of each text asks.
+        first_token_only (`bool`): Whether only the first token of each text attends.
     """
     groups, positions = packed_batch.groups, packed_batch.position_ids
     attend, tensors = ATTENTION_KERNELS[packed_batch.attn_implementation], (query, key, value)

@@ -144,7 +144,7 @@ def pack_padded(attention_mask: torch.Tensor, attn_implementation: str = "sdpa")
 def pack_lists(
     rows: list[int], lengths: list[int], device: torch.device, attn_implementation: str = "sdpa"
 ) -> PackedBatch:
-    """Return a packed batch of texts that were never padded: their rows, and their tokens, sorted by number."""
+    """Return a packed batch of texts that were never padded, from their rows and numbers of tokens, fewest first."""
     position_ids = torch.cat([torch.arange(length) for length in lengths])
     return PackedBatch(
         rows=torch.tensor(rows),

@@ -68,7 +68,7 @@ class FastBertModel(FastBertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **inputs: torch.Tensor | None,
     ) -> tuple[PackedBatch, dict[str, torch.Tensor], Padding]:
-        """Return a padded batch as packed one, its inputs, `[1, total_tokens]` each, and the padding left out."""
+        """Pack a padded batch: return the packed one, its inputs, `[1, total_tokens]` each, and their padding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         tokens = input_ids if input_ids is not None else inputs_embeds

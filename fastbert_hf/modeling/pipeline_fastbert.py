@@ -19,7 +19,7 @@ from .tasks import task_of
 
 # Texts that the tokenizer gets at a time.
 BLOCK_TEXTS = 256
-# A batch size that nobody gave.
+# Where no batch size was given: batches are cut by their tokens.
 BY_TOKENS = "by tokens"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 
-from .checkpoint_checks import WEIGHTS_FILE, check_size, check_weights, shortened
+from .checkpoint_checks import WEIGHTS_FILE, check_total_size, check_weights, shortened
 from .configuration_fastbert import FastBertConfig
 from .packed_attention import ATTENTION_KERNELS
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
@@ -90,10 +91,10 @@ class FastBertPreTrainedModel(PreTrainedModel):
         quantized = getattr(config, "quantization_config", None)
         has_own_shapes = bool(quantized) and AutoHfQuantizer.supports_quant_method(quantized)
         shapes = read_shapes(files)
-        check_size(shapes, config, has_own_shapes)
+        check_total_size(shapes, config, has_own_shapes)
         if not has_own_shapes and not kwargs.get("key_mapping"):
             with torch.device("meta"):
-                wanted = {name: tuple(value.shape) for name, value in cls(config).state_dict().items()}
+                wanted = {name: tuple(value.shape) for name, value in cls(copy.deepcopy(config)).state_dict().items()}
             prefix = f"{FastBertPreTrainedModel.base_model_prefix}."
             check_weights(shapes, wanted, prefix, not kwargs.get("ignore_mismatched_sizes"))
         # The files were just downloaded.

@@ -15,7 +15,7 @@ from .families import max_text_tokens
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
 
 
-# Any of them is a tokenizer to `AutoTokenizer`; older ones have no config.
+# A folder with any of these has a tokenizer; old ones lack tokenizer_config.json.
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",

@@ -1,4 +1,4 @@
-"""From texts to answers: blocks, packed batches, the one loop over layers and exits, members, rebatching, memory."""
+"""Run texts through layers and exits until each is answered: batches, the one loop, members, rebatching, memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCK_BATCHES = 16
 
 
 class ActiveBatch(NamedTuple):
-    """Texts that have run through the same layers and have not left yet. A layer makes another one."""
+    """Texts that have run through the same layers and have not left yet. Each layer returns a new one."""
 
     hidden_states: torch.Tensor  # [1, total_tokens, hidden_size], after the layers so far
     packed_batch: PackedBatch
@@ -107,14 +107,14 @@ class Member(NamedTuple):
 
     engine: Engine
     thresholds: torch.Tensor  # [rows, L], of its exits for every row of the call
-    # From rows of the call, [texts], to the embeddings and the packed batches that hold them.
+    # From the rows that it runs on, [texts], to their embeddings and packed batches.
     embed: Callable[[torch.Tensor], list[tuple[torch.Tensor, PackedBatch]]]
 
 
 def answer_rows(
     members: Sequence[Member], policy: ExitPolicy, batch_tokens: int = 0, trace: Trace | None = None
 ) -> Answers:
-    """Answer every row of a call: what a member leaves open goes on to the next one. The rest as in [`run_layers`]."""
+    """Answer every row of a call: what a member leaves open goes on to the next one. See [`run_layers`]."""
     num_rows = len(members[0].thresholds)
     is_open, layers_before = torch.ones(num_rows, dtype=torch.bool), torch.zeros(num_rows, dtype=torch.long)
     outputs, depths, of_members = [], [], []
@@ -164,13 +164,13 @@ def run_layers(
 
     Args:
         engine ([`Engine`]), policy ([`ExitPolicy`]): What runs layers and exits, and makes uncertainties of logits.
-        batches (`list[ActiveBatch]`): Emptied, so that each is gone when the next layer has read it.
+        batches (`list[ActiveBatch]`): Emptied on the way, so that a batch is gone once a layer has read it.
         exits (sequence of `int`): The layers whose exits may answer a text; at the last of them all end.
         batch_tokens (`int`): Tokens of a batch up to which small ones are joined; 0 joins none.
         trace ([`Trace`], *optional*): Filled on the way.
 
     Returns:
-        `list[ExitOutput]`: Texts that are in none of them have run through all of these layers and are still open.
+        `list[ExitOutput]`: Texts in none of them ran through all these layers and are left to the next member.
     """
     left: list[ExitOutput] = []
     if trace is not None:
@@ -289,7 +289,7 @@ def answer_blocks(
             except (MemoryError, RuntimeError) as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
-                predictions = None  # and the traceback, which holds what the attempt took, ends with this clause
+                predictions = None  # tried again outside of this clause, whose traceback keeps tensors alive
             if predictions is None:
                 batch_tokens = max(batch_tokens // 2, 1)
                 parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]

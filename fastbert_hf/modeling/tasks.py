@@ -17,7 +17,7 @@ class Task:
     """What the logits of an exit, `[..., num_labels]`, mean. No other code knows it."""
 
     name: str  # as `problem_type` has it
-    # To what an answer reports, in float32, and to what is answered, [...].
+    # To the scores that an answer reports, at least in float32, and to the label ids that are answered, [...].
     probabilities: Callable[[torch.Tensor], torch.Tensor]
     predictions: Callable[[torch.Tensor], torch.Tensor]
     # With labels, to the loss of each row, [rows].
@@ -27,7 +27,7 @@ class Task:
     # By the name of an exit policy, to a number in [0, 1], [...].
     uncertainties: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
     function_to_apply: str  # by which the stock pipeline makes scores of logits
-    least_labels: int  # that make sense
+    least_labels: int  # fewer are an error
 
     def mean_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -54,7 +54,7 @@ def _kullback_leibler(
 ) -> torch.Tensor:
     # Softened logits make small gradients; the square gives them their size back (Hinton et al., 2015, section 2).
     given, wanted = ((logits.float() / temperature).log_softmax(-1) for logits in (students, teacher))
-    given, wanted = (wanted, given) if reverse else (given, wanted)
+    given, wanted = (wanted, given) if reverse else (given, wanted)  # KL(student || teacher) if reverse
     divergences = nn.functional.kl_div(*torch.broadcast_tensors(given, wanted), reduction="none", log_target=True)
     return divergences.sum(-1) * temperature**2
 

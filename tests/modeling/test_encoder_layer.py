@@ -201,3 +201,11 @@ def test_compiled_layers_run_in_inference_mode_too():
         model.fastbert.layers()[1].compile(backend=backend)
         assert_close(model(**ragged_batch()).logits, expected)
     assert calls
+
+
+def test_hooks_on_the_layers_inside_a_group_of_albert_run_in_inference_mode_too():
+    model, seen = tiny_model("albert"), []
+    for group in model.fastbert.backbone.encoder.albert_layer_groups:
+        group.albert_layers[-1].register_forward_hook(lambda *_: seen.append(1))
+    list(model.predict([{"input_ids": [5, 6, 7]}]))
+    assert len(seen) == model.config.num_hidden_layers

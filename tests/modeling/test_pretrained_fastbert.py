@@ -186,6 +186,13 @@ def test_other_labels_need_ignore_mismatched_sizes(whole):
     assert load(whole, num_labels=7, ignore_mismatched_sizes=True).teacher.out_proj.out_features == 7
 
 
+def test_config_that_is_given_is_left_as_it_is(whole):
+    config = FastBertConfig.from_pretrained(whole)
+    before = config.to_dict(), config._attn_implementation, config.text_config._attn_implementation
+    FastBertForSequenceClassification.from_pretrained(whole, config=config)
+    assert (config.to_dict(), config._attn_implementation, config.text_config._attn_implementation) == before
+
+
 def test_encoder_of_a_checkpoint_without_exits_loads_into_both_models(tmp_path):
     encoder = tiny_model().fastbert
     encoder.save_pretrained(tmp_path)
