@@ -228,10 +228,10 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 "output_exit_logits and output_hidden_states need every layer of every row: leave out speed and "
                 "max_layers."
             )
-        trace = Trace(bool(output_exit_logits), bool(output_hidden_states))
+        trace = Trace(bool(output_exit_logits), bool(output_hidden_states)) if needs_trace else None
         engine, policy = self.engine(), ExitPolicy.of(self.config)
         member = Member(engine, thresholds, lambda rows: [engine.embed(packed_batch, inputs)])
-        answers = answer_rows([member], policy, trace=trace if needs_trace else None)
+        answers = answer_rows([member], policy, trace=trace)
         if not self.training:
             answers.check_finite()
         exit_logits = hidden_states = None
