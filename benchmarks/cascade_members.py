@@ -15,7 +15,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.evaluation import ExitRecord, record_exits
 from fastbert_hf.training import DifficultyAwareFineTuning, ExitTraining, label_difficulty
-from fastbert_hf.training.stages import Stage, changes_the_model, copy_weights, digest_of, run_stage, with_answers
+from fastbert_hf.training.settings_files import changes_the_model, digest_of
+from fastbert_hf.training.stages import Stage, copy_weights, run_stage, with_answers
 
 
 SMALL_LAYERS = 2

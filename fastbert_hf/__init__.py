@@ -1,5 +1,6 @@
 """FastBERT for Hugging Face Transformers. Importing the package registers its models and its pipeline."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .training import SelfDistillationArguments, SelfDistillationTrainer
+    from .evaluation.speed_choice import choose_speed
+    from .training import SelfDistillationArguments, SelfDistillationTrainer, train
 
 # English sentiment, made by examples/train_default_model.py: what the pipeline answers with when it is given no model.
 DEFAULT_MODEL_DIR = Path(__file__).parent / "default_model"
@@ -44,13 +46,24 @@ for pushed in (FastBertForSequenceClassification, CascadeForSequenceClassificati
 del push_to_hub, pushed
 
 
-def __getattr__(name: str) -> Any:
-    # Who only serves a model does not pay for the Trainer: its import takes about 90 MiB and a second.
-    if name in ("SelfDistillationArguments", "SelfDistillationTrainer"):
-        from . import training
+# Loaded when they are asked for. Who only serves a model does not pay for the Trainer: its import takes about 90 MiB
+# and a second.
+_LATER = {
+    "SelfDistillationArguments": "training",
+    "SelfDistillationTrainer": "training",
+    "choose_speed": "evaluation.speed_choice",
+    "train": "training",
+}
 
-        return getattr(training, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
 
 
 __all__ = [
@@ -66,6 +79,8 @@ __all__ = [
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
     "__version__",
+    "choose_speed",
     "save_with_code",
+    "train",
     "write_model_card",
 ]

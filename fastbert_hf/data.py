@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from .rows import encoded_rows
+
 
 try:
-    from datasets import Dataset, load_dataset
+    from datasets import ClassLabel, Dataset, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 except ImportError as error:
     raise ImportError('fastbert_hf.data needs its extra: pip install "fastbert-hf[data]"') from error
@@ -61,6 +65,36 @@ def load_rows(path: str | os.PathLike) -> Dataset:
             raise ValueError(f"{path} has no rows below its header") from error
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as {kind[1:]}: {reason}") from error
+
+
+def dataset_of(rows: Any) -> Dataset:
+    """
+    Return rows as a data set.
+
+    Args:
+        rows (`Dataset`, path, `pandas.DataFrame`, or iterable of `dict` or `str`):
+            A data set is returned as it is, a file is read by [`load_rows`], and strings become the column `text`.
+    """
+    if isinstance(rows, Dataset):
+        return rows
+    if isinstance(rows, (str, os.PathLike)):
+        return load_rows(rows)
+    if hasattr(rows, "iloc"):
+        return Dataset.from_pandas(rows, preserve_index=False)
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        splits = f" of {', '.join(map(repr, rows))}" if isinstance(rows, Mapping) else ""
+        raise TypeError(
+            f"rows must be a data set, a list of rows or the path of a file, got {type(rows).__name__}{splits}. "
+            'Example: [{"text": "Fine.", "label": "good"}], or one split of a DatasetDict: splits["train"]'
+        )
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+    strange = next((number for number, row in enumerate(rows) if not isinstance(row, Mapping)), None)
+    if strange is not None:
+        raise TypeError(
+            f"row {strange} must be a text or a dict, got {rows[strange]!r:.40}. Example: "
+            '{"text": "Fine.", "label": "good"}'
+        )
+    return Dataset.from_list(rows)
 
 
 def load_hub_rows(name: str, config_name: str | None = None) -> tuple[Dataset, Dataset | None]:
@@ -122,6 +156,11 @@ def check_rows(
                 f"the {name} data has no column {column!r}, only {', '.join(rows.column_names)}: correct {argument}"
             )
     for column in filter(None, texts.values()):
+        if not isinstance(rows.features[column], Value):
+            raise ValueError(
+                f"each row of the {name} data has several values in {column!r} ({str(rows[0][column])[:40]}), not one "
+                f"text: join them, or correct {'text_pair_column' if column == text_pair_column else 'text_column'}"
+            )
         empty = [row for row, text in enumerate(rows[column]) if text is None or not str(text).strip()]
         if empty:
             raise ValueError(
@@ -139,9 +178,10 @@ def label_names(rows: Dataset, label_column: str = "label") -> list[str]:
         rows (`Dataset`): The training rows.
         label_column (`str`): Column of the label, a string or a whole number.
     """
-    feature = rows.features[label_column]
-    if getattr(feature, "names", None):
-        return feature.names
+    _check_labels(rows, "training", label_column)
+    names = getattr(rows.features[label_column], "names", None)
+    if names:
+        return names
     values = set(rows[label_column])
     if None in values or "" in values:
         raise ValueError(f"the training data has rows without a label in {label_column!r}: remove them")
@@ -160,7 +200,7 @@ def encode(
     text_column: str = "text",
     text_pair_column: str | None = None,
     label_column: str = "label",
-    max_length: int = 128,
+    max_length: int | None = 128,
 ) -> Dataset:
     """
     Turn texts into token ids, and names of labels into the ids of `labels`. All other columns are left out.
@@ -173,24 +213,63 @@ def encode(
         text_column (`str`): Column of the text.
         text_pair_column (`str`, *optional*): Column of the second text, for pairs.
         label_column (`str`): Column of the label: names or ids of `label2id`.
-        max_length (`int`): Longer texts are cut to this many tokens.
+        max_length (`int`, *optional*): Longer texts are cut to this many tokens; `None`: by the tokenizer's limit.
     """
-    columns = [column for column in (text_column, text_pair_column) if column]
-    labels = None if label2id is None else _label_ids(rows, label2id, name, label_column)
+    names = {text_column: "text", **({text_pair_column: "text_pair"} if text_pair_column else {})}
+    texts = rows.select_columns(list(names)).rename_columns(names)
+    for column in names.values():
+        if texts.features[column].dtype not in ("string", "large_string"):  # numbers, as a file of codes has them
+            texts = texts.cast_column(column, Value("string"))
+    if label2id is not None:
+        texts = texts.add_column("labels", _label_ids(rows, label2id, name, label_column))
+    return encoded_rows(texts, tokenizer, max_length)
 
-    def tokenize(batch, indices):
-        texts = ([str(text) for text in batch[column]] for column in columns)
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        if labels is not None:
-            encoded["labels"] = [labels[index] for index in indices]
-        return encoded
 
-    description = f"Tokenizing {name} data"
-    return rows.map(tokenize, batched=True, with_indices=True, remove_columns=rows.column_names, desc=description)
+class Splits(NamedTuple):
+    """
+    The rows of a training, as texts or as token ids.
+
+    Args:
+        train (`Dataset`): Training rows.
+        validation (`Dataset`, *optional*): Validation rows.
+        unlabeled (`Dataset`, *optional*): Further training texts without labels.
+    """
+
+    train: Dataset
+    validation: Dataset | None = None
+    unlabeled: Dataset | None = None
+
+    def encoded(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        label2id: dict[str, int],
+        train_has_labels: bool = True,
+        validation_has_labels: bool = True,
+        **settings,
+    ) -> Splits:
+        """
+        Return the rows as token ids, and the names of labels as ids.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+            label2id (`dict`): The id of each label.
+            train_has_labels, validation_has_labels (`bool`): Whether the labels of these rows are kept, too.
+            settings: Columns and greatest length, as in [`encode`].
+        """
+
+        def of(rows: Dataset | None, name: str, has_labels: bool) -> Dataset | None:
+            if rows is None:
+                return None
+            return encode(rows, tokenizer, label2id if has_labels else None, name, **settings)
+
+        # The validation rows come first, as they are fewer and as likely to have a label that is not known.
+        validation = of(self.validation, "validation", validation_has_labels)
+        return Splits(of(self.train, "training", train_has_labels), validation, of(self.unlabeled, "unlabeled", False))
 
 
 def _label_ids(rows: Dataset, label2id: dict[str, int], name: str, label_column: str) -> list[int]:
     """Return the id of each row's label, which the column has by its name or by its id."""
+    _check_labels(rows, name, label_column)
     class_names = getattr(rows.features[label_column], "names", None)
     # Some data sets mark rows without a label with -1.
     values = [
@@ -208,3 +287,12 @@ def _label_ids(rows: Dataset, label2id: dict[str, int], name: str, label_column:
             f"not learn (it knows {known}): add training rows with it, or remove these"
         )
     return [label2id[value] for value in values]
+
+
+def _check_labels(rows: Dataset, name: str, label_column: str) -> None:
+    """Raise a `ValueError` unless each row has one label."""
+    if not isinstance(rows.features[label_column], (Value, ClassLabel)):
+        raise ValueError(
+            f"each row of the {name} data has several values in {label_column!r} ({str(rows[0][label_column])[:40]}): "
+            "give one label for each text, as several are not supported"
+        )

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
-import runpy
 import sys
-from pathlib import Path
 
+import pandas as pd
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from fastbert_hf.data import check_rows, encode, hold_out, label_names, load_hub_rows, load_rows, sample
+from fastbert_hf.data import check_rows, dataset_of, encode, hold_out, label_names, load_hub_rows, load_rows, sample
 
 from .common import tiny_tokenizer
 
@@ -61,6 +61,42 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, error, mes
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],
+        ({"text": text, "label": label} for text, label in ("ax", "by")),
+        pd.DataFrame({"text": ["a", "b"], "label": ["x", "y"]}, index=[7, 3]),
+        rows_of(text=["a", "b"], label=["x", "y"]),
+    ],
+    ids=lambda rows: type(rows).__name__,
+)
+def test_rows_of_every_kind_become_a_data_set(rows):
+    assert dataset_of(rows)[:] == {"text": ["a", "b"], "label": ["x", "y"]}
+
+
+def test_a_file_and_a_list_of_texts_become_a_data_set_and_one_stays_as_it_is(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,0\n")
+    assert dataset_of(tmp_path / "rows.csv")[:] == {"text": ["a"], "label": [0]}
+    assert dataset_of(["a", "b"])[:] == {"text": ["a", "b"]}
+    rows = rows_of(text=["a"])
+    assert dataset_of(rows) is rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (DatasetDict(train=rows_of(text=["a"])), r"got DatasetDict of 'train'.*splits\[\"train\"\]"),
+        ({"text": ["a"]}, "must be a data set, a list of rows or the path of a file, got dict of 'text'"),
+        (3, "got int"),
+        (["a", 3], r"row 1 must be a text or a dict, got 3"),
+    ],
+)
+def test_what_is_no_rows_is_refused(rows, message):
+    with pytest.raises(TypeError, match=message):
+        dataset_of(rows)
+
+
 def test_a_data_set_gives_its_training_and_validation_rows(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
     train, validation = load_hub_rows(str(tmp_path))
@@ -106,6 +142,11 @@ def test_a_sample_has_random_rows_and_no_more_than_there_are():
             r"2 rows of the training data have no text in 'text' \(the first is row 1, counted from 0\): remove them",
         ),
         ({"text": ["a"], "b": [""]}, {"text_pair_column": "b"}, "1 rows of the training data have no text in 'b'"),
+        (
+            {"text": [["a", "b"]]},
+            {},
+            r"data has several values in 'text' \(\['a', 'b'\]\), not one text: join them, or correct text_column",
+        ),
     ],
 )
 def test_bad_rows_are_named(rows, columns, message):
@@ -137,6 +178,23 @@ def test_labels_are_named_by_the_data_set_or_by_their_values():
 def test_bad_labels_are_named(labels, message):
     with pytest.raises(ValueError, match=message):
         label_names(rows_of(label=labels))
+
+
+@pytest.mark.parametrize("label", [[1], ["yes", "no"], {"yes": 1}])
+def test_several_labels_for_a_text_are_refused(label):
+    rows = rows_of(text=["word7"], label=[label])
+    with pytest.raises(ValueError, match=r"the training data has several values in 'label'.*give one label for each"):
+        label_names(rows)
+    with pytest.raises(ValueError, match="the validation data has several values in 'label'"):
+        encode(rows, tiny_tokenizer(), LABEL2ID, "validation")
+
+
+def test_numbers_are_texts_too():
+    rows = rows_of(text=[12, 7])
+    assert (
+        encode(rows, tiny_tokenizer())["input_ids"][:]
+        == encode(rows_of(text=["12", "7"]), tiny_tokenizer())["input_ids"][:]
+    )
 
 
 def test_texts_and_labels_become_ids():
@@ -181,5 +239,6 @@ def test_rows_with_an_unknown_label_are_named():
 
 def test_without_its_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "fastbert_hf.data")
     with pytest.raises(ImportError, match=r'fastbert_hf.data needs its extra: pip install "fastbert-hf\[data\]"'):
-        runpy.run_path(str(Path(__file__).parent.parent / "fastbert_hf" / "data.py"))
+        importlib.import_module("fastbert_hf.data")

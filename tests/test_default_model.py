@@ -187,3 +187,16 @@ def test_its_card_tells_what_real_data_says(card):
         assert float(row["accuracy"].removesuffix("%")) / 100 == pytest.approx(now["accuracy"], abs=0.002)
         assert float(row["layers"]) == pytest.approx(now["mean_exit_layer"], abs=0.02)
         assert float(row["fewer FLOPs"].removesuffix("x")) == pytest.approx(now["executed_speed_up"], rel=0.02)
+
+
+def test_the_readme_says_what_it_knows_and_what_not(card, classifier):
+    said = r"([\d.]+) % of SST-2's .*? ([\d.]+) % with ([\d.]+) times fewer .*? only (\d+) % of the reviews"
+    full, early, fewer, elsewhere = re.search(said, " ".join(README.split())).groups()
+    rows = {row["speed"]: row for row in table_rows(card)}
+    assert rows["0"]["accuracy"] == f"{full}%"
+    chosen = rows[f"{classifier.model.config.speed:g}"]
+    assert (chosen["accuracy"], round(float(chosen["fewer layers"][:-1]), 1)) == (f"{early}%", float(fewer))
+    reviews = load_rows(ROOT / "examples" / "data" / "test.tsv")
+    labels = [answer["label"] for answer in classifier(list(reviews["text"]), speed=0)]
+    right = sum(label == gold for label, gold in zip(labels, reviews["label"], strict=True))
+    assert f"{right / len(reviews):.0%}" == f"{elsewhere}%"

@@ -23,15 +23,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..escapes import printable
 from .cascade_options import CascadeOptions, check_cascade_options, check_difficulty, check_members
 from .cascade_report import print_answers, print_quality, print_speeds
 from .options import default_backbone, one_line_errors, parse_options
-from .splits import Splits, encode_splits, load_splits
+from .splits import encode_splits, load_splits
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
+    from ..data import Splits
     from ..modeling.modeling_cascade import CascadeForSequenceClassification
     from ..modeling.modeling_fastbert import FastBertForSequenceClassification
     from ..modeling.processing_cascade import CascadeProcessor
@@ -143,7 +145,8 @@ def train_with_difficulty(
 
     from ..modeling.modeling_fastbert import FastBertForSequenceClassification
     from ..training.difficulty import hard_shares, label_difficulty
-    from ..training.stages import DifficultyAwareFineTuning, digest_of, run_stage
+    from ..training.settings_files import digest_of
+    from ..training.stages import DifficultyAwareFineTuning, run_stage
 
     encoder = AutoModel.from_pretrained(member.backbone, dtype="float32")
     id2label, label2id = before.config.id2label, before.config.label2id
@@ -178,7 +181,7 @@ def train_with_difficulty(
                 processing_class=member.tokenizer,
             )
     shares = hard_shares(train, list(id2label.values()))
-    print(f"Hard rows: {', '.join(f'{name} {share:.1%}' for name, share in shares.items())}.")
+    print(f"Hard rows: {', '.join(f'{printable(name)} {share:.1%}' for name, share in shares.items())}.")
 
     print("\nStage 4: the small member learns to be less sure of hard rows.", flush=True)
     stage = DifficultyAwareFineTuning(
@@ -235,8 +238,6 @@ def main(arguments: list[str] | None = None, example_data: Path | None = None) -
     splits = load_splits(options, options.seed)
     check_difficulty(options, splits.train)
 
-    from transformers import DataCollatorWithPadding
-
     from ..data import label_names
     from ..evaluation import record_exits, sweep_speeds
     from ..modeling.tasks import task_of
@@ -245,13 +246,12 @@ def main(arguments: list[str] | None = None, example_data: Path | None = None) -
     with one_line_errors():
         id2label = dict(enumerate(label_names(splits.train, options.label_column)))
     small, large = load_members(options, splits, id2label)
-    collators = [DataCollatorWithPadding(member.tokenizer) for member in (small, large)]
 
     print("\nStage 1: fine-tuning the large member.", flush=True)
     large_model, _ = fine_tune(options, large, id2label)
     print("\nStage 2: fine-tuning the small member.", flush=True)
     small_model, stage_folder = fine_tune(options, small, id2label)
-    records = {"after stage 2": record_exits(small_model, small.splits.validation, collators[0])}
+    records = {"after stage 2": record_exits(small_model, small.splits.validation)}
     if options.difficulty:
         columns = splits.train.column_names
         difficulty = list(map(int, splits.train["difficulty"])) if "difficulty" in columns else None
@@ -259,10 +259,7 @@ def main(arguments: list[str] | None = None, example_data: Path | None = None) -
     cascade, processor = join_members(options, (small, large), [small_model, large_model])
 
     validation = [member.splits.validation for member in (small, large)]
-    if cascade.config.own_tokenizers:
-        record = record_exits(cascade, validation, collators)
-    else:
-        record = record_exits(cascade, validation[1], collators[1])
+    record = record_exits(cascade, validation if cascade.config.own_tokenizers else validation[1])
     if options.difficulty:
         records["after stage 4"] = record.of_member(1)
     table = sweep_speeds(cascade, record, sorted({*options.eval_speeds, options.speed}))

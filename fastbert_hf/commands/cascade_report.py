@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..escapes import printable
 from .cascade_options import CascadeOptions
 
 
@@ -63,4 +64,4 @@ def print_answers(options: CascadeOptions, folder: Path, validation: Dataset, de
     texts = [{name: str(row[column]) for name, column in columns.items() if column} for row in shown]
     for text, answer in zip(texts, classifier(texts, truncation=True, max_length=options.max_length), strict=True):
         how = f"{answer['score']:.0%}, {('small', 'large')[answer['exit_member'] - 1]}, {answer['exit_layer']} layers"
-        print(f"  {answer['label']} ({how})  {' / '.join(text.values())}")
+        print(f"  {printable(answer['label'])} ({how})  {printable(' / '.join(text.values()))}")

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_evaluate_speeds_options(options)
 
     import torch
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import AutoTokenizer
 
     from ..data import check_rows, encode, load_rows, sample
     from ..evaluation import record_exits, save_table, sweep_speeds, time_speeds
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         rows = encode(rows, tokenizer, label2id, "evaluation", **columns, max_length=options.max_length)
 
-    record = record_exits(model, rows, DataCollatorWithPadding(tokenizer), options.batch_size)
+    record = record_exits(model, rows, batch_size=options.batch_size)
     with warnings.catch_warnings():
         if not has_labels:
             print(f"The data has no column {options.label_column!r}: {options.metric} needs labels.", file=sys.stderr)

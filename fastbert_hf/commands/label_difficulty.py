@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..escapes import printable
 from .options import (
     TrainFileOptions,
     check_at_least_one,
@@ -60,8 +61,10 @@ def load_rows_to_label(options: LabelDifficultyOptions) -> Dataset:
 
     path = options.train_file
     with one_line_errors():
-        rows = sample(load_rows(path), options.max_train_samples, seed=0)
+        rows = load_rows(path)
+        # Before rows are left out, so that the numbers in messages are those of the file.
         check_rows(rows, "training", **options.columns())
+        rows = sample(rows, options.max_train_samples, seed=0)
     if "difficulty" in rows.column_names:
         fail(f"{path} has a column 'difficulty' already: remove it to label the rows anew")
     is_tsv = Path(options.output_file).suffix == ".tsv"
@@ -153,7 +156,7 @@ def main(arguments: list[str] | None = None, example_data: Path | None = None) -
     print(f"\n{'hard rows':24}{'rows':>8}{'share':>8}")
     counts = Counter(names[label] for label in labelled["labels"])
     for name, share in hard_shares(labelled, names).items():
-        print(f"{name:24}{counts.get(name, len(rows)):>8}{share:>8.1%}")
+        print(f"{printable(name):24}{counts.get(name, len(rows)):>8}{share:>8.1%}")
     print(f"\nThe labelled rows are in {options.output_file}. Tokenize them, keep the column, and fine-tune:")
     print("DifficultyAwareTrainer(model, DifficultyAwareArguments('outputs/model'), train_dataset=rows).train()")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import importlib
 import importlib.util
 import os
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
+
+from ..escapes import printable
 
 
 Options = TypeVar("Options")
@@ -68,29 +72,55 @@ class DataOptions(TrainFileOptions):
 
 def fail(message: str) -> NoReturn:
     """End the program with one line that begins with its name."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {printable(message)}")
 
 
 @contextmanager
-def one_line_errors(what: str = "") -> Iterator[None]:
+def one_line_errors(what: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
     """
-    End the program with one line where a `ValueError` or `OSError` is raised.
+    End the program with one line where an error is raised.
 
     Args:
         what (`str`): What has failed, to begin the line with.
+        kinds (`tuple`): Classes of these errors.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         lines = str(error).splitlines() or [type(error).__name__]
         fail(": ".join(filter(None, [what, lines[0]])))
 
 
 class OneLineParser(HfArgumentParser):
-    """A parser whose errors are one line, not a page of usage with an error below it."""
+    """
+    A parser whose errors are one line, not a page of usage with an error below it.
+
+    Args:
+        kinds (`type`, or several): The dataclasses of the options.
+        all_help (`str`): The option that lists all options.
+        kwargs: As in `HfArgumentParser`.
+    """
+
+    def __init__(self, kinds: Any, all_help: str = "--help", **kwargs):
+        super().__init__(kinds, **kwargs)
+        self.all_help = all_help
+
+    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"there is no option {' '.join(unknown)}{self.hint(unknown[0])}")
+        return options
+
+    def hint(self, word: str) -> str:
+        """Return the end of the message about a word that is no option: what was meant, as far as that can be told."""
+        if not word.startswith("-"):
+            return "; their names begin with --"
+        name = word.partition("=")[0].replace("-", "_")
+        similar = difflib.get_close_matches(name.replace("_", "-", 2), self._option_string_actions, n=1)
+        return f"; did you mean {similar[0]}?" if similar else ""
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{message}; --help lists all arguments")
+        fail(f"{message.rstrip('.')}; {self.all_help} lists all arguments".replace("?;", "?"))
 
 
 def parse_options(kind: type[Options], doc: str, arguments: list[str] | None) -> Options:

@@ -20,12 +20,13 @@ from .options import (
     one_line_errors,
     parse_options,
 )
-from .splits import Splits, encode_splits, load_splits
+from .splits import encode_splits, load_splits
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..data import Splits
     from ..evaluation import ExitRecord
     from ..modeling.modeling_fastbert import FastBertForSequenceClassification
     from ..training.recipes import Recipe
@@ -162,15 +163,13 @@ def main(arguments: list[str] | None = None, example_data: Path | None = None) -
     options.model_name_or_path = options.model_name_or_path or default_backbone()
     splits, tokenizer, id2label = load_recipe_data(options)
 
-    from transformers import DataCollatorWithPadding
-
     from ..evaluation import record_exits
 
     lines = []
     for name, recipe in recipes.items():
         print(f"\n{name}: {stages_of(recipe)}", flush=True)
         model = run_recipe(options, recipe, splits, tokenizer, id2label)
-        record = record_exits(model, splits.validation, DataCollatorWithPadding(tokenizer))
+        record = record_exits(model, splits.validation)
         lines.append(f"{name:36}{line_of(recipe, model, record)}")
     header = "".join(f"{f'{speed_up}x':>8}" for speed_up in SPEED_UPS)
     print(f"\n{'accuracy on the validation rows':36}{'all layers':>10}{header}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser, TrainingArguments
@@ -32,6 +33,9 @@ QUICK_START = {
     "distill_num_train_epochs": 4.0,
     "speed": 0.1,
 }
+# What `--help` shows of `TrainingArguments`, beside the fields of `StageOneOptions` that are new.
+COMMON = ("learning_rate", "num_train_epochs", "max_steps", "seed", "bf16", "use_cpu", "disable_tqdm")
+COMMON += ("load_best_model_at_end", "metric_for_best_model", "push_to_hub", "hub_model_id")
 DATA = ("train_file", "validation_file", "unlabeled_file")
 HUB_DATA = ("dataset_name", "dataset_config_name")
 
@@ -70,6 +74,8 @@ class SelfDistillOptions(DataOptions):
 class StageOneOptions(TrainingArguments):
     """`TrainingArguments` with other defaults."""
 
+    _argument_group_name = "of TrainingArguments"
+
     output_dir: str = field(default="outputs/fastbert", metadata={"help": "Folder of the model and its stages."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device in evaluation."})
@@ -77,6 +83,49 @@ class StageOneOptions(TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep in each stage."})
+
+
+class SelfDistillParser(OneLineParser):
+    """
+    The parser of the command, whose `--help` leaves out most of `TrainingArguments`.
+
+    Args:
+        doc (`str`): Docstring of the command, whose first paragraph `--help` shows.
+    """
+
+    def __init__(self, doc: str):
+        kinds = (SelfDistillOptions, StageOneOptions)
+        usage = "%(prog)s [settings.json] [options]"
+        description = doc.split("\n\n")[0].strip()
+        super().__init__(kinds, all_help="--help all", usage=usage, description=description, add_help=False)
+        help_of_help = "Show this; `--help all` shows every field of TrainingArguments, too."
+        self.add_argument("-h", "--help", nargs="?", choices=["all"], action=_Help, help=help_of_help)
+
+    def error(self, message: str) -> NoReturn:
+        misplaced = re.search(r"(\S+\.json)\b", message)
+        if misplaced:
+            fail(
+                f"{message.rstrip('.')}; a file of settings comes before all options: {self.prog} {misplaced[1]} --..."
+            )
+        super().error(message)
+
+
+class _Help(argparse.Action):
+    """Show the options, those that are seldom asked for only on request."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        own = {setting.name for setting in fields(SelfDistillOptions)}
+        shown = {*own, *StageOneOptions.__annotations__, *COMMON, self.dest}
+        for action in parser._actions:
+            if action is not self:
+                action.option_strings = action.option_strings[:1]  # not again with hyphens
+            if values != "all" and action.dest not in shown:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 def parse_self_distill_options(
@@ -89,7 +138,7 @@ def parse_self_distill_options(
         doc (`str`): Docstring of the command, whose first paragraph `--help` shows.
         arguments (`list[str]`, *optional*): The words of the command line; those of the program unless given.
     """
-    parser = OneLineParser((SelfDistillOptions, StageOneOptions), description=doc.split("\n\n")[0].strip())
+    parser = SelfDistillParser(doc)
     words = list(sys.argv[1:] if arguments is None else arguments)
     from_file = read_settings(Path(words.pop(0)), parser) if words and words[0].endswith(".json") else {}
     # A name that is in the namespace already gets no default, so what is still None was not given.
@@ -125,7 +174,7 @@ def read_settings(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
         if name not in kinds:
             similar = difflib.get_close_matches(name, kinds, n=1)
             hint = f"did you mean {similar[0]!r}? " if similar else ""
-            fail(f"{path}: there is no argument {name!r}; {hint}--help lists all arguments")
+            fail(f"{path}: there is no argument {name!r}; {hint}--help all lists all arguments")
         if not is_of_type(value, kinds[name]):
             kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
             fail(f"{path}: {name!r} must be {kind}, got {json.dumps(value, ensure_ascii=False)}")

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .options import DataOptions, one_line_errors
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-
-class Splits(NamedTuple):
-    """
-    The rows of a command, as texts or as token ids.
-
-    Args:
-        train (`Dataset`): Training rows.
-        validation (`Dataset`): Validation rows, with labels.
-        unlabeled (`Dataset`, *optional*): Further training texts without labels.
-    """
-
-    train: Dataset
-    validation: Dataset
-    unlabeled: Dataset | None
+    from ..data import Splits
 
 
 def load_splits(options: DataOptions, seed: int, train_has_labels: bool = True) -> Splits:
@@ -36,7 +22,7 @@ def load_splits(options: DataOptions, seed: int, train_has_labels: bool = True) 
         seed (`int`): Of the choice of rows, where a part of them is taken.
         train_has_labels (`bool`): Whether the training rows need labels.
     """
-    from ..data import check_rows, hold_out, load_hub_rows, load_rows, sample
+    from ..data import Splits, check_rows, hold_out, load_hub_rows, load_rows, sample
 
     columns = options.columns()
     without_labels = {**columns, "label_column": None}
@@ -48,16 +34,19 @@ def load_splits(options: DataOptions, seed: int, train_has_labels: bool = True) 
             train = load_rows(options.train_file)
         if options.validation_file:
             validation = load_rows(options.validation_file)
+        unlabeled = load_rows(options.unlabeled_file) if options.unlabeled_file else None
+        # Before rows are held out or left out, so that the numbers in messages are those of the file.
+        needs_labels = train_has_labels or validation is None
+        check_rows(train, "training", **(columns if needs_labels else without_labels))
+        if validation is not None:
+            check_rows(validation, "validation", **columns)
+        if unlabeled is not None:
+            check_rows(unlabeled, "unlabeled", **without_labels)
         if validation is None:
             print("No validation rows were given: a tenth of the training rows stands in for them.")
             train, validation = hold_out(train, seed)
-        unlabeled = load_rows(options.unlabeled_file) if options.unlabeled_file else None
         train = sample(train, options.max_train_samples, seed)
         validation = sample(validation, options.max_eval_samples, seed)
-        check_rows(train, "training", **(columns if train_has_labels else without_labels))
-        check_rows(validation, "validation", **columns)
-        if unlabeled is not None:
-            check_rows(unlabeled, "unlabeled", **without_labels)
     return Splits(train, validation, unlabeled)
 
 
@@ -78,14 +67,7 @@ def encode_splits(
         label2id (`dict`): The id of each label.
         train_has_labels (`bool`): Whether the labels of the training rows are encoded, too.
     """
-    from ..data import encode
-
-    settings = {**options.columns(), "max_length": options.max_length}
     with one_line_errors():
-        # The validation rows come first, as they are fewer and as likely to have a label that is not known.
-        validation = encode(splits.validation, tokenizer, label2id, "validation", **settings)
-        train = encode(splits.train, tokenizer, label2id if train_has_labels else None, "training", **settings)
-        unlabeled = splits.unlabeled
-        if unlabeled is not None:
-            unlabeled = encode(unlabeled, tokenizer, None, "unlabeled", **settings)
-    return Splits(train, validation, unlabeled)
+        return splits.encoded(
+            tokenizer, label2id, train_has_labels, **options.columns(), max_length=options.max_length
+        )

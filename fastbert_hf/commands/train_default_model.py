@@ -82,6 +82,7 @@ def train_default_model(
     """Return the trained model, rounded to the half precision that is saved."""
     import torch
 
+    from ..modeling.teacher_digest import teacher_digest
     from ..training.recipes import get_recipe, train_recipe
     from ..training.stages import StageSettings
 
@@ -104,7 +105,9 @@ def train_default_model(
         logging_steps=100,
     )
     # What is measured is what is shipped: weights in half precision, computed with in single precision.
-    return model.half().float()
+    model = model.half().float()
+    model.config.distilled_for = teacher_digest(model)
+    return model
 
 
 def fastest_without_loss(table: pd.DataFrame) -> float:
@@ -149,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command with the words of a command line, those of the program unless given."""
     options = parse_options(DefaultModelOptions, __doc__, arguments)
 
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import AutoTokenizer
 
     from ..data import encode
     from ..evaluation import record_exits, sweep_speeds
@@ -163,10 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name, rows in splits.items()
     }
     model = train_default_model(options, encoded, tokenizer, backbone)
-    collator = DataCollatorWithPadding(tokenizer)
-    dev = sweep_speeds(model, record_exits(model, encoded["dev"], collator), HUNDREDTHS)
+    dev = sweep_speeds(model, record_exits(model, encoded["dev"]), HUNDREDTHS)
     model.config.speed = fastest_without_loss(dev)
-    record = record_exits(model, encoded["test"], collator)
+    record = record_exits(model, encoded["test"])
     test = sweep_speeds(model, record, sorted({*CARD_SPEEDS, model.config.speed}))
     print(f"\nThe default speed is {model.config.speed:g}: the fastest that loses nothing on dev.")
     print(

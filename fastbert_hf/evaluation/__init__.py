@@ -1,5 +1,5 @@
 """
-What a speed costs and gives: records of every exit, their replay, FLOPs, sweeps, metrics and figures.
+What a speed costs and gives: records of every exit, replay, FLOPs, the choice of a speed, sweeps, metrics, figures.
 
 Tables, metrics and figures need an extra: `pip install "fastbert-hf[evaluation]"`.
 """
@@ -9,6 +9,7 @@ from typing import Any
 from .exit_record import ExitRecord, record_exits
 from .flops import executed_flops, paper_flops
 from .replay import Replay, exit_uncertainties, replay, replay_at_speed, speed_thresholds
+from .speed_choice import SpeedChoice, choose_speed
 
 
 # Loaded when they are asked for, as they need the extra.
@@ -17,7 +18,9 @@ _TABLES = ("at_speed_up", "load_table", "save_table", "sweep_depths", "sweep_spe
 __all__ = [
     "ExitRecord",
     "Replay",
+    "SpeedChoice",
     "at_speed_up",
+    "choose_speed",
     "executed_flops",
     "exit_uncertainties",
     "load_table",

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..modeling.families import max_text_tokens
+from ..modeling.processing_cascade import CascadeProcessor
+from ..rows import LABEL_NAMES, PADDED_WITH, PaddingCollator, encoded_rows
 from .flops import executed_costs
 
 
@@ -124,58 +127,106 @@ class ExitRecord:
 
 def record_exits(
     model: PreTrainedModel,
-    dataset: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-    data_collator: Callable | Sequence[Callable],
+    dataset: Sequence[Any] | Sequence[Sequence[Any]],
+    data_collator: Callable | Sequence[Callable] | None = None,
     batch_size: int = 64,
     progress: bool = True,
+    tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
 ) -> ExitRecord:
     """
     Run every row through every layer and every exit, once; of a cascade through every member.
 
     Args:
         model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): Put into eval mode.
-        dataset (sequence of `dict`):
-            Tokenized rows, `input_ids` and what else the tokenizer gave; `labels` if any. Where every member of a
-            cascade has its own tokenizer, a list of such data sets, of the same rows.
-        data_collator (`Callable`):
-            Makes a padded batch, as `DataCollatorWithPadding(tokenizer)`; a list with one for each member where
-            `dataset` is one.
+        dataset (`datasets.Dataset`, or sequence of `dict` or `str`):
+            Texts, or rows with `text`, and `text_pair` if any; or tokenized rows, `input_ids` and what else the
+            tokenizer gave. `labels` or `label` if any; other columns are left out. Where every member of a cascade has
+            its own tokenizer, tokenized rows are a list of such data sets, of the same rows.
+        data_collator (`Callable`, *optional*):
+            Makes a padded batch; a list with one for each member where `dataset` is one. Rows are padded as the model
+            needs it unless given.
         batch_size (`int`): Rows in a batch.
         progress (`bool`): Whether to show a progress bar.
+        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*):
+            The model's. Needed for texts, which are cut to what it and the model can read.
 
     Returns:
         [`ExitRecord`], on the CPU, in the order of the data set.
+
+    Example:
+
+    ```python
+    >>> record = record_exits(model, [{"text": "Fine.", "label": 1}], tokenizer=tokenizer)
+    ```
     """
-    if not hasattr(model, "members"):
-        return _record_model(model, dataset, data_collator, batch_size, progress)
-    number = len(model.members)
-    if not model.config.own_tokenizers:
-        dataset, data_collator = [dataset] * number, [data_collator] * number
-    elif callable(data_collator) or not len(dataset) == len(data_collator) == number:
+    members = list(getattr(model, "members", [model]))
+    tokenizers = getattr(tokenizer, "tokenizers", [tokenizer])  # a processor has one, or one for each member
+    collators = data_collator if isinstance(data_collator, Sequence) else [data_collator] * len(members)
+    if getattr(model.config, "own_tokenizers", False):
+        datasets = _datasets_of_members(len(members), dataset, tokenizers, data_collator)
+        tokenizers = [None] * len(members) if tokenizer is None else tokenizers
+        parts = zip(datasets, tokenizers, members, strict=True)
+        datasets = [_tokenized(rows, own, [member]) for rows, own, member in parts]
+    else:
+        datasets = [_tokenized(dataset, tokenizers[0], members)] * len(members)
+    parts = zip(members, datasets, collators, strict=True)
+    records = [_record_model(*part, batch_size, progress) for part in parts]
+    return ExitRecord.of_members(records) if hasattr(model, "members") else records[0]
+
+
+def as_record(
+    model: PreTrainedModel, rows: Any, tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None
+) -> ExitRecord:
+    """Return a record as it is, and that of texts or rows, which [`record_exits`] makes."""
+    return rows if isinstance(rows, ExitRecord) else record_exits(model, rows, tokenizer=tokenizer)
+
+
+def _datasets_of_members(number: int, dataset: Any, tokenizers: Sequence[Any], data_collator: Any) -> Sequence[Any]:
+    """Return the rows of every member of a cascade, where each has its own tokenizer."""
+    if tokenizers[0] is not None:
+        datasets = [dataset] * len(tokenizers)
+    else:
+        datasets = [] if isinstance(dataset[0], (str, Mapping)) else dataset
+    collators = [None] * number if data_collator is None else data_collator
+    if callable(collators) or not len(datasets) == len(collators) == number:
         raise ValueError(
             f"each of the {number} members has its own tokenizer: give a list of {number} datasets, of the same rows, "
-            f"and one of {number} data collators."
+            f"and one of {number} data collators or none; or texts and "
+            "tokenizer=CascadeProcessor.from_pretrained(folder)."
         )
-    parts = zip(model.members, dataset, data_collator, strict=True)
-    return ExitRecord.of_members([_record_model(*part, batch_size, progress) for part in parts])
+    return datasets
+
+
+def _tokenized(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, members: Sequence[PreTrainedModel]
+) -> Sequence[Mapping[str, Any]]:
+    """Return rows as members read them, which share the tokenizer."""
+    configs = [member.config for member in members]
+    limit = None
+    if tokenizer is not None:
+        limit = min(tokenizer.model_max_length, *(max_text_tokens(config.text_config) for config in configs))
+    rows = encoded_rows(dataset, tokenizer, limit, configs[0].label2id)
+    rows = rows if hasattr(rows, "__len__") else list(rows)
+    if len(rows) == 0:
+        raise ValueError("the data set has no rows: give at least one.")
+    return rows
 
 
 def _record_model(
     model: PreTrainedModel,
     dataset: Sequence[Mapping[str, Any]],
-    data_collator: Callable,
+    data_collator: Callable | None,
     batch_size: int,
     progress: bool,
 ) -> ExitRecord:
-    if len(dataset) == 0:
-        raise ValueError("the data set has no rows: give at least one.")
     model.eval()
+    data_collator = data_collator or PaddingCollator.of(model)
     lengths = torch.tensor([sum(row.get("attention_mask", [1] * len(row["input_ids"]))) for row in dataset])
     order = lengths.argsort(stable=True)  # texts of similar length share a batch
     exit_logits, labels = [], []
     with torch.inference_mode(), tqdm(total=len(order), desc="Recording exits", disable=not progress) as bar:
         for rows in order.split(batch_size):
-            batch = dict(data_collator([dataset[row] for row in rows.tolist()]))
+            batch = dict(data_collator([_read_columns(dataset[row]) for row in rows.tolist()]))
             gold = batch.pop("labels", None)
             if gold is not None and (gold.min() < 0 or gold.max() >= model.config.num_labels):
                 raise ValueError(
@@ -186,9 +237,16 @@ def _record_model(
             exit_logits.append(model(**inputs, output_exit_logits=True).exit_logits.float().cpu())
             labels.append(gold)
             bar.update(len(rows))
+    if any(gold is None for gold in labels) and any(gold is not None for gold in labels):
+        raise ValueError("some rows have labels and others none: leave out these rows, or the labels of all.")
     back = order.argsort()
     return ExitRecord(
         torch.cat(exit_logits)[back].clone(),  # outside inference mode: a tensor like any other
         *executed_costs(model, lengths),
         labels=torch.cat(labels)[back] if labels[0] is not None else None,
     )
+
+
+def _read_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is read of a row; texts, for one, cannot be padded."""
+    return {name: value for name, value in row.items() if name in PADDED_WITH or name in LABEL_NAMES}

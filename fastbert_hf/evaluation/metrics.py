@@ -3,6 +3,11 @@ Metrics of exits as `evaluate.Metric` classes, which need no hub: create one and
 
 All take `predictions`, probabilities or logits of shape `[rows, num_labels]`. Where nothing is negative and every row
 sums to 1 within a hundredth, they are taken for probabilities (rounded ones and half precision too), else for logits.
+
+The answer of a row is the first of its greatest numbers. Its confidence is that number itself where probabilities are
+given, which are never normalised again, and its softmax in float64 where logits are, whatever the order of the labels.
+So rows with the same greatest probability, or the same logits in any order, are equally confident: rounding breaks no
+tie.
 """
 
 from __future__ import annotations
@@ -57,11 +62,10 @@ Returns:
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        probabilities, labels = _checked(predictions, references)
-        confidence = probabilities.max(-1)
-        wrong = _answers(probabilities) != labels
-        right_confidence = np.sort(confidence[~wrong])
-        pairs = wrong.sum() * (~wrong).sum()
+        confidence, right = _confidence_and_success(predictions, references)
+        wrong = ~right
+        right_confidence = np.sort(confidence[right])
+        pairs = wrong.sum() * right.sum()
         # For each wrong answer, the right ones that are less confident.
         inversions = np.searchsorted(right_confidence, confidence[wrong], side="left").sum()
         return {"difficulty_inversion_score": float(1 - inversions / pairs) if pairs else float("nan")}
@@ -70,7 +74,8 @@ Returns:
 class ExpectedCalibrationError(evaluate.Metric):
     """
     Measure how far confidence is from accuracy (CascadeBERT, EMNLP Findings 2021, Appendix B, Eq. 7): the difference
-    of the two in each of 10 equally wide bins of confidence, weighted by the answers in it.
+    of the two in each of 10 equally wide bins of confidence, weighted by the answers in it. A bin holds its upper edge
+    and not its lower one.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -88,12 +93,11 @@ Returns:
     def _compute(self, predictions, references, num_bins: int = 10) -> dict[str, float]:
         if num_bins < 1:
             raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
-        probabilities, labels = _checked(predictions, references)
-        confidence, right = probabilities.max(-1), _answers(probabilities) == labels
-        # A bin holds its upper edge, so that a confidence of 1 is in the last one.
-        bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+        confidence, right = _confidence_and_success(predictions, references)
+        # A product with num_bins could round 0.07 * 100 beyond its bin; a quotient is the number that 0.07 is.
+        bins = np.searchsorted(np.arange(1, num_bins) / num_bins, confidence, side="left")
         gaps = np.bincount(bins, weights=right.astype(float) - confidence, minlength=num_bins)
-        return {"expected_calibration_error": float(np.abs(gaps).sum() / len(labels))}
+        return {"expected_calibration_error": float(np.abs(gaps).sum() / len(right))}
 
 
 class FullModelAgreement(evaluate.Metric):
@@ -135,17 +139,18 @@ def _scores(values, name: str) -> np.ndarray:
     return scores
 
 
-def _checked(predictions, references) -> tuple[np.ndarray, np.ndarray]:
-    """Return probabilities `[rows, num_labels]` and labels `[rows]`."""
+def _confidence_and_success(predictions, references) -> tuple[np.ndarray, np.ndarray]:
+    """Return how confident each answer is, float64 of shape `[rows]`, and whether it is right, bool."""
     scores, labels = _scores(predictions, "predictions"), np.asarray(references)
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(
             f"references must be labels from 0 to {scores.shape[1] - 1}, got {labels.min()} to {labels.max()}."
         )
-    are_probabilities = (scores >= 0).all() and np.allclose(scores.sum(-1), 1, rtol=0, atol=1e-2)
-    if not are_probabilities:
-        return CLASSIFICATION.probabilities(torch.from_numpy(scores)).numpy(), labels
-    return scores / scores.sum(-1, keepdims=True), labels
+    right = _answers(scores) == labels
+    if (scores >= 0).all() and np.allclose(scores.sum(-1), 1, rtol=0, atol=1e-2):
+        return np.minimum(scores.max(-1), 1), right  # a rounded one can be above 1
+    # Sorted, as the order of the summands decides how their sum is rounded.
+    return CLASSIFICATION.probabilities(torch.from_numpy(np.sort(scores, -1))).numpy().max(-1), right
 
 
 def _answers(scores: np.ndarray) -> np.ndarray:

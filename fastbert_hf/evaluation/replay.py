@@ -54,7 +54,7 @@ def replay_at_speed(
     Example:
 
     ```python
-    >>> record = record_exits(model, dataset, data_collator)
+    >>> record = record_exits(model, rows, tokenizer=tokenizer)
     >>> replay_at_speed(record, model.config, speed=0.5).exit_layer.double().mean()
     ```
     """
@@ -133,7 +133,7 @@ def speed_thresholds(record: ExitRecord, config: PreTrainedConfig, speed: float 
         raise ValueError(
             f"the record has {' + '.join(map(str, record.member_layers))} exits and the model "
             f"{' + '.join(map(str, layers))}: give the model that made it, or record it anew with "
-            "record_exits(model, dataset, data_collator)."
+            "record_exits(model, dataset)."
         )
     return torch.cat(config_thresholds(config, row_speeds(speed, len(record.exit_logits))), 1)
 

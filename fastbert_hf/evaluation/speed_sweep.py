@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import write_whole
 from ..modeling.configuration_cascade import CASCADE_POLICIES
 from ..modeling.exit_policies import EXIT_POLICIES, ExitPolicy, exit_thresholds
+from ..modeling.processing_cascade import CascadeProcessor
 from ..modeling.tasks import task_of
-from .exit_record import ExitRecord
+from .exit_record import ExitRecord, as_record
 from .flops import paper_costs
 from .replay import Replay, exit_uncertainties, replay, speed_thresholds
 
@@ -48,10 +49,11 @@ TASK_METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], float]] = {
 
 def sweep_speeds(
     model: PreTrainedModel,
-    record: ExitRecord,
+    record: ExitRecord | Any,
     speeds: Iterable[float] = SPEEDS,
     policies: Sequence[str] | None = None,
     metric: str = "accuracy",
+    tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
 ) -> pd.DataFrame:
     """
     Make a table with one row for every policy and speed, within the config's `min_exit_layer` and `max_layers`.
@@ -73,15 +75,17 @@ def sweep_speeds(
     Args:
         model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]):
             The model of the record.
-        record ([`ExitRecord`]): From [`record_exits`].
+        record ([`ExitRecord`], or rows or texts): From [`record_exits`], or what it takes.
         speeds (iterable of `float`):
             In [0, 1]; unless given, 0 to 0.1 in steps of a thousandth and on to 1 in steps of a hundredth.
         policies (sequence of `str`, *optional*): The config's own unless given.
         metric (`str`): `"accuracy"`, `"f1"` (binary for two labels, else macro) or `"matthews_correlation"`.
+        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*): Needed for texts.
 
     Returns:
         `pandas.DataFrame`: it prints as a table; [`save_table`] keeps it.
     """
+    record = as_record(model, record, tokenizer)
     columns_of, config = _Columns(model, record, metric), model.config
     allowed = CASCADE_POLICIES if config.model_type == "fastbert_cascade" else EXIT_POLICIES
     speeds, policies = list(speeds), [config.exit_policy] if policies is None else list(policies)
@@ -101,7 +105,12 @@ def sweep_speeds(
     return pd.DataFrame(rows)
 
 
-def sweep_depths(model: PreTrainedModel, record: ExitRecord, metric: str = "accuracy") -> pd.DataFrame:
+def sweep_depths(
+    model: PreTrainedModel,
+    record: ExitRecord | Any,
+    metric: str = "accuracy",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> pd.DataFrame:
     """
     Make a table with one row for every depth at which all texts leave together, as with `max_layers` at speed 0. Only
     the exit that answers is evaluated and counted (in the paper's "without adaptive inference" those below count,
@@ -109,8 +118,9 @@ def sweep_depths(model: PreTrainedModel, record: ExitRecord, metric: str = "accu
 
     Args:
         model ([`FastBertForSequenceClassification`]): The model of the record.
-        record ([`ExitRecord`]): From [`record_exits`].
+        record ([`ExitRecord`], or rows or texts): As in [`sweep_speeds`].
         metric (`str`): As in [`sweep_speeds`].
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed for texts.
 
     Returns:
         `pandas.DataFrame` with the columns of [`sweep_speeds`], and `max_layers` in place of policy and speed.
@@ -120,6 +130,7 @@ def sweep_depths(model: PreTrainedModel, record: ExitRecord, metric: str = "accu
             "the depths of a cascade are those of its members: give one of them and its part of the record, as in "
             "sweep_depths(cascade.members[0], record.of_member(1))."
         )
+    record = as_record(model, record, tokenizer)
     columns_of, policy = _Columns(model, record, metric), ExitPolicy.of(model.config)
     no_speed = torch.zeros(len(record.exit_logits))
     rows = []
@@ -136,9 +147,7 @@ class _Columns:
         if metric not in TASK_METRICS:
             raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(TASK_METRICS)}.")
         if record.layer_flops is None or record.exit_flops is None:
-            raise ValueError(
-                "the record has no costs: record_exits(model, dataset, data_collator) makes one that has."
-            )
+            raise ValueError("the record has no costs: record_exits(model, dataset) makes one that has.")
         if record.labels is None:
             warnings.warn(
                 f"the data has no labels, so there is no {metric}: the table reports the agreement with the full "

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .checkpoint_checks import check_raw_cascade
+from .checkpoint_checks import check_raw_cascade, explained, read_config, shortened
 from .configuration_fastbert import CODE_FIELDS, FastBertConfig
 from .exit_policies import check_speed
 
@@ -98,11 +98,16 @@ class CascadeConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is the config of a {model_type!r} checkpoint, not of a cascade. Make one of it and another: "
-                "CascadeForSequenceClassification.from_members([small, large])"
+                f"This is the config of a {shortened(model_type)} checkpoint, not of a cascade. Make one of it and "
+                "another: CascadeForSequenceClassification.from_members([small, large])"
             )
-        check_raw_cascade(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        check_raw_cascade(config_dict, cls, FastBertConfig)
+        with explained("the config cannot be read"):
+            return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        return read_config(json_file, super()._dict_from_json_file)
 
     def to_dict(self):
         output = super().to_dict()

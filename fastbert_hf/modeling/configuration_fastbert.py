@@ -2,13 +2,15 @@
 
 # No `from __future__ import annotations` here: it would switch off the type checks of a strict config.
 import copy
+import re
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .checkpoint_checks import check_raw_config
+from .checkpoint_checks import check_labels, check_raw_config, explained, read_config, shortened
 from .exit_classifiers import EXIT_TYPES
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 from .families import get_encoder_family
@@ -16,6 +18,25 @@ from .families import get_encoder_family
 
 # Written by `save_with_code`.
 CODE_FIELDS = ("auto_map", "custom_pipelines")
+
+
+class OfBackbone:
+    """A field of the backbone's config that can be read on this one, too, and is set there alone."""
+
+    def __init__(self, what: str):
+        self.__doc__ = what
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, owner: type | None = None) -> int:
+        return self if config is None else getattr(config.text_config, self.name)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        raise ValueError(
+            f"{self.name}={shortened(value)} is the backbone's, and no field of FastBertConfig: give it before the "
+            f"model is built, as in FastBertConfig(text_config=BertConfig({self.name}={shortened(value)}))."
+        )
 
 
 @strict
@@ -53,6 +74,9 @@ class FastBertConfig(PreTrainedConfig):
             The first layer after which the pipeline lets a text leave. `None` means 1.
         max_layers (`int`, *optional*):
             The number of layers after which the pipeline answers at the latest. `None` means all.
+        distilled_for (`str`, *optional*):
+            Digest of the backbone and teacher that the students were distilled from, `"float32:0123456789abcdef"`,
+            as the trainer writes it. `None` says nothing of them.
 
     Example:
 
@@ -84,12 +108,14 @@ class FastBertConfig(PreTrainedConfig):
     patience: int = 2
     min_exit_layer: int | None = None
     max_layers: int | None = None
+    distilled_for: str | None = None
 
     def __post_init__(self, **kwargs):
         # The model writes its attention into the backbone's config, so it must not be the caller's.
         self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
         get_encoder_family(self.text_config)
+        check_labels(self.id2label)
         if self.teacher_exit_type is None:
             self.teacher_exit_type = self.exit_type
         known = {"exit_type": EXIT_TYPES, "teacher_exit_type": EXIT_TYPES, "exit_policy": EXIT_POLICIES}
@@ -106,6 +132,11 @@ class FastBertConfig(PreTrainedConfig):
             )
         if not 0 <= self.exit_dropout < 1:
             raise ValueError(f"exit_dropout must be in [0, 1), got {self.exit_dropout}.")
+        if self.distilled_for is not None and not re.fullmatch("[a-z0-9]+:[0-9a-f]{16}", self.distilled_for):
+            raise ValueError(
+                f"distilled_for must be None or a dtype and 16 digits, as in 'float32:0123456789abcdef', got "
+                f"{shortened(self.distilled_for)}: leave it to the trainer, or set it to None."
+            )
         check_speed(self.speed)
         exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
 
@@ -123,22 +154,26 @@ class FastBertConfig(PreTrainedConfig):
             )
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is the config of a {model_type!r} checkpoint, not of a FastBERT model, and loading it as one "
-                "would leave every weight random. Wrap it: FastBertForSequenceClassification.from_backbone(name, "
-                "num_labels=...) for a pretrained encoder, or .from_classifier(name) for a fine-tuned classifier."
+                f"This is the config of a {shortened(model_type)} checkpoint, not of a FastBERT model, and loading "
+                "it as one would leave every weight random. Wrap it: FastBertForSequenceClassification"
+                ".from_backbone(name, num_labels=...) for a pretrained encoder, or .from_classifier(name) for a "
+                "fine-tuned classifier."
             )
-        check_raw_config(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        check_raw_config(config_dict, cls)
+        with explained("the config cannot be read"):
+            return super().from_dict(config_dict, **kwargs)
 
-    @property
-    def num_hidden_layers(self) -> int:
-        """Layers of the backbone, L. The model has as many exits; the last one is the teacher."""
-        return self.text_config.num_hidden_layers
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        return read_config(json_file, super()._dict_from_json_file)
 
-    @property
-    def hidden_size(self) -> int:
-        """Width of the backbone's hidden states."""
-        return self.text_config.hidden_size
+    num_hidden_layers = OfBackbone("Layers, L. The model has as many exits; the last one is the teacher.")
+    hidden_size = OfBackbone("Width of the hidden states.")
+    intermediate_size = OfBackbone("Width inside of the feed-forward layers.")
+    num_attention_heads = OfBackbone("Heads of every layer's attention.")
+    max_position_embeddings = OfBackbone("Positions that the backbone knows.")
+    vocab_size = OfBackbone("Tokens that the backbone knows.")
+    pad_token_id = OfBackbone("The token that padding consists of.")
 
 
 __all__ = ["FastBertConfig"]

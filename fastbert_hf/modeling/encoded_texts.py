@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import repeat
 from numbers import Integral
@@ -19,6 +19,9 @@ HOW_TO_ENCODE = (
     "encode the texts first, as in model.predict(tokenizer(texts), speed=0.5), or give them to pipeline("
     '"fast-text-classification").'
 )
+# What `predict` and the pipeline do with a text that has no answer.
+ON_ERROR = ("raise", "return", "skip")
+NO_MORE = object()
 
 Item = TypeVar("Item")
 
@@ -31,9 +34,11 @@ class EncodedText:
     # For each member lists of numbers, by the names that the tokenizer gives them; None where it is not asked.
     of_members: list[dict[str, list[int]] | None]
     speed: float
+    error: Exception | None = None  # why it cannot be read; no member is asked then
 
     def __len__(self) -> int:
-        return max(len(inputs["input_ids"]) for inputs in self.of_members if inputs is not None)
+        # What cannot be read counts, too: a stream of nothing else comes in blocks like any other.
+        return max((len(inputs["input_ids"]) for inputs in self.of_members if inputs is not None), default=1)
 
 
 def read_blocks(items: Iterable[Item], limit: int, weigh: Callable[[Item], int] | None = None) -> Iterator[list[Item]]:
@@ -81,47 +86,79 @@ class InputReader:
         return inputs
 
 
+def check_on_error(on_error: str) -> None:
+    """Raise a `ValueError` unless `on_error` is one of `ON_ERROR`."""
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error={on_error!r} is not known; choose one of {', '.join(map(repr, ON_ERROR))}.")
+
+
 def read_texts(
     encoded_texts: Iterable[Any] | Mapping[str, Any],
     speed: float | Iterable[float] | None,
     text_configs: Sequence[PreTrainedConfig],
     own_tokenizers: bool = False,
+    on_error: str = "raise",
 ) -> Iterator[EncodedText]:
     """
     Yield the texts of a call of `predict`, one by one, as the backbone of every member reads them. What is wrong with
-    a text raises a `ValueError` that names its position, and in a cascade the member.
+    a text is an error that names its position, and in a cascade the member. It is raised, or the text carries it,
+    unless `on_error` is `"raise"`. An item that is an exception itself says what was wrong before it came here.
     """
-    readers, is_cascade = list(map(InputReader, text_configs)), len(text_configs) > 1
+    readers = list(map(InputReader, text_configs))
     if own_tokenizers and isinstance(encoded_texts, Mapping):
         raise ValueError(
             "every member of this cascade has its own tokenizer: give what its CascadeProcessor returns, or for each "
             f"text what each of the {len(readers)} tokenizers gave."
         )
     rows = encoded_texts if own_tokenizers else rows_of(encoded_texts)
+    if isinstance(speed, Sized) and isinstance(rows, Sized) and len(speed) > len(rows):
+        raise too_many_speeds(len(rows))
     speeds = iter(speed) if isinstance(speed, Iterable) else repeat(0.0 if speed is None else speed)
+    position = -1
     for position, row in enumerate(rows):
-        own_speed = next(speeds, None)
-        if own_speed is None:
+        own_speed, error = next(speeds, NO_MORE), row if isinstance(row, Exception) else None
+        if own_speed is NO_MORE:
             raise ValueError(f"there are {position} speeds but more texts: give one number for all, or one for each.")
-        check_speed(own_speed)
-        if not own_tokenizers:
-            parts = [row] * len(readers)
-        elif isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(readers):
-            parts = row
-        else:
-            raise ValueError(
-                f"text {position} must be what each of the {len(readers)} tokenizers of this cascade gave, as its "
-                f"CascadeProcessor returns it, got {row!r:.40}."
-            )
-        of_members: list[dict[str, list[int]] | None] = []
-        for number, (reader, part) in enumerate(zip(readers, parts, strict=True), start=1):
+        if error is None:
             try:
-                # At speed 0 the last member answers alone.
-                is_asked = own_speed > 0 or number == len(readers)
-                of_members.append(reader.read(part, position) if is_asked else None)
-            except ValueError as error:
-                raise (ValueError(f"member {number}: {error}") if is_cascade else error) from None
-        yield EncodedText(position, of_members, own_speed)
+                text = read_text(row, position, own_speed, readers, own_tokenizers)
+            except ValueError as failure:
+                error = failure
+        if error is not None:
+            if on_error == "raise":
+                raise error
+            text = EncodedText(position, [], 0.0, error)
+        yield text
+    if isinstance(speed, Iterable) and next(speeds, NO_MORE) is not NO_MORE:
+        raise too_many_speeds(position + 1)
+
+
+def read_text(
+    row: Any, position: int, speed: float, readers: Sequence[InputReader], own_tokenizers: bool
+) -> EncodedText:
+    """Return a text of a call of `predict`, checked. Raise a `ValueError` that names its position."""
+    try:
+        check_speed(speed)
+    except ValueError as error:
+        raise ValueError(f"text {position}: {error}") from None
+    if not own_tokenizers:
+        parts = [row] * len(readers)
+    elif isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(readers):
+        parts = row
+    else:
+        raise ValueError(
+            f"text {position} must be what each of the {len(readers)} tokenizers of this cascade gave, as its "
+            f"CascadeProcessor returns it, got {row!r:.40}."
+        )
+    of_members: list[dict[str, list[int]] | None] = []
+    for number, (reader, part) in enumerate(zip(readers, parts, strict=True), start=1):
+        try:
+            # At speed 0 the last member answers alone.
+            is_asked = speed > 0 or number == len(readers)
+            of_members.append(reader.read(part, position) if is_asked else None)
+        except ValueError as error:
+            raise (ValueError(f"member {number}: {error}") if len(readers) > 1 else error) from None
+    return EncodedText(position, of_members, float(speed))
 
 
 def checked_speeds(speed: float | Iterable[float] | None) -> float | Iterable[float] | None:
@@ -133,40 +170,59 @@ def checked_speeds(speed: float | Iterable[float] | None) -> float | Iterable[fl
     return speed
 
 
+def too_many_speeds(texts: int) -> ValueError:
+    """Return the error of a call with more speeds than texts."""
+    return ValueError(f"there are {texts} texts but more speeds: give one number for all, or one for each.")
+
+
 def rows_of(encoded_texts: Iterable[Mapping[str, Any]] | Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     """Return one mapping for each text, also of columns as the tokenizer returns them."""
     if not isinstance(encoded_texts, Iterable) or isinstance(encoded_texts, (str, bytes)):
         raise TypeError(f"predict takes encoded texts, got {encoded_texts!r:.40}: {HOW_TO_ENCODE}")
     if not isinstance(encoded_texts, Mapping):
         return encoded_texts
-    columns = {name: values for name, values in encoded_texts.items() if name in (*INPUT_SIZES, "attention_mask")}
-    if "input_ids" not in columns:
-        raise ValueError(f"there are no input_ids among {', '.join(map(repr, encoded_texts))}: {HOW_TO_ENCODE}")
+    found = {name: values for name, values in encoded_texts.items() if values is not None}
+    if "input_ids" not in found:
+        raise ValueError(f"there are no input_ids among {', '.join(map(repr, found)) or 'nothing'}: {HOW_TO_ENCODE}")
+    columns = {name: found[name] for name in (*INPUT_SIZES, "attention_mask") if name in found}
     columns = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in columns.items()}
+    if not all(isinstance(values, Sequence) for values in columns.values()):
+        raise ValueError(
+            f"input_ids and the others must be lists, one for each text, got {encoded_texts!r:.60}: {HOW_TO_ENCODE}"
+        )
     if len(columns["input_ids"]) > 0 and isinstance(columns["input_ids"][0], Integral):
         return [columns]
-    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    numbers = {name: len(values) for name, values in columns.items()}
+    if len(set(numbers.values())) > 1:
+        raise ValueError(
+            f"the columns differ in length, {numbers}, so text {min(numbers.values())} has not all of its inputs: "
+            f"{HOW_TO_ENCODE}"
+        )
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def lists_of(row: Mapping[str, Any], position: int, sizes: Mapping[str, int | None]) -> dict[str, list[int]]:
     """Return the inputs of one text as lists, checked and without padding."""
-    if not isinstance(row, Mapping) or "input_ids" not in row:
-        got = f"a mapping of {', '.join(map(repr, row))}" if isinstance(row, Mapping) else f"{row!r:.40}"
+    if not isinstance(row, Mapping) or row.get("input_ids") is None:
+        got = f"{row!r:.40}"
+        if isinstance(row, Mapping):
+            got = f"a mapping of {', '.join(repr(name) for name in row if row[name] is not None) or 'nothing'}"
         raise ValueError(f"text {position} has no input_ids (got {got}): {HOW_TO_ENCODE}")
     inputs = {name: row[name] for name in (*sizes, "attention_mask") if row.get(name) is not None}
     inputs = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in inputs.items()}
+    for name, values in inputs.items():
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(
+                f"the {name} of text {position} must be a list of whole numbers, got {values!r:.40}: {HOW_TO_ENCODE}"
+            )
     lengths = {name: len(values) for name, values in inputs.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the inputs of text {position} differ in length: {lengths}.")
     mask = inputs.pop("attention_mask", None)
-    if mask is not None and 0 in mask:
-        first, count = mask.index(1) if 1 in mask else 0, sum(mask)
-        if mask[first : first + count] != [1] * count:
-            raise ValueError(
-                f"the attention_mask of text {position} has zeros inside the text: leave those tokens out of "
-                "input_ids, or call the model itself."
-            )
-        inputs = {name: values[first : first + count] for name, values in inputs.items()}
+    if mask is not None:
+        first, count = span_of(mask, position)
+        if count < len(mask):
+            inputs = {name: values[first : first + count] for name, values in inputs.items()}
     if not inputs["input_ids"]:
         raise ValueError(f"text {position} has no tokens: leave it out, or let the tokenizer add its special tokens.")
     for name, values in inputs.items():
@@ -180,3 +236,19 @@ def lists_of(row: Mapping[str, Any], position: int, sizes: Mapping[str, int | No
                 f"{max(values)}: use the tokenizer that belongs to the model."
             )
     return inputs
+
+
+def span_of(mask: Sequence[float], position: int) -> tuple[int, int]:
+    """Return where the text inside a padded one begins and how many tokens it has, by its attention mask."""
+    ones = mask.count(1)
+    if ones + mask.count(0) < len(mask):
+        raise ValueError(
+            f"the attention_mask of text {position} must be of 1 for the text and 0 for padding, got {mask!s:.40}."
+        )
+    first = mask.index(1) if ones else 0
+    if 0 in mask[first : first + ones]:
+        raise ValueError(
+            f"the attention_mask of text {position} has zeros inside the text: leave those tokens out of input_ids, "
+            "or call the model itself."
+        )
+    return first, ones

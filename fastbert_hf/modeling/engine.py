@@ -15,10 +15,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from .encoder_layer import run_layer
+from .compiled_layers import is_compiled
+from .encoder_layer import is_hooked, run_layer
 from .families import embed_tokens, encoder_layers, get_encoder_family, packed_position_ids, rotary_embeddings
 from .packed_attention import PACKED_ATTENTION
-from .packed_batch import PackedBatch
+from .packed_batch import PackedBatch, Padding
 
 
 class Engine(Protocol):
@@ -72,11 +73,20 @@ class TorchEngine:
     def device(self) -> torch.device:
         return self.backbone.device  # which replicas of DataParallel have not
 
-    def embed(self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, PackedBatch]:
+    def embed(
+        self, packed_batch: PackedBatch, inputs: dict[str, torch.Tensor], padding: Padding | None = None
+    ) -> tuple[torch.Tensor, PackedBatch]:
+        """As the protocol says. With its `padding`, hooks of the embeddings see the padded batch, in eval mode."""
         position_ids = inputs.get("position_ids")
         if position_ids is None:
             position_ids = packed_position_ids(self.backbone, packed_batch, inputs.get("input_ids"))
-        hidden_states = embed_tokens(self.backbone, {**inputs, "position_ids": position_ids})
+        inputs = {**inputs, "position_ids": position_ids}
+        embeddings = self.backbone.embeddings
+        if padding is not None and not embeddings.training and any(map(is_hooked, embeddings.modules())):
+            padded = {name: padding.pad(value) for name, value in inputs.items()}
+            hidden_states = padding.unpad(embed_tokens(self.backbone, padded))
+        else:
+            hidden_states = embed_tokens(self.backbone, inputs)
         position_embeddings = rotary_embeddings(self.backbone, hidden_states, position_ids)
         if position_embeddings is not None:
             packed_batch = replace(packed_batch, position_embeddings=position_embeddings)
@@ -85,8 +95,9 @@ class TorchEngine:
     def run_layer(
         self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch
     ) -> tuple[torch.Tensor, PackedBatch]:
-        with faster_linears(hidden_states):
-            return run_layer(self.family.seam, self.layers[depth - 1], hidden_states, packed_batch)
+        layer = self.layers[depth - 1]
+        with nullcontext() if is_compiled(layer) else faster_linears(hidden_states):
+            return run_layer(self.family.seam, layer, hidden_states, packed_batch)
 
     def exit_logits(self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
         return self.exits[depth - 1](self.final_norm(hidden_states), packed_batch, self.shared_pooler)

@@ -5,30 +5,31 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_cascade import CascadeConfig
-from .encoded_texts import checked_speeds, read_texts
+from .compiled_layers import CompilesLayers, untraced_forward
+from .configuration_cascade import CASCADE_POLICIES, CascadeConfig
+from .configuration_fastbert import FastBertConfig
+from .encoded_texts import check_on_error, checked_speeds, read_texts
 from .exit_policies import ExitPolicy, config_thresholds, exit_range, row_speeds
 from .modeling_fastbert import FastBertForSequenceClassification
 from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
 from .packed_batch import PackedBatch
 from .pretrained_fastbert import FastBertPreTrainedModel
-from .processing_cascade import CascadeProcessor
+from .processing_cascade import CascadeProcessor, warn_of_other_tokenizer
 from .scheduler import Member, answer_rows, answer_texts
 from .stock_checkpoints import dtype_of
 from .tasks import task_of
 
 
-class CascadeForSequenceClassification(FastBertPreTrainedModel):
+class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
     """
     A cascade of complete classifiers (CascadeBERT, Li et al., Findings of EMNLP 2021, Algorithm 1): the smallest
     member answers first, and only texts of which it is not sure go on to the next. A member never runs on a text that
@@ -40,13 +41,11 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
     Example:
 
     ```python
-    >>> from fastbert_hf import CascadeForSequenceClassification, CascadeProcessor
+    >>> from fastbert_hf import CascadeForSequenceClassification
     >>> from transformers import pipeline
 
-    >>> members = ["org/small-classifier", "org/large-classifier"]
-    >>> cascade = CascadeForSequenceClassification.from_members(members)
-    >>> processor = CascadeProcessor.from_members(members)  # their tokenizers
-    >>> classifier = pipeline("fast-text-classification", model=cascade, tokenizer=processor)
+    >>> cascade = CascadeForSequenceClassification.from_members(["org/small-classifier", "org/large-classifier"])
+    >>> classifier = pipeline("fast-text-classification", model=cascade)
     >>> classifier("I would go there again.", speed=0.3)
     [{'label': 'positive', 'score': 0.98, 'exit_layer': 2, 'exit_member': 1}]
     ```
@@ -55,6 +54,8 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
     config_class = CascadeConfig
     base_model_prefix = "cascade"
     supports_gradient_checkpointing = False
+    # The tokenizers that `from_members` has found or was given. They are saved with the cascade.
+    processor: CascadeProcessor | None = None
 
     def __init__(self, config: CascadeConfig):
         super().__init__(config)
@@ -86,8 +87,8 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
                 Stock classifiers of supported families, which answer at their last layer, or FastBERT models, in which
                 a text can also leave early. Of loaded models copies are made.
             tokenizers (sequence, *optional*):
-                One for each member, as [`CascadeProcessor.from_members`] takes them. They are not kept: whether they
-                differ goes into the config as `own_tokenizers`.
+                One for each member, as [`CascadeProcessor.from_members`] takes them. They are kept as `processor` and
+                saved with the cascade; whether they differ goes into the config as `own_tokenizers`.
             exit_policy (`str`): As in [`CascadeConfig`].
             speed (`float`): The speed that the pipeline uses when the call names none.
             kwargs: Arguments of `from_pretrained` (`revision`, `token`, `dtype`, ...), for every member.
@@ -97,6 +98,12 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         """
         if isinstance(members, (str, os.PathLike, PreTrainedModel)) or len(members) < 2:
             raise ValueError("a cascade has at least two members: from_members([small, large])")
+        of_members = set(FastBertConfig.__dataclass_fields__).difference(PreTrainedConfig.__dataclass_fields__)
+        for name in of_members.intersection(kwargs):
+            raise ValueError(
+                f"{name}={kwargs[name]!r} is not for a cascade, whose members each have a {name} of their own: set it "
+                f"before, as in member.config.{name} = {kwargs[name]!r}, where a member is a FastBERT model."
+            )
         attn_implementation = kwargs.pop("attn_implementation", None)
         models = [as_member(member, **kwargs) for member in members]
         check_order(models)
@@ -112,15 +119,25 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             cascade = cls(config)
         cascade.members, config.members = nn.ModuleList(models), [model.config for model in models]
         config.exit_policy, config.dtype = exit_policy, dtype  # those of every member
+        cascade.processor = processor
         if attn_implementation is not None:
             cascade.set_attn_implementation(attn_implementation)
         return cascade.to(models[-1].device, dtype).eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """Save the cascade as any model, and the tokenizers of its `processor` where it has one."""
+        if self.processor is not None and is_main_process:
+            self.processor.save_pretrained(save_directory)
+        elif is_main_process:
+            warn_of_other_tokenizer(save_directory, self.config)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         for member in self.members:
             member.set_attn_implementation(attn_implementation, allow_all_kernels)
 
+    @untraced_forward
     @can_return_tuple
     def forward(
         self,
@@ -130,6 +147,7 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         labels: torch.Tensor | None = None,
         task_type_ids: torch.Tensor | None = None,
         speed: float | list[float] | torch.Tensor | None = None,
+        exit_policy: str | None = None,
         member_inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -144,6 +162,7 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row: the uncertainty below which a member answers. Rows at speed 0,
                 and all without a speed, are answered by the last member, and no other runs on them.
+            exit_policy (`str`, *optional*): As in [`CascadeConfig`], whose own is used unless given.
             member_inputs (sequence of `dict`, *optional*):
                 In place of `input_ids` and the others where every member has its own tokenizer: what each gave.
             output_hidden_states, output_attentions (`bool`, *optional*): Not available; a member may return the first.
@@ -157,8 +176,8 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         given = dict(zip(names, (input_ids, attention_mask, token_type_ids, task_type_ids), strict=True))
         inputs = inputs_of_members(given, member_inputs, self.config)
         num_rows = len(inputs[0]["input_ids"])
-        thresholds = config_thresholds(self.config, row_speeds(speed, num_rows))
-        policy = ExitPolicy.of(self.config)
+        thresholds = self.thresholds_at(row_speeds(speed, num_rows))
+        policy = self.policy(exit_policy)
         members = [
             Member(member.engine(), of_member, partial(embed_padded, member, own))
             for member, of_member, own in zip(self.members, thresholds, inputs, strict=True)
@@ -178,20 +197,41 @@ class CascadeForSequenceClassification(FastBertPreTrainedModel):
         self,
         encoded_texts: Iterable[Any] | Mapping[str, Any],
         speed: float | Iterable[float] | None = None,
+        exit_policy: str | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
+        on_error: str = "raise",
     ) -> Iterator[Prediction]:
         """
         Answer texts of any number in their order, as [`FastBertForSequenceClassification.predict`], through the
         members. Where each has its own tokenizer, `encoded_texts` is what the [`CascadeProcessor`] returns.
         """
+        check_on_error(on_error)
+        policy = self.policy(exit_policy)
         text_configs = [member.text_config for member in self.config.members]
-        texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers)
+        texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers, on_error)
         engines = [member.engine(inference=True) for member in self.members]
         return answer_texts(
-            self, engines, texts, partial(config_thresholds, self.config), batch_size, batch_tokens, rebatch
+            self, engines, texts, self.thresholds_at, policy, batch_size, batch_tokens, rebatch, on_error
         )
+
+    def policy(self, exit_policy: str | None = None, patience: int | None = None) -> ExitPolicy:
+        """Return the exit policy of a call: the config's unless the call names one."""
+        if exit_policy not in (None, *CASCADE_POLICIES) or patience is not None:
+            name = f"exit_policy={exit_policy!r}" if patience is None else f"patience={patience!r}"
+            raise ValueError(f"{name} is not for a cascade; its policies are {', '.join(CASCADE_POLICIES)}.")
+        return ExitPolicy.of(self.config, exit_policy)
+
+    def thresholds_at(self, speeds: torch.Tensor) -> list[torch.Tensor]:
+        """Return the thresholds of every member at the speeds of texts, `[texts, L]` each."""
+        of_members = config_thresholds(self.config, speeds)
+        for number, (member, own) in enumerate(zip(self.members, of_members, strict=True), start=1):
+            try:
+                member.checked_thresholds(own)
+            except ValueError as error:
+                raise ValueError(f"member {number}: {error}") from None
+        return of_members
 
 
 def embed_padded(
@@ -199,8 +239,9 @@ def embed_padded(
 ) -> list[tuple[torch.Tensor, PackedBatch]]:
     """Pack rows of a padded batch and run the embedding layer of a member on them."""
     chosen = rows.to(inputs["input_ids"].device)
-    packed_batch, packed, _ = model.fastbert.pack(**{name: value[chosen] for name, value in inputs.items()})
-    return [model.engine().embed(replace(packed_batch, rows=rows[packed_batch.rows]), packed)]
+    own = {name: value[chosen] for name, value in inputs.items()}
+    packed_batch, packed, padding = model.fastbert.pack(rows=rows, **own)
+    return [model.engine().embed(packed_batch, packed, padding)]
 
 
 def inputs_of_members(

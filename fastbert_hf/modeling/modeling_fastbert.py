@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
+from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_fastbert import FastBertConfig
-from .encoded_texts import checked_speeds, read_texts
+from .encoded_texts import check_on_error, checked_speeds, read_texts
 from .engine import TorchEngine
 from .exit_classifiers import ExitClassifier, build_exits
 from .exit_policies import ExitPolicy, exit_range, exit_thresholds, row_speeds
@@ -24,6 +27,7 @@ from .pretrained_fastbert import FastBertPreTrainedModel
 from .scheduler import Member, Trace, answer_rows, answer_texts
 from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
 from .tasks import task_of
+from .teacher_digest import ChecksStudents
 
 
 if TYPE_CHECKING:
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from .pipeline_fastbert import FastTextClassificationPipeline  # noqa: F401
 
 
-class FastBertForSequenceClassification(FastBertPreTrainedModel):
+class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBertPreTrainedModel):
     """
     A stock encoder with a classifier after every layer, which answers each text with as many layers as it needs
     (FastBERT, Liu et al., ACL 2020). `exits[-1]` is the teacher, `exits[:-1]` are the students.
@@ -173,6 +177,22 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         """The parameters of `student_modules`."""
         return (parameter for module in self.student_modules() for parameter in module.parameters())
 
+    def exit_names(self) -> list[str]:
+        """Return the names of all that is not the backbone, as `modules_to_save` of a PEFT config takes them."""
+        names = [f"exits.{index}" for index in range(len(self.exits))]
+        return names if self.shared_pooler is None else [*names, "shared_pooler"]
+
+    def _refuse_random_teacher(self) -> None:
+        # PEFT makes a new head learn only if it is called "classifier" or "score".
+        is_frozen = not any(parameter.requires_grad for parameter in self.teacher.parameters())
+        if is_frozen and not self.teacher.out_proj.bias.any():  # as new ones are
+            raise ValueError(
+                "the teacher is at its random initialisation and asks for no gradients, so the backbone would learn "
+                "to serve a head that never learns. With PEFT, name the exits in the config: LoraConfig(..., "
+                f"modules_to_save={self.exit_names()}). Without: model.teacher.requires_grad_(True)"
+            )
+
+    @untraced_forward
     @can_return_tuple
     def forward(
         self,
@@ -186,6 +206,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         speed: float | list[float] | torch.Tensor | None = None,
         min_exit_layer: int | None = None,
         max_layers: int | None = None,
+        exit_policy: str | None = None,
+        patience: int | None = None,
         output_exit_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -203,6 +225,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             min_exit_layer (`int`, *optional*): No row leaves before this layer, and no exit before it is evaluated.
             max_layers (`int`, *optional*):
                 Every row has answered after this many layers. At speed 0 that exit alone is evaluated.
+            exit_policy (`str`, *optional*): As in [`FastBertConfig`], whose own is used unless given.
+            patience (`int`, *optional*): As there, for the patience policy.
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
             output_hidden_states (`bool`, *optional*): Whether to return the output of every layer. Speed 0 only.
 
@@ -210,6 +234,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             [`FastBertSequenceClassifierOutput`]
         """
         refuse_attentions(self.config, output_attentions)
+        if labels is not None and self.training and max_layers is None:
+            self._refuse_random_teacher()
         packed_batch, inputs, padding = self.fastbert.pack(
             input_ids,
             attention_mask,
@@ -219,7 +245,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             task_type_ids=task_type_ids,
         )
         speeds = row_speeds(speed, padding.shape[0])
-        thresholds = exit_thresholds(speeds, self.config.num_hidden_layers, min_exit_layer, max_layers)
+        limits = (self.config.num_hidden_layers, min_exit_layer, max_layers)
+        thresholds = self.checked_thresholds(exit_thresholds(speeds, *limits))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         needs_trace = output_exit_logits or output_hidden_states
@@ -229,8 +256,8 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
                 "max_layers."
             )
         trace = Trace(bool(output_exit_logits), bool(output_hidden_states)) if needs_trace else None
-        engine, policy = self.engine(), ExitPolicy.of(self.config)
-        member = Member(engine, thresholds, lambda rows: [engine.embed(packed_batch, inputs)])
+        engine, policy = self.engine(), self.policy(exit_policy, patience)
+        member = Member(engine, thresholds, lambda rows: [engine.embed(packed_batch, inputs, padding)])
         answers = answer_rows([member], policy, trace=trace)
         if not self.training:
             answers.check_finite()
@@ -256,9 +283,12 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         speed: float | Iterable[float] | None = None,
         min_exit_layer: int | None = None,
         max_layers: int | None = None,
+        exit_policy: str | None = None,
+        patience: int | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
+        on_error: str = "raise",
     ) -> Iterator[Prediction]:
         """
         Answer texts of any number in their order, fast without a batch size: texts of similar length share a packed
@@ -268,20 +298,23 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
             encoded_texts (iterable of `Mapping`, or `Mapping` of lists):
                 `input_ids` and what else the tokenizer gave to each text, as lists without padding: what
                 `tokenizer(texts)` returns, rows of a `datasets` data set, or a stream of such. A stream is read
-                up to 16 batches ahead.
+                up to 16 batches ahead. An exception among them is why there is no such text.
             speed (`float` or iterable of `float`, *optional*): In [0, 1], for all or one for each; 0 unless given.
-            min_exit_layer (`int`, *optional*): As in `forward`.
-            max_layers (`int`, *optional*): As in `forward`.
+            min_exit_layer, max_layers, exit_policy, patience (*optional*): As in `forward`.
             batch_size (`int`, *optional*):
                 Reads and answers so many texts at a time, 1 for each as it comes. By the number of tokens unless
                 given, which is faster.
             batch_tokens (`int`, *optional*):
                 Tokens of a packed batch, about: 1,024 on a CPU and 16,384 on an accelerator unless given.
             rebatch (`bool`): Whether texts that go on may be joined to those of other batches.
+            on_error (`str`):
+                What becomes of a text that cannot be read or answered. `"raise"`: an error that names its position,
+                after the answers of all texts before it. `"return"`: a [`Prediction`] that carries this `error` in
+                place of logits. `"skip"`: nothing, so that there are fewer answers than texts.
 
         Returns:
-            An iterator over one [`Prediction`] for each text. A text that cannot be read or answered raises an error
-            that names its position, after the answers of all texts before it; so does a stream that raises.
+            An iterator over one [`Prediction`] for each text. What the stream itself raises is raised after the
+            answers of all texts before it.
 
         Example:
 
@@ -292,12 +325,31 @@ class FastBertForSequenceClassification(FastBertPreTrainedModel):
         ```
         """
         limits = (self.config.num_hidden_layers, min_exit_layer, max_layers)
-        exit_range(*limits)  # what is wrong with them is an error now, not at the first answer
-        texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config])
+        # What is wrong with these is an error now, not at the first answer.
+        exit_range(*limits)
+        check_on_error(on_error)
+        policy = self.policy(exit_policy, patience)
+        texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config], on_error=on_error)
         engines = [self.engine(inference=True)]
-        return answer_texts(
-            self, engines, texts, lambda speeds: [exit_thresholds(speeds, *limits)], batch_size, batch_tokens, rebatch
-        )
+
+        def thresholds_at(speeds: torch.Tensor) -> list[torch.Tensor]:
+            return [self.checked_thresholds(exit_thresholds(speeds, *limits))]
+
+        return answer_texts(self, engines, texts, thresholds_at, policy, batch_size, batch_tokens, rebatch, on_error)
+
+    def policy(self, exit_policy: str | None = None, patience: int | None = None) -> ExitPolicy:
+        """Return the exit policy of a call: the config's, with what the call names in its place."""
+        policy = ExitPolicy.of(self.config, exit_policy)
+        if patience is None:
+            return policy
+        if not isinstance(patience, Integral) or isinstance(patience, bool) or patience < 1:
+            raise ValueError(f"patience must be a whole number of at least 1, got {patience!r}. Example: patience=2")
+        if policy.name != "patience":
+            raise ValueError(
+                f"patience={patience} has no meaning with exit_policy={policy.name!r}: leave it out, or give "
+                'exit_policy="patience", too.'
+            )
+        return replace(policy, patience=int(patience))
 
     def engine(self, inference: bool = False) -> TorchEngine:
         """Return what runs the layers and the exits. Arguments as in [`TorchEngine`]."""

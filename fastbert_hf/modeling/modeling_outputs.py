@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class FastBertSequenceClassifierOutput(ModelOutput):
         exit_layer (`torch.Tensor` of shape `[batch_size]`, long):
             Layers that each row ran through, 1 to L; in all members of a cascade together.
         uncertainty (`torch.Tensor` of shape `[batch_size]`, float32):
-            Of the exit taken, by the config's `exit_policy`.
+            Of the exit taken, by the `exit_policy` of the call or the config.
         exit_member (`torch.Tensor` of shape `[batch_size]`, long, *optional*):
             The member of a cascade that answered, 1 to n.
         exit_logits (`torch.Tensor` of shape `[batch_size, L, num_labels]`, *optional*): Of every exit.
@@ -44,11 +45,20 @@ class Prediction(NamedTuple):
     Args:
         logits (`torch.Tensor` of shape `[num_labels]`, CPU): At the exit that the text took.
         exit_layer (`int`): Layers that it ran through, 1 to L; in all members of a cascade together.
-        uncertainty (`float`): Of the exit taken, by the config's `exit_policy`.
+        uncertainty (`float`): Of the exit taken, by the `exit_policy` of the call or the config.
         exit_member (`int`): The member of a cascade that answered, 1 to n; 1 where there is no cascade.
+        error (`Exception`, *optional*):
+            Why the text has no answer, with `on_error="return"`. Its logits are `None` then, its uncertainty is NaN,
+            and the rest 0.
     """
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     exit_layer: int
     uncertainty: float
     exit_member: int = 1
+    error: Exception | None = None
+
+    @classmethod
+    def failed(cls, error: Exception) -> Prediction:
+        """Return what is said of a text that has no answer."""
+        return cls(None, 0, math.nan, 0, error)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from .compiled_layers import untraced
 from .packed_batch import PackedBatch
 
 
@@ -69,13 +70,15 @@ def _eager(query, key, value, mask, dropout, scaling):
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return nn.functional.dropout(weights, dropout) @ value
 
 
 # What `attn_implementation` can be; the first one is the default.
 ATTENTION_KERNELS = {"sdpa": _sdpa, "eager": _eager}
 
 
+@untraced
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,

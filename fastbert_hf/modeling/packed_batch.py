@@ -108,7 +108,9 @@ class Padding:
         return padded.index_copy(0, self.indices, packed[0]).unflatten(0, self.shape)
 
 
-def pack_padded(attention_mask: torch.Tensor, attn_implementation: str = "sdpa") -> tuple[PackedBatch, Padding]:
+def pack_padded(
+    attention_mask: torch.Tensor, attn_implementation: str = "sdpa", rows: torch.Tensor | None = None
+) -> tuple[PackedBatch, Padding]:
     """
     Return the packed batch of a padded one, and where its tokens stand there. Positions count from a text's first
     token, so that padding on the left changes nothing.
@@ -116,25 +118,29 @@ def pack_padded(attention_mask: torch.Tensor, attn_implementation: str = "sdpa")
     Args:
         attention_mask (`torch.Tensor` of shape `[batch_size, sequence_length]`): Nonzero where a token of a text is.
         attn_implementation (`str`): As in [`PackedBatch`].
+        rows (`torch.Tensor` of shape `[batch_size]`, CPU, *optional*):
+            What the caller's rows are called, where these are some of a larger batch. Counted from 0 unless given.
     """
     mask = attention_mask.bool()
     if mask.shape[0] == 0:
         raise ValueError("the batch has no rows: give at least one text.")
     lengths = mask.sum(1).cpu()
+    if rows is None:
+        rows = torch.arange(len(lengths))
     if (lengths == 0).any():
-        empty = (lengths == 0).nonzero()[:, 0].tolist()
+        empty = rows[lengths == 0].tolist()
         raise ValueError(
             f"rows {empty} hold padding only (attention_mask is 0 everywhere): leave them out, or give them at least "
             "one token."
         )
-    rows = lengths.argsort(stable=True)
-    device_rows = rows.to(mask.device)
-    packed_rows, columns = mask[device_rows].nonzero(as_tuple=True)
-    text_rows = device_rows[packed_rows]
+    order = lengths.argsort(stable=True)
+    device_order = order.to(mask.device)
+    packed_rows, columns = mask[device_order].nonzero(as_tuple=True)
+    text_rows = device_order[packed_rows]
     first_columns = mask.int().argmax(1)
     batch = PackedBatch(
-        rows=rows,
-        lengths=lengths[rows],
+        rows=rows[order],
+        lengths=lengths[order],
         position_ids=(columns - first_columns[text_rows]).unsqueeze(0),
         attn_implementation=attn_implementation,
     )

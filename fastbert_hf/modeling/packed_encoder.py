@@ -8,6 +8,7 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_fastbert import FastBertConfig
 from .engine import TorchEngine
 from .families import encoder_layers, get_encoder_family, max_text_tokens, padded_position_ids, too_long
@@ -17,7 +18,7 @@ from .pretrained_fastbert import FastBertPreTrainedModel
 from .scheduler import ActiveBatch, Trace, run_layers
 
 
-class FastBertModel(FastBertPreTrainedModel):
+class FastBertModel(CompilesLayers, FastBertPreTrainedModel):
     """
     A stock encoder whose layers run on packed batches. Takes what the encoder takes and returns the same hidden
     states, with zeros at padding.
@@ -66,9 +67,13 @@ class FastBertModel(FastBertPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
         **inputs: torch.Tensor | None,
     ) -> tuple[PackedBatch, dict[str, torch.Tensor], Padding]:
-        """Pack a padded batch: return the packed one, its inputs, `[1, total_tokens]` each, and their padding."""
+        """
+        Pack a padded batch: return the packed one, its inputs, `[1, total_tokens]` each, and their padding. `rows` are
+        as in [`pack_padded`], the rest is as in `forward`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -83,7 +88,7 @@ class FastBertModel(FastBertPreTrainedModel):
                 f"attention_mask must be [batch_size, sequence_length] = {list(tokens.shape[:2])}, got "
                 f"{list(attention_mask.shape)}."
             )
-        packed_batch, padding = pack_padded(attention_mask, self.config._attn_implementation)
+        packed_batch, padding = pack_padded(attention_mask, self.config._attn_implementation, rows)
         if position_ids is None:
             longest, limit = packed_batch.lengths.max().item(), max_text_tokens(self.backbone.config)
             if longest > limit:
@@ -92,6 +97,7 @@ class FastBertModel(FastBertPreTrainedModel):
         inputs.update(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         return packed_batch, {k: padding.unpad(v) for k, v in inputs.items() if v is not None}, padding
 
+    @untraced_forward
     @can_return_tuple
     def forward(
         self,
@@ -137,7 +143,7 @@ class FastBertModel(FastBertPreTrainedModel):
         )
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         engine, trace = TorchEngine(self.backbone), Trace(every_state=bool(keeps_states))
-        hidden_states, packed_batch = engine.embed(packed_batch, inputs)
+        hidden_states, packed_batch = engine.embed(packed_batch, inputs, padding)
         # No exit may answer, so every text runs through every layer.
         batch = ActiveBatch(hidden_states, packed_batch, torch.zeros(len(packed_batch.rows), engine.num_layers))
         run_layers(engine, None, [batch], [engine.num_layers], trace=trace)

@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import TextClassificationPipeline
-from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 from transformers.utils.logging import tqdm
 
-from .encoded_texts import read_blocks, rows_of
+from .encoded_texts import check_on_error, checked_speeds, read_blocks
 from .exit_policies import check_speed, exit_range
-from .processing_cascade import CascadeProcessor, check_tokenizer
+from .pipeline_inputs import checked_texts, encode_block, texts_of
+from .processing_cascade import CascadeProcessor, check_tokenizer, find_tokenizer
 from .tasks import task_of
+from .tokenization import call_arguments
 
 
 # Texts that the tokenizer gets at a time.
 BLOCK_TEXTS = 256
 # Where no batch size was given: batches are cut by their tokens.
 BY_TOKENS = "by tokens"
+# What an answer tells beside its label and score.
+TOLD = ("exit_layer", "exit_member", "uncertainty", "position")
+STOCK_ARGUMENTS = frozenset(signature(TextClassificationPipeline._sanitize_parameters).parameters).difference(
+    ("self", "tokenizer_kwargs")
+)
+# Transformers warns of a default model, since one on the Hub may change. The one that lies in the package does not.
+OWN_DEFAULT = f"No model was supplied, defaulted to {Path(__file__).parents[1] / 'default_model'} "
+logging.getLogger("transformers.pipelines").addFilter(lambda record: not record.getMessage().startswith(OWN_DEFAULT))
+
+
+class LoadsWhatIsNamed:
+    """
+    True for `pipeline()`, which then loads a tokenizer by its name and lets no failure pass. It is false where
+    `pipeline()` was given a loaded model and no name: then the model is asked.
+    """
+
+    def __bool__(self) -> bool:
+        return not str(sys.exc_info()[1]).startswith("Impossible to guess which tokenizer to use")
 
 
 class FastTextClassificationPipeline(TextClassificationPipeline):
     """
     `TextClassificationPipeline` for a FastBERT model. Everything is as there, and beside it:
 
-    - `speed`, `min_exit_layer` and `max_layers`, to `pipeline(...)` or to a call; without them the model's config
-      decides;
+    - `speed`, `min_exit_layer`, `max_layers`, `exit_policy` and `patience`, to `pipeline(...)` or to a call; without
+      them the model's config decides;
     - every answer carries its `exit_layer`, the number of layers that the text ran through;
     - it needs no `batch_size` to be fast ([`FastBertForSequenceClassification.predict`]); one that is given is kept;
-    - an empty list, a `datasets` data set or a column of one, and any iterator are welcome; `progress_bar=True` shows
-      how far a call is.
+    - an empty list, a `datasets` data set or a column of one, a DataFrame or a Series, and any iterator are welcome;
+      `progress_bar=True` shows how far a call is, and `on_error` says what becomes of a text that has no answer;
+    - a loaded model needs no `tokenizer=` if it knows its own; one that cannot be the model's is refused, and so are
+      arguments that nobody knows.
 
     Example:
 
@@ -47,180 +74,194 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
     ```
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        # A model that comes straight from its training would answer with dropout.
-        self.model.eval()
-        model_type = self.model.config.model_type
+    _load_tokenizer = LoadsWhatIsNamed()
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | CascadeProcessor | str | None = None,
+        **kwargs,
+    ):
+        model_type = model.config.model_type
         if model_type not in ("fastbert", "fastbert_cascade"):
             raise ValueError(
                 f"fast-text-classification needs a FastBERT model, got one of type {model_type!r}. Wrap it with "
                 "FastBertForSequenceClassification.from_classifier(name) and self-distil it first."
             )
-        if getattr(self.model.config, "own_tokenizers", False) and not hasattr(self.tokenizer, "tokenizers"):
-            # What Transformers has loaded is that of the first member.
-            self.tokenizer = CascadeProcessor.from_pretrained(
-                self.model.name_or_path, revision=getattr(self.model.config, "_commit_hash", None)
-            )
-        check_tokenizer(self.model, self.tokenizer)
+        if isinstance(tokenizer, str):  # `pipeline()` loads it, but not while that error is handled
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        # Where each member has its own, what Transformers has loaded is that of the first.
+        has_one_of_several = getattr(model.config, "own_tokenizers", False) and not hasattr(tokenizer, "tokenizers")
+        if tokenizer is None or has_one_of_several:
+            tokenizer = find_tokenizer(model)
+        check_tokenizer(model, tokenizer)
+        if kwargs.get("speed") is not None:
+            check_speed(kwargs["speed"])  # one for each text is for a call
+        kwargs.pop("local_files_only", None)  # read by `pipeline()`, and left there
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+        # A model that comes straight from its training would answer with dropout.
+        self.model.eval()
 
-    def _sanitize_parameters(self, speed=None, min_exit_layer=None, max_layers=None, progress_bar=None, **kwargs):
+    def _sanitize_parameters(
+        self,
+        speed=None,
+        min_exit_layer=None,
+        max_layers=None,
+        exit_policy=None,
+        patience=None,
+        on_error=None,
+        return_uncertainty=None,
+        progress_bar=None,
+        text_pair=None,
+        allow_blank=None,
+        **kwargs,
+    ):
+        self._refuse_unknown(kwargs)
         preprocess, _, postprocess = super()._sanitize_parameters(**kwargs)
-        if speed is not None:
-            check_speed(speed)
-        limits = {"min_exit_layer": min_exit_layer, "max_layers": max_layers}
-        for name, value in limits.items():
-            if value is not None and name not in self.model.config.call_defaults:
-                raise ValueError(
-                    f"{name}={value!r} is not for a cascade, whose members each have their own layers: set it in the "
-                    f"config of a member before from_members([...]). Leave out {name}."
-                )
+        if text_pair is not None and (isinstance(text_pair, bytes) or not isinstance(text_pair, Iterable)):
+            raise TypeError(f"text_pair must be a text, or one for each text, got {text_pair!r:.40}.")
+        preprocess.update(given(text_pair=text_pair, allow_blank=allow_blank))
+        limits = given(min_exit_layer=min_exit_layer, max_layers=max_layers)
+        if limits and hasattr(self.model.config, "members"):
+            name, value = next(iter(limits.items()))
+            raise ValueError(
+                f"{name}={value!r} is not for a cascade, whose members each have their own layers: set it in the "
+                f"config of a member before from_members([...]). Leave out {name}."
+            )
         exit_range(self.model.config.num_hidden_layers, **limits)
-        forward = {"speed": speed, **limits, "progress_bar": progress_bar}
-        return preprocess, {name: value for name, value in forward.items() if value is not None}, postprocess
+        policy = given(exit_policy=exit_policy, patience=patience)
+        if policy:
+            of_constructor = getattr(self, "_forward_params", {})
+            self.model.policy(exit_policy or of_constructor.get("exit_policy"), patience)
+            if exit_policy not in (None, "patience") and "patience" in of_constructor:
+                policy["patience"] = None  # it is for another policy
+        if on_error is not None:
+            check_on_error(on_error)
+        answers = given(on_error=on_error, return_uncertainty=return_uncertainty, progress_bar=progress_bar)
+        return preprocess, {**given(speed=checked_speeds(speed)), **limits, **policy, **answers}, postprocess
+
+    def _refuse_unknown(self, arguments: dict[str, Any]) -> None:
+        """Raise an error if an argument is neither the pipeline's nor the tokenizer's, which would ignore it."""
+        if not arguments:
+            return
+        tokenizers = getattr(self.tokenizer, "tokenizers", [self.tokenizer])
+        known = STOCK_ARGUMENTS.union(*(call_arguments(type(tokenizer)) for tokenizer in tokenizers))
+        unknown = [name for name in arguments if name not in known]
+        if unknown:
+            own = [name for name in signature(self._sanitize_parameters).parameters if name != "kwargs"]
+            own += [*sorted(STOCK_ARGUMENTS), "batch_size", "num_workers"]
+            near = get_close_matches(unknown[0], [*own, *sorted(known)], 1)
+            raise TypeError(
+                f"unexpected {', '.join(unknown)}{f' (did you mean {near[0]}?)' if near else ''}: the pipeline takes "
+                f"{', '.join(own)} and the arguments of its tokenizer, such as truncation and max_length."
+            )
+        if arguments.get("return_overflowing_tokens"):
+            raise ValueError(
+                "each text has one answer, not one for each of its pieces: leave out return_overflowing_tokens."
+            )
 
     def __call__(self, inputs, **kwargs) -> list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """
         Classify texts.
 
         Args:
-            inputs (`str`, `dict`, `list`, `Dataset` or iterator):
-                A text, a pair as `{"text": ..., "text_pair": ...}`, or many of either. Texts must not be empty.
-            speed (`float`, *optional*): In [0, 1], for this call; 0 runs every layer.
+            inputs (`str`, `dict`, `list`, `Dataset`, `DataFrame` or iterator):
+                A text, a pair as `{"text": ..., "text_pair": ...}`, or many of either. Of a `datasets` data set or a
+                DataFrame the columns `text` and, where it is there, `text_pair` are read. A blank text is answered
+                as any other.
+            text_pair (`str` or iterable of `str`, *optional*):
+                The second text of a pair: one for all texts, or one for each.
+            speed (`float` or iterable of `float`, *optional*):
+                In [0, 1], for this call, or one for each text; 0 runs every layer.
             min_exit_layer (`int`, *optional*): No text leaves before this layer.
             max_layers (`int`, *optional*): Every text has answered after this many layers.
+            exit_policy (`str`, *optional*), patience (`int`, *optional*): As in [`FastBertConfig`], for this call.
             batch_size (`int`, *optional*):
                 Reads and answers so many texts at a time. An iterator is read up to 16 batches ahead unless given;
                 1 answers each text before the next is read.
+            allow_blank (`bool`, *optional*): `False` makes blank texts an error.
+            on_error (`str`, *optional*):
+                What becomes of a text that cannot be read or answered. `"raise"`, which is the default: an error that
+                names its position, after the answers of all texts before it. `"return"`: `{"error": ...}` in its
+                place. `"skip"`: no answer. With the last two every answer carries its `position`.
+            return_uncertainty (`bool`, *optional*): Whether every answer carries its `uncertainty`, too.
             progress_bar (`bool`, *optional*): Whether to show one.
             kwargs:
                 `top_k`, `function_to_apply` and arguments of the tokenizer, such as `truncation=True`. `num_workers`
                 has no use here: a fast tokenizer takes every core by itself.
 
         Returns:
-            As `TextClassificationPipeline`: a list for a text or a list, an iterator for a data set or an iterator.
-            Each answer is `{"label": str, "score": float, "exit_layer": int}`.
+            As `TextClassificationPipeline`: a list for a text, a list, a Series or a DataFrame, an iterator for a
+            data set or an iterator. Each answer is `{"label": str, "score": float, "exit_layer": int}`.
         """
         if kwargs.get("batch_size") is None:
             # The stock call takes no batch size for 1.
             kwargs["batch_size"] = BY_TOKENS if self._batch_size is None else self._batch_size
-        columns = getattr(inputs, "column_names", None)
-        if columns is not None:
-            inputs = texts_of(inputs, columns)
-        if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes, dict, Dataset)):
-            is_sequence = isinstance(inputs, Sequence)  # lists, tuples, columns of `datasets`
-            if is_sequence and len(inputs) == 0:
-                return []
-            inputs = list(inputs) if is_sequence else (text for text in inputs)
-        return super().__call__(inputs, **kwargs)
+        texts = texts_of(inputs)
+        if isinstance(texts, str) and "top_k" not in kwargs:
+            texts = [texts]  # whose answer is a list, too
+        gives_list = isinstance(texts, list)
+        if isinstance(texts, (list, Dataset)) and isinstance(texts, Sized) and len(texts) == 0:
+            # The stock call looks at the first of a list, even where there is none.
+            texts = (text for text in ())
+        answers = super().__call__(texts, **kwargs)
+        is_empty_stream = isinstance(texts, GeneratorType) and isinstance(answers, list) and not gives_list
+        return iter(answers) if is_empty_stream else answers
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        return next(self._answers([inputs], 1, preprocess_params, forward_params, postprocess_params))
+        return next(self._answers([inputs], 1, preprocess_params, forward_params, postprocess_params), [])
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         return self._answers(inputs, batch_size, preprocess_params, forward_params, postprocess_params)
 
     def _answers(self, inputs, batch_size, preprocess_params, forward_params, postprocess_params):
-        total = len(inputs) if isinstance(inputs, Sized) else None
-        if isinstance(inputs, Dataset) and total is not None:
-            inputs = map(inputs.__getitem__, range(total))
-        encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, preprocess_params)
         config = self.model.config
         arguments = {name: getattr(config, name) for name in config.call_defaults}
         arguments.update(forward_params, batch_size=None if batch_size == BY_TOKENS else batch_size)
         shows_progress = arguments.pop("progress_bar", False)
+        returns_uncertainty = arguments.pop("return_uncertainty", False)
+        # Skipped here, as answers carry the positions of their texts.
+        on_error = arguments.pop("on_error", "raise")
+        arguments["on_error"] = "return" if on_error == "skip" else on_error
+        total = len(inputs) if isinstance(inputs, Sized) else None
+        for name, value in (("speeds", arguments["speed"]), ("text_pairs", preprocess_params.get("text_pair"))):
+            if total is not None and isinstance(value, Sized) and not isinstance(value, str) and len(value) != total:
+                raise ValueError(f"got {len(value)} {name} for {total} texts: give one for all, or one for each.")
+        if isinstance(inputs, Dataset) and total is not None:
+            inputs = map(inputs.__getitem__, range(total))
+        encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, **preprocess_params)
         answers = self.model.predict(encoded, **arguments)
-        for answer in tqdm(answers, total=total, desc="Classifying") if shows_progress else answers:
+        progress = tqdm(answers, total=total, desc="Classifying") if shows_progress else answers
+        for position, answer in enumerate(progress):
+            if answer.error is not None:
+                if on_error == "return":
+                    yield {"error": str(answer.error), "position": position}
+                continue
             outputs = {"logits": answer.logits[None], "exit_layer": answer.exit_layer}
             if hasattr(config, "members"):
                 outputs["exit_member"] = answer.exit_member
+            if returns_uncertainty:
+                outputs["uncertainty"] = answer.uncertainty
+            if on_error != "raise":
+                outputs["position"] = position
             yield self.postprocess(outputs, **postprocess_params)
 
-    def _encode(self, inputs, block_texts, tokenizer_kwargs):
+    def _encode(self, inputs, block_texts, text_pair=None, allow_blank=True, **tokenizer_kwargs):
         """Yield the stream's texts as the tokenizer encodes them, many at a time and without padding."""
         arguments = {**tokenizer_kwargs, "padding": False, "return_tensors": None, "return_attention_mask": False}
-        for block in read_blocks(checked_texts(inputs), block_texts):
-            texts, pairs = map(list, zip(*block, strict=True))
-            rows = [
-                list(rows_of(tokenizer(texts, None if pairs[0] is None else pairs, **arguments)))
-                for tokenizer in getattr(self.tokenizer, "tokenizers", [self.tokenizer])
-            ]
-            if len(rows[0]) != len(texts):
-                raise ValueError(
-                    f"the tokenizer made {len(rows[0])} pieces of {len(texts)} texts, but each text has one answer: "
-                    "leave out return_overflowing_tokens."
-                )
-            yield from rows[0] if len(rows) == 1 else zip(*rows, strict=True)
+        tokenizers = getattr(self.tokenizer, "tokenizers", [self.tokenizer])
+        for block in read_blocks(checked_texts(inputs, text_pair, allow_blank), block_texts):
+            yield from encode_block(tokenizers, block, arguments)
 
     def postprocess(self, model_outputs, function_to_apply=None, **kwargs):
         function_to_apply = function_to_apply or ClassificationFunction(task_of(self.model.config).function_to_apply)
         answers = super().postprocess(model_outputs, function_to_apply, **kwargs)
-        exits = {name: model_outputs[name] for name in ("exit_layer", "exit_member") if name in model_outputs}
+        told = {name: model_outputs[name] for name in TOLD if name in model_outputs}
         for answer in answers if isinstance(answers, list) else [answers]:
-            answer.update(exits)
+            answer.update(told)
         return answers
 
 
-def texts_of(dataset: Any, columns: list[str]) -> Dataset | Iterator:
-    """Return the texts, or pairs, of a `datasets` data set, whatever columns stand beside them."""
-    if "text" not in columns:
-        raise ValueError(
-            f"the data set has no column 'text', but {', '.join(columns)}: give the column, as in "
-            f"classifier(dataset[{columns[0]!r}]), or rename it."
-        )
-    names = [name for name in ("text", "text_pair") if name in columns]
-    dataset = dataset.select_columns(names)
-    if not isinstance(dataset, Sized):  # a stream
-        return iter(dataset)
-    return KeyDataset(dataset, "text") if len(names) == 1 else KeyPairDataset(dataset, *names)
-
-
-def checked_texts(inputs: Iterable) -> Iterator[tuple[str, str | None]]:
-    """
-    Yield each input as `(text, text_pair)`. What is no text, or a pair among single texts or the other way round,
-    raises an error that names its position.
-    """
-    first_kind = None
-    for position, item in enumerate(inputs):
-        if isinstance(item, dict):
-            unknown = sorted(set(item) - {"text", "text_pair"})
-            if unknown or "text" not in item:
-                raise ValueError(
-                    f"input {position} is a dict of {', '.join(map(repr, item))}: a text is a string or "
-                    '{"text": ...}, a pair {"text": ..., "text_pair": ...}.'
-                )
-            text, pair = item["text"], item.get("text_pair")
-        elif isinstance(item, list) and len(item) == 1 and isinstance(item[0], list) and len(item[0]) == 2:
-            text, pair = item[0]  # the old form of a pair, which the stock pipeline still takes
-        else:
-            text, pair = item, None
-        check_text(text, position)
-        if pair is not None:
-            check_text(pair, position)
-        kind = "a single text" if pair is None else "a pair"
-        first_kind = first_kind or kind
-        if kind != first_kind:
-            raise ValueError(
-                f"input {position} is {kind}, but those before it are not: a classifier reads one or the other. Call "
-                'it for each kind by itself, pairs as {"text": ..., "text_pair": ...}.'
-            )
-        yield text, pair
-
-
-def check_text(text: Any, position: int) -> None:
-    """Raise unless `text` is a string with something in it."""
-    if isinstance(text, list):
-        raise ValueError(
-            f'input {position} is a list ({str(text)[:40]!r}): a pair is {{"text": ..., "text_pair": ...}}, many '
-            "texts are one list of strings."
-        )
-    if not isinstance(text, str):
-        raise TypeError(
-            f"input {position}: a text must be a string, got {type(text).__name__} ({str(text)[:40]!r}). Pairs are "
-            '{"text": ..., "text_pair": ...}; bytes need text.decode("utf-8") first.'
-        )
-    if not text.strip():
-        raise ValueError(
-            f"input {position}: got an empty text ({text!r}): leave empty texts out, as in "
-            "[text for text in texts if text.strip()]."
-        )
+def given(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are not `None`."""
+    return {name: value for name, value in arguments.items() if value is not None}

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import re
-from pathlib import Path
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.peft import maybe_load_adapters
-
-# A modeling file does not import safetensors itself; this is its reader.
-from transformers.modeling_utils import safe_open
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-    has_file,
-)
-from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
+from transformers.utils.hub import resolve_revision
 
-from .checkpoint_checks import WEIGHTS_FILE, check_total_size, check_weights, shortened
+from .adapter_checks import base_of_adapter
+from .checkpoint_checks import explained
+from .checkpoint_files import find_weights, read_shapes
 from .configuration_fastbert import FastBertConfig
 from .packed_attention import ATTENTION_KERNELS
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
-
-
-# Bytes, in all files: a model of 1,000 layers with its exits needs 4 MB, and reading takes up to 20 times as much.
-LARGEST_HEADERS = 5_000_000
+from .weight_checks import HARMLESS, IS_EXIT, check_total_size, check_weights
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -44,37 +29,62 @@ class FastBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The forward takes no loss keywords, so gradient accumulation averages the micro-batches.
     accepts_loss_kwargs = False
+    # A stock pooler and the like, which no exit reads: Transformers need not report them.
+    _keys_to_ignore_on_load_unexpected = [HARMLESS]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Self:
         """
         Load a model as [`PreTrainedModel.from_pretrained`] does, from safetensors only. The config and the headers of
         the weights are checked before the model is built, so that a broken or hostile checkpoint costs one error.
 
         Args:
-            pretrained_model_name_or_path (`str` or `PathLike`): A folder, or the id of a repository.
+            pretrained_model_name_or_path (`str` or `PathLike`):
+                A folder, or the id of a repository: a model, or a LoRA adapter that names its base.
             kwargs: As in Transformers, without `use_safetensors=False`.
+
+        Returns:
+            The model, and with `output_loading_info=True` a dict beside it, as in Transformers.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError(
                 "FastBERT checkpoints are safetensors only, as a .bin can run code when it is opened: leave out "
                 "use_safetensors=False."
             )
-        # Without a name the weights are given as state_dict.
-        if pretrained_model_name_or_path is not None and not kwargs.get("gguf_file"):
-            kwargs = cls._check_checkpoint(pretrained_model_name_or_path, kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        is_adapter, wants_info = False, kwargs.pop("output_loading_info", False)
+        if pretrained_model_name_or_path is None:
+            if kwargs.get("state_dict") is not None and isinstance(kwargs.get("config"), PreTrainedConfig):
+                shapes = {name: tuple(weight.shape) for name, weight in kwargs["state_dict"].items()}
+                cls._check_weights(shapes, kwargs["config"], kwargs)
+        elif not kwargs.get("gguf_file"):
+            kwargs, is_adapter = cls._check_checkpoint(pretrained_model_name_or_path, kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        # The headers tell nothing of names that a key_mapping changes, of weights inside of quantised modules and of
+        # adapters.
+        missing = sorted(name for name in info["missing_keys"] if is_adapter or not IS_EXIT(name))
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no weights for {', '.join(missing[:3])}"
+                f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: save the checkpoint again."
+            )
         # Loading puts new parameters in place of the frozen ones.
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+        for module in model.modules():
             if hasattr(module, "_freeze_students"):
                 module._freeze_students()
-        return loaded
+        return (model, info) if wants_info else model
 
     @classmethod
-    def _check_checkpoint(cls, name_or_path: str | os.PathLike, kwargs: dict) -> dict:
-        """Check the files that `from_pretrained` is about to load, and return its keywords for these very files."""
+    def _check_checkpoint(cls, name_or_path: str | os.PathLike, kwargs: dict) -> tuple[dict, bool]:
+        """
+        Check the files that `from_pretrained` is about to load; return its keywords for these very files, and whether
+        an adapter is among them.
+        """
         download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
-        _, base, _ = maybe_load_adapters(name_or_path, download, **(kwargs.get("adapter_kwargs") or {}))
+        base, is_adapter = base_of_adapter(name_or_path, kwargs.get("adapter_kwargs") or {}, **download)
         if base == name_or_path:
             places = {name: download.get(name) for name in ("token", "cache_dir")}
             offline = bool(download.get("local_files_only"))
@@ -87,18 +97,29 @@ class FastBertPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config or base, **download, **fields)
         weights_name = getattr(config, "transformers_weights", None)
         files = find_weights(base, weights_name, kwargs.get("variant"), **download)
-        # Quantised weights are packed in a way of their own.
-        quantized = getattr(config, "quantization_config", None)
-        has_own_shapes = bool(quantized) and AutoHfQuantizer.supports_quant_method(quantized)
-        shapes = read_shapes(files)
-        check_total_size(shapes, config, has_own_shapes)
-        if not has_own_shapes and not kwargs.get("key_mapping"):
-            with torch.device("meta"):
-                wanted = {name: tuple(value.shape) for name, value in cls(copy.deepcopy(config)).state_dict().items()}
-            prefix = f"{FastBertPreTrainedModel.base_model_prefix}."
-            check_weights(shapes, wanted, prefix, not kwargs.get("ignore_mismatched_sizes"))
+        cls._check_weights(read_shapes(files), config, kwargs)
         # The files were just downloaded.
-        return {**kwargs, "force_download": False}
+        return {**kwargs, "force_download": False}, is_adapter
+
+    @classmethod
+    def _check_weights(cls, shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, kwargs: dict) -> None:
+        """Raise unless weights of these shapes are those of the model that `from_pretrained` is about to build."""
+        is_quantised = is_quantised_config(config)
+        check_total_size(shapes, config, is_quantised)
+        with torch.device("meta"), explained("the model that the config describes cannot be built"):
+            model = cls(copy.deepcopy(config))
+        if kwargs.get("key_mapping"):
+            return
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        check_weights(
+            shapes,
+            wanted,
+            prefix=f"{FastBertPreTrainedModel.base_model_prefix}.",
+            # Saved as an encoder, a checkpoint is one; a classifier without its exits has lost them.
+            needs_exits=cls.__name__ in (config.architectures or ()),
+            check_shapes=not kwargs.get("ignore_mismatched_sizes"),
+            is_quantised=is_quantised,
+        )
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested_attention = requested_attention or next(iter(ATTENTION_KERNELS))
@@ -120,101 +141,13 @@ class FastBertPreTrainedModel(PreTrainedModel):
         self.config._attn_implementation_internal = self.get_correct_attn_implementation(attn_implementation)
 
 
-def find_weights(
-    name_or_path: str | os.PathLike, filename: str | None = None, variant: str | None = None, **download
-) -> list[str]:
-    """
-    Return the safetensors files of a folder, file or repository, downloaded where they are not on this machine.
-
-    `filename` is what the config names in place of model.safetensors, `download` says where files are.
-    """
-    subfolder = download.get("subfolder") or ""
-    folder = os.path.join(name_or_path, subfolder)
-    if os.path.isfile(name_or_path):
-        if not str(name_or_path).endswith(".safetensors"):
-            raise ValueError(f"{name_or_path} is not a safetensors file: give the folder of a checkpoint.")
-        return [str(name_or_path)]
-    if any(Path(folder).glob("shard-*-model-*.safetensors")):
-        raise ValueError(
-            f"{folder} is a distributed checkpoint (shard-*-model-*.safetensors), which FastBERT does not read: save "
-            "it with model.save_pretrained(folder)."
-        )
-    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    if variant is not None:  # model.fp16.safetensors, model.safetensors.index.fp16.json
-        names = [f".{variant}.".join(name.rsplit(".", 1)) for name in names]
-    for name in [filename] if filename else names:
-        path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **download)
-        if path is not None and name.endswith(".json"):
-            check_index(path)
-            files, _ = get_checkpoint_shard_files(name_or_path, path, **download)
-            for file in files:
-                if not os.path.isfile(file):
-                    raise OSError(f"{path} names {file}, which does not exist: download or save the checkpoint again.")
-            return files
-        if path is not None:
-            return [path]
-    places = {name: download.get(name) for name in ("revision", "proxies", "token", "cache_dir")}
-    offline = bool(download.get("local_files_only"))
-    for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        if has_file(name_or_path, os.path.join(subfolder, name), local_files_only=offline, **places):
-            raise OSError(lines_that_convert(name_or_path, subfolder, name))
-    raise OSError(
-        f"{folder} has no {' and no '.join([filename] if filename else names)}: give a folder that "
-        "model.save_pretrained(folder) wrote, or the id of such a repository."
+def is_quantised_config(config: PreTrainedConfig) -> bool:
+    """Tell whether weights are packed in a way that Transformers knows, by the config or the backbone's."""
+    settings = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
     )
-
-
-def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in safetensors files, whose headers are checked against the files' sizes."""
-    shapes, bytes_left = {}, LARGEST_HEADERS
-    for file in files:
-        with open(file, "rb") as weights:
-            length = int.from_bytes(weights.read(8), "little")
-        if length > os.path.getsize(file) - 8 or length > bytes_left:
-            raise OSError(
-                f"{file} says that its header has {length:,} bytes, but the file has {os.path.getsize(file):,}, and "
-                f"the headers of a checkpoint at most {LARGEST_HEADERS:,}: it was cut off, or is no safetensors file. "
-                "Download or save it again."
-            )
-        bytes_left -= length
-        try:
-            # NumPy's mapping of the file takes no memory, PyTorch's asks for all of it.
-            with safe_open(file, framework="np") as weights:
-                shapes.update({name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()})
-        except Exception as error:  # the library's own class of error has no name outside it
-            raise OSError(f"{file} is no whole safetensors file ({error}). Download or save it again.") from error
-    return shapes
-
-
-def check_index(path: str) -> None:
-    """Raise unless an index maps weights to safetensors files in its own folder."""
-    try:
-        if os.path.getsize(path) > LARGEST_HEADERS:
-            raise ValueError(f"more than {LARGEST_HEADERS:,} bytes")
-        index = json.loads(Path(path).read_text(encoding="utf-8"))
-        files, has_metadata = set(index["weight_map"].values()), isinstance(index["metadata"], dict)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise OSError(f"{path} is no index of weights ({shortened(error)}): save the checkpoint again.") from error
-    strange = [name for name in files if not re.fullmatch(WEIGHTS_FILE, str(name))]
-    if strange or not files or not has_metadata:
-        raise ValueError(
-            f"{path} names {shortened(strange or files)} where only safetensors files of its own folder may be, as in "
-            '"model-00001-of-00002.safetensors": save the checkpoint again with model.save_pretrained(folder).'
-        )
-
-
-def lines_that_convert(name_or_path: str | os.PathLike, subfolder: str, name: str) -> str:
-    """Return why a .bin is not read, and how to convert it."""
-    folder = f"{str(name_or_path)!r}" if os.path.isdir(name_or_path) else f"snapshot_download({str(name_or_path)!r})"
-    return (
-        f"{os.path.join(name_or_path, subfolder)} has its weights in {name} alone. FastBERT checkpoints are "
-        "safetensors only, as a .bin can run code when it is opened. Convert it once, and load that folder:\n\n"
-        "from pathlib import Path\nimport torch\nfrom huggingface_hub import snapshot_download\n"
-        f"from safetensors.torch import save_file\nfolder, weights = Path({folder}, {subfolder!r}), {{}}\n"
-        'for file in folder.glob("pytorch_model*.bin"):\n'
-        "    weights.update(torch.load(file, weights_only=True))\n"
-        f'save_file(weights, folder / "{SAFE_WEIGHTS_NAME}", metadata={{"format": "pt"}})\n'
-    )
+    settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    return bool(settings) and AutoHfQuantizer.supports_quant_method(settings)
 
 
 __all__ = ["FastBertPreTrainedModel"]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
+from .checkpoint_checks import read_config
 from .encoded_texts import rows_of
 from .families import max_text_tokens
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
+from .tokenization import call_tokenizer, check_vocabulary
 
+
+logger = logging.get_logger(__name__)
 
 # A folder with any of these has a tokenizer; old ones lack tokenizer_config.json.
 TOKENIZER_FILES = (
@@ -24,7 +29,10 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-MEMBER_FOLDER = "member_{}"
+# What else a tokenizer may have written.
+BESIDE_THEM = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
+# Without a config of its own AutoTokenizer would read the model's, and ask whether to run the code beside it.
+ALONE = {"config": PreTrainedConfig(), "trust_remote_code": False}
 
 
 class CascadeProcessor:
@@ -62,14 +70,23 @@ class CascadeProcessor:
             text_pairs (sequence of `str`, *optional*): The second ones.
             kwargs: Arguments of the tokenizers, such as `truncation=True`.
         """
-        encoded = [rows_of(tokenizer(texts, text_pairs, **kwargs)) for tokenizer in self.tokenizers]
+        encoded = [rows_of(call_tokenizer(tokenizer, texts, text_pairs, **kwargs)) for tokenizer in self.tokenizers]
         return list(zip(*encoded, strict=True)) if self.own_tokenizers else list(encoded[0])
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the tokenizer of the first member, or of all, in the folder, and the others in `member_2`, ..."""
+        """
+        Save the tokenizer of the first member, or of all, in the folder, and the others in `member_2`, ... Those that
+        a cascade of more members left there are removed.
+        """
         for number, tokenizer in enumerate(self.tokenizers, start=1):
-            folder = os.path.join(save_directory, MEMBER_FOLDER.format(number))
-            tokenizer.save_pretrained(save_directory if number == 1 else folder)
+            tokenizer.save_pretrained(save_directory if number == 1 else member_folder(save_directory, number))
+        number = len(self.tokenizers) + 1
+        while os.path.isdir(folder := member_folder(save_directory, number)):
+            for name in (*TOKENIZER_FILES, *BESIDE_THEM):
+                Path(folder, name).unlink(missing_ok=True)
+            if not os.listdir(folder):
+                os.rmdir(folder)
+            number += 1
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs) -> CascadeProcessor:
@@ -80,14 +97,13 @@ class CascadeProcessor:
             name_or_path (`str` or `PathLike`): A folder, or the id of a repository.
             kwargs: Those arguments of `from_pretrained` that say where files are (`revision`, `token`, ...).
         """
+        most = number_of_tokenizers(name_or_path, **kwargs)
         inside, tokenizers = kwargs.pop("subfolder", None) or "", []
-        # Without a config of theirs AutoTokenizer would read the cascade's, and ask whether to run the code beside it.
-        arguments = {**kwargs, "config": PreTrainedConfig(), "trust_remote_code": False}
-        while tokenizer := load_tokenizer(
-            name_or_path,
-            os.path.join(inside, MEMBER_FOLDER.format(len(tokenizers) + 1)) if tokenizers else inside,
-            **arguments,
-        ):
+        while len(tokenizers) != most:
+            folder = member_folder(inside, len(tokenizers) + 1) if tokenizers else inside
+            tokenizer = load_tokenizer(name_or_path, folder, **{**kwargs, **ALONE})
+            if tokenizer is None:
+                break
             tokenizers.append(tokenizer)
         if not tokenizers:
             raise OSError(
@@ -147,6 +163,39 @@ class CascadeProcessor:
         return cls([min(known, key=lambda tokenizer: tokenizer.model_max_length)]) if known else None
 
 
+def member_folder(folder: str | os.PathLike, number: int) -> str:
+    """Return where the tokenizer of a member lies, from the second on."""
+    return os.path.join(folder, f"member_{number}")
+
+
+def number_of_tokenizers(name_or_path: str | os.PathLike, **kwargs) -> int | None:
+    """Return how many tokenizers a saved cascade has by its config, `None` where no cascade is there."""
+    download = {name: value for name, value in kwargs.items() if name in DOWNLOAD_ARGUMENTS}
+    path = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **download)
+    if path is None:  # the tokenizers were saved by themselves
+        return None
+    config = read_config(path, lambda file: json.loads(Path(file).read_text(encoding="utf-8")))
+    if config.get("model_type") != "fastbert_cascade":
+        return None
+    return len(config["members"]) if config.get("own_tokenizers") else 1
+
+
+def warn_of_other_tokenizer(folder: str | os.PathLike, config: PreTrainedConfig) -> None:
+    """Warn if a cascade that knows no tokenizer is about to be saved over another checkpoint with one."""
+    path = Path(folder, "config.json")
+    if not path.is_file() or not any(Path(folder, name).is_file() for name in TOKENIZER_FILES):
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["members"]
+    except (ValueError, LookupError, TypeError):  # no cascade, or a broken file
+        before = None
+    if before != json.loads(config.to_json_string())["members"]:
+        logger.warning(
+            f"{folder} has the tokenizer of the model that was saved there before, and this cascade will be taken to "
+            "read it: save its own there, too, as in tokenizer.save_pretrained(folder)."
+        )
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what decides which tokens a tokenizer makes of a text, and under which names."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -173,15 +222,42 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(name_or_path, config=config, **arguments) if any(found) else None
 
 
+def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | CascadeProcessor:
+    """Return the tokenizer that lies where a model was loaded from, or those that a new cascade was made with."""
+    processor, tokenizer, place = getattr(model, "processor", None), None, model.name_or_path
+    revision = getattr(model.config, "_commit_hash", None)
+    if processor is None and place and getattr(model.config, "own_tokenizers", False):
+        processor = CascadeProcessor.from_pretrained(place, revision=revision)
+    if processor is not None:
+        return processor if processor.own_tokenizers else processor.tokenizers[0]
+    if place:
+        tokenizer = load_tokenizer(place, **ALONE, revision=revision)
+    if tokenizer is None:
+        where = f"there is none in {place}" if place else "it was not loaded from a folder or a repository"
+        raise ValueError(
+            f"the tokenizer of this {type(model).__name__} is not known, as {where}: give it, as in "
+            'pipeline("fast-text-classification", model=model, tokenizer=tokenizer).'
+        )
+    return tokenizer
+
+
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None) -> None:
-    """Raise where one tokenizer is to be saved beside a cascade whose members each have their own."""
-    if not getattr(model.config, "own_tokenizers", False) or tokenizer is None:
+    """Raise a `ValueError` if a tokenizer cannot be that of a model, or is one where its members need several."""
+    if tokenizer is None:
         return
-    if len(getattr(tokenizer, "tokenizers", ())) != len(model.config.members):
+    tokenizers = list(getattr(tokenizer, "tokenizers", [tokenizer]))
+    members = getattr(model.config, "members", None) or [model.config]
+    if getattr(model.config, "own_tokenizers", False) and not len(tokenizers) == len(members):
         raise ValueError(
             "every member of this cascade has its own tokenizer, and one for all would take the place of the first "
             "one's: give tokenizer=CascadeProcessor.from_members([small, large])."
         )
+    if not getattr(model.config, "own_tokenizers", False) and len(tokenizers) > 1:
+        raise ValueError(
+            f"this model reads what one tokenizer makes of a text, not {len(tokenizers)}: give tokenizer=tokenizer."
+        )
+    for member, own in zip(members, tokenizers * (len(members) // len(tokenizers)), strict=True):
+        check_vocabulary(own, member.text_config)
 
 
 __all__ = ["CascadeProcessor"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -235,9 +236,11 @@ def answer_texts(
     engines: Sequence[Engine],
     texts: Iterable[EncodedText],
     thresholds_at: Callable[[torch.Tensor], list[torch.Tensor]],
+    policy: ExitPolicy,
     batch_size: int | None,
     batch_tokens: int | None,
     rebatch: bool,
+    on_error: str = "raise",
 ) -> Iterator[Prediction]:
     """
     Answer a stream of checked texts in their order, with the engines of every member of a model. `thresholds_at` goes
@@ -259,8 +262,6 @@ def answer_texts(
     else:
         blocks = read_blocks(texts, batch_size)
 
-    policy = ExitPolicy.of(model.config)
-
     def answer(block: list[EncodedText], tokens: int) -> list[Prediction]:
         own_tokens = 0 if batch_size else tokens  # a batch size that was asked for is one batch
         embedders = [partial(embed_rows, model, own, block, n, own_tokens) for n, own in enumerate(engines)]
@@ -271,21 +272,26 @@ def answer_texts(
         # A copy outside inference mode is a tensor like any other.
         return list(map(Prediction, logits.clone().unbind(), *(column.tolist() for column in columns)))
 
-    return answer_blocks(blocks, answer, batch_tokens)
+    return answer_blocks(blocks, answer, batch_tokens, on_error)
 
 
 def answer_blocks(
     blocks: Iterable[list[EncodedText]],
     answer: Callable[[list[EncodedText], int], list[Prediction]],
     batch_tokens: int,
+    on_error: str = "raise",
 ) -> Iterator[Prediction]:
-    """Answer block by block. Where memory runs out, a block is halved, and all further batches are half as large."""
+    """
+    Answer block by block. Where memory runs out, a block is halved, and all further batches are half as large. Texts
+    without an answer are errors, or are left out or in their place, as `on_error` says.
+    """
     for block in blocks:
         parts = [block]
         while parts:
             part = parts.pop(0)
+            readable = [text for text in part if text.error is None]
             try:
-                predictions = answer(part, batch_tokens)
+                predictions = answer(readable, batch_tokens) if readable else []
             except (MemoryError, RuntimeError) as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
@@ -295,13 +301,19 @@ def answer_blocks(
                 parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
                 logger.warning(f"out of memory: going on with batches of half the size, about {batch_tokens} tokens.")
                 continue
-            for text, prediction in zip(part, predictions, strict=True):
-                if prediction.uncertainty != prediction.uncertainty:
-                    raise ValueError(
+            answers = iter(predictions)
+            for text in part:
+                prediction = next(answers) if text.error is None else Prediction.failed(text.error)
+                if text.error is None and math.isnan(prediction.uncertainty):
+                    error = ValueError(
                         f"the logits of text {text.position} are not finite, so there is no answer: check the model's "
                         "weights for NaN and infinity."
                     )
-                yield prediction
+                    if on_error == "raise":
+                        raise error
+                    prediction = Prediction.failed(error)
+                if prediction.error is None or on_error == "return":
+                    yield prediction
 
 
 def embed_rows(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
+from .adapter_checks import find_adapter
 from .families import ENCODER_FAMILIES, get_encoder_family
 
 
@@ -45,7 +50,7 @@ def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> Pr
     config = AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs))
     refuse_wrapped(config)
     arguments = {"add_pooling_layer": False} if get_encoder_family(config).has_pooler else {}
-    return bare_encoder(AutoModel.from_pretrained(name_or_path, **{**LOADING_DEFAULTS, **kwargs}, **arguments))
+    return bare_encoder(load_stock(AutoModel, name_or_path, [], **kwargs, **arguments))
 
 
 def load_classifier(
@@ -54,24 +59,71 @@ def load_classifier(
     """Return a fine-tuned stock classifier in parts: its encoder without the pooler, and the Linears of its head."""
     if isinstance(name_or_path, PreTrainedModel):
         names = head_names(name_or_path.config)
-        model, missing = copy_of(name_or_path, **kwargs), []
+        model = copy_of(name_or_path, **kwargs)
         if not type(model).__name__.endswith("ForSequenceClassification"):
             raise ValueError(
                 f"{type(model).__name__} is not a sequence classifier. Use from_backbone(model, num_labels=...)."
             )
     else:
         names = head_names(AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs)))
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, output_loading_info=True, **{**LOADING_DEFAULTS, **kwargs}
-        )
-        missing = [key for key in info["missing_keys"] if key.rpartition(".")[0] in names]
-    if missing:
-        raise ValueError(
-            f"{name_or_path} has no fine-tuned classifier head (its checkpoint lacks {', '.join(sorted(missing))}). "
-            f"For a pretrained encoder use from_backbone({str(name_or_path)!r}, num_labels=...)."
-        )
+        model = load_stock(AutoModelForSequenceClassification, name_or_path, names, **kwargs)
     dense, out_proj = map(model.get_submodule, names)
     return bare_encoder(model.base_model), dense, out_proj
+
+
+def load_stock(auto_class: type, name_or_path: str | PathLike, head: Sequence[str], **kwargs) -> PreTrainedModel:
+    """
+    Load a stock model as `auto_class.from_pretrained`; `head` names its layers beside the encoder. Weights that it
+    lacks are a `ValueError`. What Transformers reports of weights that are not needed, such as a pooler or the head of
+    the pretraining, is not shown.
+    """
+    places = {name: value for name, value in kwargs.items() if name in DOWNLOAD_ARGUMENTS}
+    if find_adapter(name_or_path, **places) is not None:
+        raise ValueError(
+            f"{name_or_path} holds an adapter beside the model, which PEFT would put on it unasked: move adapter_* "
+            "elsewhere, or merge it first and give the model, as in PeftModel.from_pretrained(model, "
+            "adapter).merge_and_unload()."
+        )
+    with held_reports() as reports:
+        model, info = auto_class.from_pretrained(
+            name_or_path, output_loading_info=True, **{**LOADING_DEFAULTS, **kwargs}
+        )
+        missing = sorted(info["missing_keys"])
+        if any(name.rpartition(".")[0] in head for name in missing):
+            raise ValueError(
+                f"{name_or_path} has no fine-tuned classifier head (its checkpoint lacks {', '.join(missing[:6])}). "
+                f"For a pretrained encoder use from_backbone({str(name_or_path)!r}, num_labels=...)."
+            )
+        if missing:
+            raise ValueError(
+                f"{name_or_path} lacks weights of the encoder that its config describes: {', '.join(missing[:3])}"
+                f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}. Download or save it again."
+            )
+        parts = {name for name, _ in model.base_model.named_children()}
+        unexpected = (name.removeprefix(f"{model.base_model_prefix}.") for name in info["unexpected_keys"])
+        if not any(name.partition(".")[0] in parts for name in unexpected):
+            reports.clear()
+    return model
+
+
+@contextmanager
+def held_reports() -> Iterator[list[logging.LogRecord]]:
+    """Hold what Transformers reports of weights that this thread loads. What the list holds at the end is shown."""
+    logger, reports, this_thread = logging.getLogger("transformers.modeling_utils"), [], threading.get_ident()
+
+    def hold(record: logging.LogRecord) -> bool:
+        is_report = " LOAD REPORT" in str(record.msg) and record.thread == this_thread
+        if is_report:
+            reports.append(record)
+        return not is_report
+
+    logger.addFilter(hold)
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(hold)
+        for record in reports:
+            logger.handle(record)
 
 
 def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:

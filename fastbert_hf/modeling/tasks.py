@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -49,6 +48,27 @@ def _softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    are_probabilities = labels.is_floating_point()
+    if labels.shape != (logits.shape if are_probabilities else logits.shape[:1]):
+        raise ValueError(
+            f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}: give one id for "
+            "each row, as torch.tensor([0, 2]), or the probabilities of all labels, as torch.tensor([[0.9, 0.1]])."
+        )
+    if are_probabilities:
+        tolerance = max(1e-3, torch.finfo(labels.dtype).eps)  # those in bfloat16 are rounded
+        labels = labels.to(logits.dtype)
+        right = ((labels.sum(-1) - 1).abs() <= tolerance) & (labels >= 0).all(-1)
+        if not right.all():
+            row = right.logical_not().nonzero()[0].item()
+            raise ValueError(
+                f"the labels of row {row}, {[round(value, 4) for value in labels[row, :8].tolist()]}, are no "
+                "probabilities, which add up to 1. Several labels for one text are not supported; for a single one "
+                "give its id, as torch.tensor([0, 2])."
+            )
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
 def _kullback_leibler(
     students: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, reverse: bool = False
 ) -> torch.Tensor:
@@ -60,7 +80,10 @@ def _kullback_leibler(
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    return (torch.special.entr(_softmax(logits)).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    probabilities = _softmax(logits)
+    entropy = (torch.special.entr(probabilities).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    # The sum rounds below 1 for many numbers of labels, and an undecided text would be below the speed 1.
+    return entropy.masked_fill(probabilities.amax(-1) == probabilities.amin(-1), 1)
 
 
 def _confidence(logits: torch.Tensor) -> torch.Tensor:
@@ -79,7 +102,7 @@ TASKS = {
         name="single_label_classification",
         probabilities=_softmax,
         predictions=lambda logits: logits.argmax(-1),
-        loss=partial(nn.functional.cross_entropy, reduction="none"),
+        loss=_cross_entropy,
         divergence=_kullback_leibler,
         uncertainties={"entropy": _entropy, "confidence": _confidence, "margin": _margin},
         function_to_apply="softmax",

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..escapes import as_markdown, as_python, printable
 from ..files import write_whole
 
 
@@ -146,17 +149,15 @@ def write_model_card(
     model_name = model_name or (repo_id or folder.resolve().name).rpartition("/")[-1]
     repo_id, config = model_name if repo_id is None else repo_id, model.config
     num_layers = (config if members is None else config.members[-1]).num_hidden_layers
-    base_models = [name for name in as_list(base_model) if name] or backbones_on_hub(config)
-    datasets = as_list(datasets)
-    if measured is not None and measured.dataset and measured.dataset not in datasets:
-        datasets.append(measured.dataset)
+    base_models = [printable(name) for name in as_list(base_model) if name] or backbones_on_hub(config)
+    datasets = [*as_list(datasets), *filter(None, [measured and measured.dataset])]
     plot = measured is not None and write_plot(folder / PLOT, measured, config.num_hidden_layers)
     data = ModelCardData(
-        model_name=model_name,
+        model_name=printable(model_name),
         library_name="fastbert_hf",
         pipeline_tag="text-classification",
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
-        datasets=datasets or None,
+        datasets=list(dict.fromkeys(map(printable, datasets))) or None,
         metrics=(measured.metrics or None) if measured else None,
         language=language,
         license=license,
@@ -166,19 +167,19 @@ def write_model_card(
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        model_name=model_name,
+        model_name=as_markdown(model_name),
         repo_id=as_python(repo_id) if repo_id else "",
         backbone=None if members is not None else describe_backbone(config, base_models),
         members=None if members is None else describe_members(config),
         num_layers=num_layers,
         config=config,
         example=as_python(example),
-        labels=", ".join(map(in_one_line, config.id2label.values())),
+        labels=", ".join(map(as_markdown, config.id2label.values())),
         with_code=has_code(folder),
         measured_on=describe_data(measured) if measured else None,
         table=speed_table(measured) if measured else None,
         plot=PLOT if plot else None,
-        plot_title=f"{title(measured.metrics[0])} by layers executed" if plot else None,
+        plot_title=f"{as_markdown(title(measured.metrics[0]))} by layers executed" if plot else None,
         training=markdown_table(("setting", "value"), training.items()) if training else None,
         notes=notes,
     )
@@ -190,23 +191,25 @@ def as_list(value: str | Iterable[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def as_python(text: str) -> str:
-    """Return a text as it is written in a program."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def in_one_line(text: Any) -> str:
-    return " ".join(str(text).split())
-
-
 def backbones_on_hub(config: PreTrainedConfig) -> list[str]:
-    """Return the names of the pretrained encoders, but for those that were folders."""
+    """Return the names of the pretrained encoders, but for those that are folders or nothing on the Hub is called."""
     names = [part.text_config._name_or_path for part in getattr(config, "members", None) or [config]]
-    return list(dict.fromkeys(name for name in names if name and not os.path.exists(name)))
+    return list(dict.fromkeys(name for name in names if is_repo_id(name) and not os.path.exists(name)))
+
+
+def is_repo_id(name: Any) -> bool:
+    """Tell whether a repository on the Hub can have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str)
 
 
 def describe_backbone(config: PreTrainedConfig, names: list[str]) -> str:
-    return f"`{names[0]}`" if names else f"a {config.text_config.model_type} encoder"
+    if not names:
+        return f"a {config.text_config.model_type} encoder"
+    return f"`{names[0]}`" if is_repo_id(names[0]) else as_markdown(names[0])
 
 
 def describe_members(config: PreTrainedConfig) -> str:
@@ -228,7 +231,7 @@ def has_code(folder: Path) -> bool:
 def describe_data(measured: Measured) -> str:
     rows = f"{measured.rows:,} texts" if measured.rows else "texts"
     where = " ".join(filter(None, [measured.dataset, measured.split and f"({measured.split})"]))
-    return f"Measured on {rows}{f' of {where}' if where else ''}, from one full-depth pass."
+    return f"Measured on {rows}{f' of {as_markdown(where)}' if where else ''}, from one full-depth pass."
 
 
 def speed_table(measured: Measured) -> str:
@@ -245,7 +248,7 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
-        "| " + " | ".join(in_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+        "| " + " | ".join(as_markdown(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
     )
 
 
@@ -263,13 +266,14 @@ def title(name: str) -> str:
 
 def eval_results(measured: Measured, default_speed: float) -> list[EvalResult] | None:
     """Return the metrics at full depth and at the default speed, for the card's `model-index`."""
+    dataset = printable(measured.dataset or "unknown")
     shown = [row for row in measured.speeds if row["speed"] in (0, default_speed)]
     results = [
         EvalResult(
             task_type="text-classification",
-            dataset_type=measured.dataset or "unknown",
-            dataset_name=measured.dataset or "unknown",
-            dataset_split=measured.split,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=measured.split and printable(measured.split),
             metric_type=name,
             metric_name=f"{title(name)} at speed {row['speed']:g}",
             metric_value=row[name],

@@ -63,7 +63,7 @@ def save_with_code(
     ```python
     >>> save_with_code(model, "outputs/shared", tokenizer=tokenizer)  # or model.push_to_hub(..., with_code=True)
     >>> # elsewhere, without fastbert_hf
-    >>> classifier = pipeline(model="outputs/shared", trust_remote_code=True, speed=0.5)
+    >>> classifier = pipeline("fast-text-classification", model="outputs/shared", trust_remote_code=True)
     ```
     """
     folder = Path(folder)

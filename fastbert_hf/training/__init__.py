@@ -1,8 +1,9 @@
-"""Trainers that teach the exits or regularise by difficulty, and stages that run one training after the other."""
+"""Both stages of FastBERT in one call, `train`, and what it is made of: stages, trainers of the exits, objectives."""
 
 from typing import TYPE_CHECKING, Any
 
 from .arguments import ExitTrainingArguments, SelfDistillationArguments
+from .both_stages import Trained, train
 from .difficulty_aware_trainer import DifficultyAwareArguments, DifficultyAwareTrainer
 from .exit_trainer import ExitTrainer, SelfDistillationTrainer, accuracy
 from .objectives import OBJECTIVES, Objective, depth_weights, difficulty_margin_loss, student_divergences
@@ -43,6 +44,7 @@ __all__ = [
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
     "StageSettings",
+    "Trained",
     "accuracy",
     "depth_weights",
     "difficulty_margin_loss",
@@ -50,4 +52,5 @@ __all__ = [
     "label_difficulty",
     "run_stage",
     "student_divergences",
+    "train",
 ]

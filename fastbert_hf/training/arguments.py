@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from ..modeling.exit_policies import check_speed
@@ -12,7 +13,22 @@ from .objectives import OBJECTIVES
 
 
 @dataclass
-class ExitTrainingArguments(TrainingArguments):
+class StageArguments(TrainingArguments):
+    """`TrainingArguments` with which even a training of one step learns, and without a warning on every machine."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not torch.accelerator.is_available():  # nothing to copy to, and PyTorch would only warn of it
+            self.dataloader_pin_memory = False
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        steps = super().get_warmup_steps(num_training_steps)
+        # A share is rounded up, and a single step would be all warm-up, at a learning rate of 0.
+        return min(steps, num_training_steps - 1) if self.warmup_steps < 1 else steps
+
+
+@dataclass
+class ExitTrainingArguments(StageArguments):
     """
     `TrainingArguments` for [`ExitTrainer`]. The defaults are the settings of stage 2 in the FastBERT paper.
 

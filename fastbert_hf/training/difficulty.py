@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -26,7 +24,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..files import write_whole
 from ..modeling.tasks import Task, task_of
-from .stages import changes_the_model, check_settings, digest_of
+from .checked_trainer import CheckedTrainer
+from .settings_files import changes_the_model, check_settings, digest_of, digest_of_weights
 
 
 # The arguments of every training here, in place of the caller's own; beside its seed and its folder.
@@ -105,7 +104,7 @@ def label_difficulty(
             set_seed(seed)
             others = np.sort(np.concatenate(folds[: number - 1] + folds[number:]))
             model = model_init()
-            trainer = Trainer(
+            trainer = CheckedTrainer(
                 model,
                 own_args,
                 data_collator=data_collator,
@@ -156,7 +155,7 @@ def _answers(logits: Any, labels: Any, task: Task) -> Any:
     return task.predictions(logits[0] if isinstance(logits, tuple) else logits)
 
 
-def _train_and_answer(trainer: Trainer, rows: Dataset) -> np.ndarray:
+def _train_and_answer(trainer: CheckedTrainer, rows: Dataset) -> np.ndarray:
     """Train, and return for each of the rows whether it is answered rightly."""
     trainer.train()
     # Rows grouped by length would be answered in another order.
@@ -207,7 +206,4 @@ def _settings(
     }
     # The name of a model may stand for other weights elsewhere.
     set_seed(0)
-    weights = hashlib.sha256()
-    for name, value in model_init().state_dict().items():
-        weights.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    return {"num_folds": num_folds, "data": digest_of(rows), "model": weights.hexdigest()[:16], **given}
+    return {"num_folds": num_folds, "data": digest_of(rows), "model": digest_of_weights(model_init()), **given}

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
 from ..modeling.tasks import task_of
+from .arguments import StageArguments
+from .checked_trainer import CheckedTrainer
 from .objectives import difficulty_margin_loss
 
 
 @dataclass
-class DifficultyAwareArguments(TrainingArguments):
+class DifficultyAwareArguments(StageArguments):
     """
     `TrainingArguments` with the fields of CascadeBERT's difficulty-aware regularisation (section 3.2).
 
@@ -53,15 +55,16 @@ class DifficultyAwareArguments(TrainingArguments):
         super().__post_init__()
 
 
-class DifficultyAwareTrainer(Trainer):
+class DifficultyAwareTrainer(CheckedTrainer):
     """
     Fine-tune a classifier with the task loss and, weighted, [`difficulty_margin_loss`] (CascadeBERT, Findings of
     EMNLP 2021, section 3.2), so that its confidence tells which texts to hand on to a larger model. For a FastBERT
     model this is another stage 1, which regularises the teacher.
 
     Training rows need the column `difficulty`, from [`label_difficulty`]. Evaluation rows may have it: `eval_loss` is
-    then that of the training, over all pairs of each batch, else the task loss alone. The rest is as in `Trainer`; the
-    unweighted mean of the regularisation is in the training's logs as `difficulty_loss`.
+    then that of the training, over all pairs of each batch, else the task loss alone. The unweighted mean of the
+    regularisation is in the training's logs as `difficulty_loss`. The rest is as in [`CheckedTrainer`]: rows may be
+    texts, and a training that becomes NaN ends with an error.
 
     With gradient accumulation the losses are means over each micro-batch, and pairs are made within it.
 
@@ -80,6 +83,7 @@ class DifficultyAwareTrainer(Trainer):
     ```
     """
 
+    own_columns = ("difficulty",)
     # Many stock classifiers take the number of items and then ignore it, so each loss here is a mean over its rows.
     loss_is_scaled_for_ga = False
 
@@ -98,11 +102,6 @@ class DifficultyAwareTrainer(Trainer):
     def train(self, *args, **kwargs):
         self._difficulty_loss, self._steps = 0.0, 0
         return super().train(*args, **kwargs)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "difficulty" not in self._signature_columns:
-            self._signature_columns.append("difficulty")
 
     def compute_loss(
         self,

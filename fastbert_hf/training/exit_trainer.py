@@ -11,16 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.exit_record import ExitRecord
 from ..evaluation.replay import replay_at_speed
 from ..modeling.tasks import Task, task_of
+from ..modeling.teacher_digest import teacher_digest
 from ..sharing.model_card import Measured, as_list, write_model_card
 from .arguments import ExitTrainingArguments, SelfDistillationArguments
+from .checked_trainer import CheckedTrainer, base_model
 from .objectives import CLASSIFICATION, OBJECTIVES
+from .what_learns import choose_what_learns
 
 
 def accuracy(prediction: EvalPrediction, task: Task = CLASSIFICATION) -> dict[str, float]:
@@ -29,7 +32,7 @@ def accuracy(prediction: EvalPrediction, task: Task = CLASSIFICATION) -> dict[st
     return {"accuracy": float((answers == prediction.label_ids).mean())}
 
 
-class ExitTrainer(Trainer):
+class ExitTrainer(CheckedTrainer):
     """
     Teach the exits of a model what `args.objective` says, and report what each speed would give.
 
@@ -42,6 +45,10 @@ class ExitTrainer(Trainer):
     pipeline. `eval_loss` is the sum of the losses of the exits; each of them is in the logs of training and evaluation
     as well, such as `kl_exit_1` to `kl_exit_{L-1}` for self-distillation. `predict` returns the logits of every exit,
     `[rows, L, num_labels]`.
+
+    Rows may be tokens of any length, or texts if `processing_class` is the model's tokenizer: strings, or rows with
+    `text`, `text_pair` for pairs, and `label`. A training that ends in NaN raises an error, and saves nothing of it.
+    The config of what is saved remembers, as `distilled_for`, which backbone and teacher the exits belong to.
 
     Args:
         model ([`FastBertForSequenceClassification`]):
@@ -81,9 +88,11 @@ class ExitTrainer(Trainer):
                 f"args must be {name}, got {type(args).__name__}. Example: {type(self).__name__}(model, "
                 f"{name}('outputs', num_train_epochs=5), train_dataset=...)"
             )
-        self.objective = OBJECTIVES[args.objective]
+        # Under another name than `objective`, where Transformers notes the results of a hyperparameter search.
+        self.exit_objective = OBJECTIVES[args.objective]
         if model is not None or kwargs.get("model_init") is None:
-            self._choose_what_learns(model)
+            choose_what_learns(model, self.exit_objective)
+        kwargs["callbacks"] = [_Beginning(self), *(kwargs.get("callbacks") or ())]
         super().__init__(model, args, **kwargs)
         self.metrics_at_speed = compute_metrics or partial(accuracy, task=self.task)
         self._has_own_optimizer = any(part is not None for part in kwargs.get("optimizers", ()))
@@ -94,42 +103,72 @@ class ExitTrainer(Trainer):
         """What the model answers."""
         return task_of(base_model(self.model).config)
 
-    def _choose_what_learns(self, model: PreTrainedModel | None) -> None:
-        if self.objective.freezes_teacher:
-            freeze_all_but_students(model)
-            return
-        fastbert = checked_base_model(model)
-        parts = (fastbert.fastbert, fastbert.teacher)
-        learns = all(any(parameter.requires_grad for parameter in part.parameters()) for part in parts)
-        if fastbert is not model or not learns:
-            reason = "the model is wrapped by PEFT" if fastbert is not model else "one of them asks for no gradients"
-            raise ValueError(
-                f"This objective trains the backbone and the teacher, too, but {reason}. Give a model that can learn "
-                "as a whole: model.requires_grad_(True)"
-            )
-        for parameter in fastbert.student_parameters():
-            parameter.requires_grad = True
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        # New exits have biases of zero, which the first training step changes.
-        has_teacher = base_model(self.model).teacher.out_proj.bias.any()
-        if self.objective.freezes_teacher and not resume_from_checkpoint and not has_teacher:
-            raise ValueError(
-                "The teacher is still at its random initialisation, so there is nothing to learn from it. Fine-tune "
-                "first, with the stock Trainer, or wrap a fine-tuned classifier: "
-                "FastBertForSequenceClassification.from_classifier(name)"
-            )
-        self._losses, self._steps = 0.0, 0
-        base_model(self.model).measured = None
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
         if self.args.load_best_model_at_end:  # what was measured last may be another checkpoint
             base_model(self.model).measured = None
+        self._remember_teacher()
         self.model.eval()
         return output
 
+    def begin_training(self) -> None:
+        """Check the model that is about to be trained, be it from `model_init` or read from a checkpoint."""
+        fastbert = base_model(self.model)
+        # New exits have biases of zero, which the first training step changes.
+        if self.exit_objective.freezes_teacher and not fastbert.teacher.out_proj.bias.any():
+            raise ValueError(
+                "The teacher is still at its random initialisation, so there is nothing to learn from it. Fine-tune "
+                "first, with the stock Trainer (for more than one step, which may be all warm-up, at a learning rate "
+                "of 0), or wrap a fine-tuned classifier: FastBertForSequenceClassification.from_classifier(name)"
+            )
+        self._check_best_metric()
+        self._losses, self._steps = 0.0, 0
+        fastbert.measured = None
+        if self.exit_objective.freezes_teacher:
+            self._remember_teacher()
+        else:
+            fastbert.config.distilled_for = None
+
+    def _check_best_metric(self) -> None:
+        """Raise a `ValueError` if the best model is to be told by a metric that no evaluation will report."""
+        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else ():
+            metric = metric.removeprefix(f"{name}_")
+        at_speeds = tuple(f"_speed_{speed:g}" for speed in self.args.eval_speeds)
+        of_exits = f"{self.exit_objective.name}_exit_"
+        is_reported = metric == "loss" or metric.startswith(of_exits) or metric.endswith(at_speeds)
+        if not is_reported and self.args.eval_strategy != "no":
+            examples = ["loss", *(f"accuracy{at_speed}" for at_speed in at_speeds)]
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is not what the evaluation reports, which "
+                f"is a loss and what each of eval_speeds gives: choose one such as {', '.join(map(repr, examples))}."
+            )
+
+    def _remember_teacher(self) -> None:
+        # Adapters may be merged later, which makes other weights of the same model: then nothing is said.
+        fastbert = base_model(self.model)
+        fastbert.config.distilled_for = teacher_digest(fastbert)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_in_train:
+            self._remember_teacher()
+        super().save_model(output_dir, _internal_call)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        **kwargs,
+    ):
+        """
+        Search as [`Trainer.hyperparameter_search`] does. The quantity is `eval_loss` unless `compute_objective` names
+        another: the sum of all metrics would add depths to accuracies.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or _loss_of, **kwargs)
+
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
-        self._choose_what_learns(model)
+        choose_what_learns(model, self.exit_objective)
         return model
 
     def compute_loss(
@@ -141,12 +180,12 @@ class ExitTrainer(Trainer):
     ):
         fastbert = base_model(self.accelerator.unwrap_model(model))
         training = model.training
-        if self.objective.freezes_teacher:
+        if self.exit_objective.freezes_teacher:
             fastbert.eval()
             for module in fastbert.student_modules():
                 module.train(training)
         outputs = model(**{**inputs, "labels": None}, output_exit_logits=True)
-        if not training and self.objective.needs_labels and inputs.get("labels") is None:
+        if not training and self.exit_objective.needs_labels and inputs.get("labels") is None:
             return (None, outputs) if return_outputs else None
         losses = self.exit_losses(outputs.exit_logits, inputs.get("labels"))
         if training:
@@ -162,12 +201,12 @@ class ExitTrainer(Trainer):
             exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit.
             labels (`torch.Tensor` of shape `[rows]`, *optional*): Gold labels.
         """
-        if self.objective.needs_labels and labels is None:
+        if self.exit_objective.needs_labels and labels is None:
             raise ValueError(
                 f"objective={self.args.objective!r} learns from labels, but the rows have none: give them a 'labels' "
                 "column, or learn the answers of the teacher, which needs none: objective='self_distillation'."
             )
-        return self.objective.losses(exit_logits, labels, self.args, self.task)
+        return self.exit_objective.losses(exit_logits, labels, self.args, self.task)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._steps:
@@ -177,7 +216,8 @@ class ExitTrainer(Trainer):
         super().log(logs, start_time)
 
     def _named(self, losses: torch.Tensor) -> dict[str, float]:
-        return {f"{self.objective.name}_exit_{depth}": loss for depth, loss in enumerate(losses.tolist(), start=1)}
+        name = self.exit_objective.name
+        return {f"{name}_exit_{depth}": loss for depth, loss in enumerate(losses.tolist(), start=1)}
 
     def prediction_step(
         self,
@@ -206,6 +246,12 @@ class ExitTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if output.predictions is not None:
             exit_logits = torch.from_numpy(output.predictions)
+            has_answers = ~self.task.probabilities(exit_logits).isnan().any(-1).any(0)  # [L]
+            if not has_answers.all():
+                raise ValueError(
+                    f"exits {(~has_answers).nonzero()[:, 0].add(1).tolist()} answer some rows with NaN: check the "
+                    "weights of the model, which a training with too high a learning_rate leaves so."
+                )
             metrics, speeds = self.speed_metrics(exit_logits, output.label_ids)
             if metric_key_prefix.startswith("eval"):  # with a prefix for each of several data sets
                 split = metric_key_prefix.removeprefix("eval").removeprefix("_") or None
@@ -225,7 +271,7 @@ class ExitTrainer(Trainer):
             label_ids (`np.ndarray` of shape `[rows]`, *optional*): Gold labels.
         """
         metrics = {}
-        if label_ids is not None or not self.objective.needs_labels:
+        if label_ids is not None or not self.exit_objective.needs_labels:
             losses = self.exit_losses(exit_logits, None if label_ids is None else torch.from_numpy(label_ids))
             metrics = {"loss": losses.sum().item(), **self._named(losses)}
         record, config = ExitRecord(exit_logits), base_model(self.model).config
@@ -288,7 +334,7 @@ class ExitTrainer(Trainer):
 
     def _settings_for_card(self, hyperparameters: dict[str, Any]) -> dict[str, Any]:
         settings = {"objective": self.args.objective, **hyperparameters}
-        if not self.objective.needs_labels:
+        if not self.exit_objective.needs_labels:
             settings["temperature"] = self.args.temperature
         # In the summary this is a sentence.
         settings["optimizer"] = self.args.optim.value
@@ -296,6 +342,20 @@ class ExitTrainer(Trainer):
             for name in ("optimizer", "learning_rate", "lr_scheduler_type", "lr_scheduler_warmup_steps"):
                 settings.pop(name, None)
         return settings
+
+
+class _Beginning(TrainerCallback):
+    """Tells an [`ExitTrainer`] that its training begins."""
+
+    def __init__(self, trainer: ExitTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_training()
+
+
+def _loss_of(metrics: dict[str, float]) -> float:
+    return metrics["eval_loss"]
 
 
 class SelfDistillationTrainer(ExitTrainer):
@@ -319,37 +379,3 @@ class SelfDistillationTrainer(ExitTrainer):
     """
 
     arguments_class = SelfDistillationArguments
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """Return the FastBERT model itself, out of a PEFT model where there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def checked_base_model(model: PreTrainedModel | None) -> PreTrainedModel:
-    """Return the FastBERT model itself, or raise a `ValueError` if it is none or has no students."""
-    fastbert = base_model(model)
-    if not hasattr(fastbert, "student_modules"):
-        raise ValueError(
-            f"model must be a FastBertForSequenceClassification, got {type(model).__name__}. Wrap yours: "
-            "FastBertForSequenceClassification.from_classifier(name)"
-        )
-    if len(fastbert.students) == 0:
-        raise ValueError("The backbone has one layer, so there are no students to teach.")
-    return fastbert
-
-
-def freeze_all_but_students(model: PreTrainedModel | None) -> None:
-    """Let the students alone ask for gradients: turn `requires_grad` off for the backbone and the teacher."""
-    fastbert = checked_base_model(model)
-    if fastbert is not model and not all(hasattr(module, "modules_to_save") for module in fastbert.student_modules()):
-        names = [f"exits.{index}" for index in range(len(fastbert.exits))]
-        names += ["shared_pooler"] * (len(fastbert.student_modules()) > len(fastbert.students))
-        raise ValueError(
-            f"The adapter would be saved without the students. Name every exit in its config: modules_to_save={names}"
-        )
-    # PEFT keeps the original of every module that it trains in full; only the copy learns.
-    originals = {id(parameter) for name, parameter in model.named_parameters() if ".original_module." in name}
-    model.requires_grad_(False)
-    for parameter in fastbert.student_parameters():
-        parameter.requires_grad = id(parameter) not in originals

@@ -25,15 +25,14 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+from .settings_files import changes_the_model, digest_of
 from .stages import (
     Distillation,
     ExitTraining,
     FineTuning,
     Stage,
     StageSettings,
-    changes_the_model,
     copy_weights,
-    digest_of,
     run_stage,
 )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,27 +12,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from ..evaluation.exit_record import record_exits
 from ..files import move_whole, write_whole
 from ..modeling.tasks import task_of
-from .arguments import ExitTrainingArguments
+from .arguments import ExitTrainingArguments, StageArguments
+from .checked_trainer import CheckedTrainer, check_finite_weights
+from .checkpoints import last_checkpoint
 from .difficulty_aware_trainer import DifficultyAwareArguments, DifficultyAwareTrainer
 from .exit_trainer import ExitTrainer, accuracy
 from .objectives import OBJECTIVES
+from .settings_files import check_settings
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..modeling.modeling_fastbert import FastBertForSequenceClassification
-
-
-# Fields of `TrainingArguments` that do not change the trained model, and how the names of others begin.
-WITHOUT_EFFECT = ("disable_tqdm", "output_dir", "per_device_eval_batch_size", "report_to", "run_name", "use_cpu")
-WITHOUT_EFFECT_BEGIN = ("dataloader_num", "dataloader_p", "do_", "hub_", "log", "push_")
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,25 @@ class Stage:
     learning_rate: float = 5e-5
     num_train_epochs: float = 3.0
 
-    trainer_class = Trainer
-    arguments_class = TrainingArguments
+    trainer_class = CheckedTrainer
+    arguments_class = StageArguments
     name = ""  # a part of the name of its folder
+    metrics = "loss|accuracy"  # what its evaluation measures, a pattern
     trains_backbone = True
     trains_students = False
     needs_labels = True
+
+    def __post_init__(self):
+        # Now, as the trainer of a late stage is made when those before it are trained.
+        checks = {
+            "learning_rate": ("from 0 on", self.learning_rate >= 0),
+            "num_train_epochs": ("above 0", self.num_train_epochs > 0),
+        }
+        for name, (allowed, is_right) in checks.items():
+            if not is_right:
+                raise ValueError(
+                    f"{name} must be {allowed}, got {getattr(self, name)}. The default is {getattr(type(self), name)}"
+                )
 
     def with_settings(self, settings: StageSettings) -> Stage:
         """Return the same stage with other settings, as far as it has them."""
@@ -86,6 +97,41 @@ class Stage:
         """Return the rows that the stage learns from. `before` is the model of the stage before, if there is one."""
         return rows
 
+    def make_arguments(
+        self, output_dir: str | os.PathLike, evaluates: bool = True, **training_arguments
+    ) -> TrainingArguments:
+        """
+        Return the arguments of the stage's trainer. It evaluates after each epoch and saves no checkpoint, unless
+        `training_arguments` say otherwise.
+
+        Args:
+            output_dir (`str` or `PathLike`): Folder of the checkpoints.
+            evaluates (`bool`): Whether there are rows for the evaluation.
+            training_arguments: Further fields of `TrainingArguments`.
+        """
+        arguments = {
+            "warmup_steps": 0.1,
+            "eval_strategy": "epoch",
+            "save_strategy": "no",
+            **asdict(self),
+            **training_arguments,
+            **self._best_model(training_arguments.get("metric_for_best_model")),
+        }
+        if not evaluates:
+            arguments["eval_strategy"] = "no"
+        return self.arguments_class(str(output_dir), **arguments)
+
+    def _best_model(self, metric: str | None) -> dict[str, Any]:
+        """Return what takes the place of a metric that other stages measure and this one does not: its loss."""
+        if metric is None or re.fullmatch(self.metrics, metric.removeprefix("eval_")):
+            return {}
+        if not any(re.fullmatch(kind.metrics, metric.removeprefix("eval_")) for kind in (FineTuning, ExitTraining)):
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is measured in no stage: give 'accuracy' or 'loss', or what the "
+                "exits give at one of their eval_speeds, as 'accuracy_speed_0.5'."
+            )
+        return {"metric_for_best_model": "loss", "greater_is_better": False}
+
     def make_trainer(
         self,
         output_dir: str | os.PathLike,
@@ -96,26 +142,18 @@ class Stage:
         **training_arguments,
     ) -> Trainer:
         """
-        Return the trainer of the stage. It evaluates after each epoch and saves no checkpoint, unless
-        `training_arguments` say otherwise.
+        Return the trainer of the stage.
 
         Args:
             output_dir (`str` or `PathLike`): Folder of the checkpoints.
             model ([`FastBertForSequenceClassification`]): What learns.
             train_dataset, eval_dataset (`Dataset`): Tokenized rows; there may be none for the evaluation.
             tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-            training_arguments: Further fields of `TrainingArguments`.
+            training_arguments: As in [`make_arguments`].
         """
-        arguments = {
-            "warmup_steps": 0.1,
-            "eval_strategy": "no" if eval_dataset is None else "epoch",
-            "save_strategy": "no",
-            **asdict(self),
-            **training_arguments,
-        }
         return self.trainer_class(
             model,
-            self.arguments_class(str(output_dir), **arguments),
+            self.make_arguments(output_dir, eval_dataset is not None, **training_arguments),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -181,6 +219,7 @@ class ExitTraining(Stage):
 
     trainer_class = ExitTrainer
     arguments_class = ExitTrainingArguments
+    metrics = r"loss|\w+_exit_\d+|\w+_speed_[\d.]+"
     trains_students = True
 
     @property
@@ -247,6 +286,7 @@ def run_stage(
         return model_dir
     trainer = make_trainer(str(folder))
     trainer.train(resume_from_checkpoint=checkpoint)
+    check_finite_weights(trainer.model)
     # No process may still read a checkpoint when the main one removes them.
     trainer.accelerator.wait_for_everyone()
     part = folder / "part"
@@ -269,61 +309,11 @@ def is_finished(model_dir: str | os.PathLike) -> bool:
     return Path(model_dir, CONFIG_NAME).exists()
 
 
-def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Return the newest checkpoint in a folder that was written to its end, if there is one."""
-    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def check_settings(folder: str | os.PathLike, settings: Mapping[str, Any], in_use: bool) -> None:
-    """
-    Write the settings of a training into `settings.json`; or, if the folder is in use, check that they are the same.
-
-    Args:
-        folder (`str` or `PathLike`): Of the training.
-        settings (`Mapping`): What its results depend on.
-        in_use (`bool`): Whether the folder holds results or checkpoints.
-
-    Raises:
-        ValueError: If the folder is in use and its settings are others, or not known. Names each difference.
-    """
-    path = Path(folder, "settings.json")
-    settings = json.loads(json.dumps(settings, default=str))
-    if not in_use:
-        write_whole(path, json.dumps(settings, indent=1) + "\n")
-        return
-    if not path.exists():
-        raise ValueError(
-            f"{folder} holds a model without the settings of its training (settings.json): give another output_dir."
-        )
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
-    if changed:
-        differences = ", ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in changed)
-        raise ValueError(
-            f"{folder} holds a training with other settings ({differences}): give another output_dir, or delete the "
-            "folder."
-        )
-
-
-def changes_the_model(argument: str) -> bool:
-    """Return whether a trained model depends on a field of `TrainingArguments`."""
-    return argument not in WITHOUT_EFFECT and not argument.startswith(WITHOUT_EFFECT_BEGIN)
-
-
-def digest_of(rows: Dataset) -> str:
-    """Return what tells the token ids and labels of these rows from others."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr((row["input_ids"], row.get("labels"))).encode())
-    return digest.hexdigest()[:16]
-
-
 def with_answers(
     model: FastBertForSequenceClassification, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     """Return the rows with the probabilities that the full model gives them in place of their labels."""
-    record = record_exits(model, rows, DataCollatorWithPadding(tokenizer))
+    record = record_exits(model, rows, tokenizer=tokenizer)
     answers = task_of(model.config).probabilities(record.exit_logits[:, -1])
     return rows.remove_columns("labels").add_column("labels", answers.tolist())
 

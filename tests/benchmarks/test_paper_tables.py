@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -151,6 +153,8 @@ def test_nothing_that_was_not_run_gets_a_number(report, tmp_path):
         body = part(results).splitlines()[2:]
         assert not any(character.isdigit() for line in body for character in line.split("not run")[-1])
         assert "not run" in part(results)
+    assert set(report.report_findings.numbers(results).values()) == {"not run"}
+    assert report.report_findings.broken_claims(results) == []
 
 
 def write_set(folder: Path, rows: int = 60) -> None:
@@ -290,13 +294,48 @@ def test_real_sets_have_their_sizes(runs):
         assert tuple(len(splits[split]) for split in ("train", "dev", "test")) == expected
 
 
-def test_the_committed_results_are_those_of_the_committed_numbers(report):
-    results = report.Results(DOCS / "results")
+@pytest.fixture(scope="module")
+def committed(report):
+    return report.Results(DOCS / "results")
+
+
+def test_the_committed_page_is_that_of_the_committed_numbers(report, committed):
     text = (DOCS / "results.md").read_text(encoding="utf-8")
-    own = (report.table_2, report.speeds_to_choose, report.table_3, report.baselines, report.crossed, report.tried)
-    cascades = report.cascade_report
-    for part in (*own, cascades.cascades, cascades.regularisation, cascades.times):
-        assert part(results) in text
+    assert report.text_of(committed, list(report.CAPTIONS)) == text
+    assert "{{" not in text and "not run" not in text
+
+
+def test_sentences_about_the_results_have_no_numbers_of_their_own():
+    template = (BENCHMARKS / "results_template.md").read_text(encoding="utf-8")
+    found = [part for part in template.split("\n\n") if part.startswith(("What was", "With complete members"))]
+    assert len(found) == 4
+    # What the paper has, two sums that are written out, and the least confidence of two labels.
+    written = {"1.1", "2.7", "1.4", "1.33", "1.17", "0.5"}
+    assert {number for part in found for number in re.findall(r"\d+\.\d+", part)} == written
+
+
+def test_what_the_sentences_claim_holds(report, committed):
+    text = " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())
+    claims = report.report_findings.claims(committed)
+    assert [sentence for sentence in claims if sentence not in text] == []
+    assert report.report_findings.broken_claims(committed) == []
+
+
+def test_a_sentence_that_new_numbers_contradict_is_named(report, committed):
+    results, findings = copy.deepcopy(committed), report.report_findings
+    results.get("mrpc", "cascade", 1, 3000)["cascades"]["1 + 6 layers"]["test"]["accuracy"] = [0.99] * 191
+    assert findings.broken_claims(results) == [
+        "none is ahead of FastBERT, on none of the four sets and at no speed-up"
+    ]
+    for case in results.get("sst2", "regularisation", 1, 3000)["cases"][1:]:
+        for training in case["trainings"]:
+            training["test"]["difficulty_inversion_score"] = 0.9
+            training["test"]["expected_calibration_error"] = 0.5
+    assert findings.broken_claims(results)[1:] == [
+        "On test that does not hold",
+        "test keeps a gain on mnli_watson alone",
+        "so it gets better on all but mnli_watson",
+    ]
 
 
 def test_a_record_for_the_figures_is_kept_out_of_the_folder_of_its_training(report, tmp_path):

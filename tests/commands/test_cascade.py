@@ -173,7 +173,7 @@ def test_all_stages_leave_a_cascade_that_answers(finished):
     assert (difficulty, large, taught) == ("difficulty-linear_mean_2", LARGE, TAUGHT)
     assert aware.startswith(f"{TAUGHT}-difficulty_0.5_0.5_")
     kinds = [type(trainer).__name__ for trainer, _ in trainings]
-    assert kinds == ["Trainer"] * 4 + ["DifficultyAwareTrainer"]
+    assert kinds == ["CheckedTrainer"] * 4 + ["DifficultyAwareTrainer"]
     depths = [model.config.num_hidden_layers for _, model in trainings]
     assert depths == [4, 2, 2, 2, 2]
     # The answers of the large member are in stage 2 alone.
@@ -215,7 +215,8 @@ def test_finished_stages_are_not_repeated(run, error_of, options, finished, trai
     # One more round labels more rows as hard, and stage 4 learns from them.
     trainings.clear()
     run(*options, "--seeds", 1, 2)
-    assert [type(trainer).__name__ for trainer, _ in trainings] == ["Trainer", "Trainer", "DifficultyAwareTrainer"]
+    kinds = [type(trainer).__name__ for trainer, _ in trainings]
+    assert kinds == ["CheckedTrainer"] * 2 + ["DifficultyAwareTrainer"]
     message = error_of(*options, "--learning_rate", 0.5)
     assert "learning_rate was 0.001 and is 0.5): give another output_dir" in message
 
@@ -237,7 +238,8 @@ def test_pairs_without_difficulty(run, options, trainings, tmp_path):
 def test_labelled_rows_are_used_as_they_are(run, options, labelled, backbone, trainings, tmp_path):
     printed = run(*options, *labelled, "--no_knowledge_distillation", "--output_dir", tmp_path / "out")
     assert "Hard rows: no 50.0%, yes 50.0%, all 50.0%." in printed and "Stage 3" not in printed
-    assert [type(trainer).__name__ for trainer, _ in trainings] == ["Trainer", "Trainer", "DifficultyAwareTrainer"]
+    kinds = [type(trainer).__name__ for trainer, _ in trainings]
+    assert kinds == ["CheckedTrainer"] * 2 + ["DifficultyAwareTrainer"]
     assert trainings[2][0].train_dataset["difficulty"] == [row["difficulty"] for row in DATA]
     # Without a teacher both trainings of the small member start alike, from the pretrained layers.
     gold = [LABELS.index(row["label"]) for row in DATA]
@@ -269,7 +271,10 @@ def test_a_complete_small_model_keeps_its_tokenizer(run, options, labelled, trai
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--unlabeled_file", "more.tsv"], "unrecognized arguments: --unlabeled_file more.tsv; --help lists all"),
+        (
+            ["--unlabeled_file", "more.tsv"],
+            "there is no option --unlabeled_file more.tsv; did you mean --validation_file? --help",
+        ),
         (["--seed", "one"], "argument --seed: invalid int value: 'one'; --help lists all arguments"),
         (["--exit_type", "round"], "--exit_type must be one of attention, linear, linear_mean, got 'round'"),
         (["--exit_policy", "patience"], "--exit_policy must be one of confidence, entropy, margin, got 'patience'"),

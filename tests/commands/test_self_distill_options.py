@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
+from transformers import TrainingArguments
 
-from fastbert_hf.commands.self_distill_options import QUICK_START, parse_self_distill_options
+from fastbert_hf.commands.self_distill import shared_arguments
+from fastbert_hf.commands.self_distill_options import QUICK_START, SelfDistillOptions, parse_self_distill_options
+from fastbert_hf.training import ExitTraining, FineTuning
 
 
 def parsed(tmp_path, settings, *options: str):
@@ -78,15 +83,70 @@ def test_bad_settings_in_a_json_file_are_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--lerning_rate", "1"], "unrecognized arguments: --lerning_rate 1; --help lists all arguments"),
+        (["--lerning_rate", "1"], "no option --lerning_rate 1; did you mean --learning_rate? --help all lists all"),
+        (["--lerning-rate=1"], "no option --lerning-rate=1; did you mean --learning_rate?"),
+        (["train.csv"], "no option train.csv; their names begin with --; --help all lists all arguments"),
         (["--max_steps", "two"], "--max_steps/--max-steps: invalid int value: 'two'"),
         (["--eval_strategy", "daily"], "daily"),
+        # A second one, and one after a switch that would take it for its value.
+        (
+            ["--seed", "1", "more.json"],
+            "no option more.json; their names begin with --; a file of settings comes before",
+        ),
+        (["--bf16", "more.json"], "got more.json but expected one of yes/no, "),
+        (["--bf16", "more.json"], "; a file of settings comes before all options: "),
     ],
 )
 def test_bad_options_after_a_json_file_are_named(tmp_path, words, expected):
     with pytest.raises(SystemExit) as error:
         parsed(tmp_path, {"train_file": "a.tsv"}, *words)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_json_file_after_options_is_told_where_it_belongs():
+    with pytest.raises(SystemExit, match=r"comes before all options: \S+ settings\.json --\.\.\."):
+        parse_self_distill_options("A command.", ["--seed", "1", "settings.json"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--use_cpu"], {"use_cpu": True, "warmup_steps": 0.1, "seed": 42}),
+        # Also where the default of a stage is another than that of TrainingArguments.
+        (["--use_cpu", "--warmup_steps", "0", "--save_strategy", "no"], {"warmup_steps": 0, "save_strategy": "no"}),
+        (
+            ["--use_cpu", "--bf16", "--weight_decay", "0.1", "--seed", "7"],
+            {"bf16": True, "weight_decay": 0.1, "seed": 7},
+        ),
+    ],
+)
+def test_training_arguments_reach_both_stages(tmp_path, words, expected):
+    _, training = parse_self_distill_options("A command.", words)
+    shared = shared_arguments(training)
+    assert "learning_rate" not in shared and len(shared) < 15
+    for stage in (FineTuning(), ExitTraining()):
+        arguments = stage.make_arguments(tmp_path, **shared)
+        assert {name: getattr(arguments, name) for name in expected} == expected
+
+
+def help_of(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse_self_distill_options("What it does.\n\nMore of it.", list(words))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_is_short_and_shows_the_other_arguments_on_request(capsys):
+    short, long = help_of(capsys, "--help"), help_of(capsys, "--help", "all")
+    assert help_of(capsys, "-h") == short
+    options = {name: set(re.findall(r"^  (--\w+)", text, re.MULTILINE)) for name, text in (("", short), ("all", long))}
+    own = {f"--{option.name}" for option in fields(SelfDistillOptions)}
+    assert own | {"--learning_rate", "--output_dir", "--use_cpu", "--push_to_hub"} <= options[""]
+    assert "--adam_beta1" not in short and len(short.splitlines()) < 130
+    trainers = {f"--{option.name}" for option in fields(TrainingArguments) if option.init}
+    assert own | trainers <= options["all"]
+    assert "What it does." in short and "More of it" not in short and "--help all" in short
+    assert max(map(short.index, own)) < short.index("--output_dir")  # its own come first
 
 
 def test_a_json_file_that_is_not_there_is_named():

@@ -18,6 +18,7 @@ from transformers import pipeline
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.commands import train_default_model
 from fastbert_hf.commands.train_default_model import DefaultModelOptions, load_default_model_data, main
+from fastbert_hf.modeling.teacher_digest import teacher_digest
 
 
 GOOD = ("a warm and funny film", "what a joy from start to end", "the cast is wonderful")
@@ -91,8 +92,10 @@ def test_the_model_is_saved_in_half_precision_and_loads_in_single(folder):
 
 def test_what_is_measured_is_what_is_saved(trained):
     folder, measured = trained
-    saved = FastBertForSequenceClassification.from_pretrained(folder).state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in measured.state_dict().items())
+    saved = FastBertForSequenceClassification.from_pretrained(folder)
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in measured.state_dict().items())
+    # The exits belong to the rounded teacher.
+    assert saved.config.distilled_for == teacher_digest(saved) is not None
 
 
 def test_the_default_speed_is_the_fastest_that_loses_nothing():

@@ -2,11 +2,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
+from pandas.testing import assert_frame_equal
 from transformers import DataCollatorWithPadding
 
-from fastbert_hf.evaluation import ExitRecord, executed_flops, record_exits
+from fastbert_hf import CascadeForSequenceClassification, CascadeProcessor
+from fastbert_hf.evaluation import ExitRecord, executed_flops, record_exits, sweep_depths, sweep_speeds
 
-from ..common import NUM_LAYERS, assert_close, tiny_model, tiny_rows, tiny_texts, tiny_tokenizer
+from ..common import (
+    NUM_LAYERS,
+    assert_close,
+    other_tokenizer,
+    stock,
+    tiny_model,
+    tiny_rows,
+    tiny_texts,
+    tiny_tokenizer,
+)
 
 
 def encoded_rows(labels: bool = True, number: int = 12) -> list[dict]:
@@ -55,6 +67,85 @@ def test_recording_leaves_no_dropout_on():
     collator = DataCollatorWithPadding(tiny_tokenizer())
     first, second = (record_exits(model, encoded_rows(), collator, progress=False) for _ in range(2))
     assert torch.equal(first.exit_logits, second.exit_logits)
+
+
+def assert_same_record(record: ExitRecord, expected: ExitRecord) -> None:
+    assert_close(record.exit_logits, expected.exit_logits)
+    for name in ("layer_flops", "exit_flops", "labels", "member_layers"):
+        value, wanted = getattr(record, name), getattr(expected, name)
+        assert value == wanted if wanted is None or isinstance(wanted, tuple) else torch.equal(value, wanted), name
+
+
+def with_texts() -> list[dict]:
+    """The rows of `encoded_rows` with their texts, and a column that nobody knows."""
+    return [
+        {"text": text, "source": {"page": 1}, **row} for text, row in zip(tiny_texts(12), encoded_rows(), strict=True)
+    ]
+
+
+RAW = [{"text": row["text"], "label": row["labels"]} for row in with_texts()]
+ROWS = {
+    "texts beside tokens": (with_texts(), None, None),
+    "texts beside tokens, the tokenizer's collator": (with_texts(), DataCollatorWithPadding(tiny_tokenizer()), None),
+    "without a collator": (encoded_rows(), None, None),
+    "a data set of tokens and texts": (Dataset.from_list(with_texts()), None, None),
+    "raw rows": (RAW, None, tiny_tokenizer()),
+    "labels by name": ([{**row, "label": f"LABEL_{row['label']}"} for row in RAW], None, tiny_tokenizer()),
+    "a data set of raw rows": (Dataset.from_list(RAW), None, tiny_tokenizer()),
+    "a stream of rows": (None, None, None),
+}
+
+
+@pytest.mark.parametrize(("rows", "collator", "tokenizer"), ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_rows_are_tokenized_and_padded_where_they_are_not(rows, collator, tokenizer, family):
+    model = tiny_model(family)
+    rows = iter(encoded_rows()) if rows is None else rows
+    expected = record_exits(model, encoded_rows(), DataCollatorWithPadding(tiny_tokenizer()), progress=False)
+    record = record_exits(model, rows, collator, batch_size=5, progress=False, tokenizer=tokenizer)
+    assert_same_record(record, expected)
+
+
+def test_texts_alone_are_enough():
+    model = tiny_model()
+    expected = record_exits(model, encoded_rows(False), progress=False)
+    assert_same_record(record_exits(model, tiny_texts(12), progress=False, tokenizer=tiny_tokenizer()), expected)
+
+
+def test_texts_are_cut_to_what_the_model_reads():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 10**30  # as of many a checkpoint
+    record = record_exits(tiny_model(), ["word7 " * 200], progress=False, tokenizer=tokenizer)
+    assert costs_of(record, NUM_LAYERS).tolist() == costs(tiny_model(), [64])
+
+
+@pytest.mark.parametrize("own_tokenizers", [False, True])
+def test_members_of_a_cascade_take_texts_and_a_processor(own_tokenizers):
+    tokenizers = [tiny_tokenizer(), other_tokenizer()] if own_tokenizers else [tiny_tokenizer()]
+    members = [stock(num_layers=1, seed=1), stock(seed=2)]
+    cascade = CascadeForSequenceClassification.from_members(members, tokenizers * (3 - len(tokenizers)))
+    assert cascade.config.own_tokenizers == own_tokenizers
+    of_members = [[{**tokenizer(row["text"]), "labels": row["label"]} for row in RAW] for tokenizer in tokenizers]
+    tokenized = of_members if own_tokenizers else of_members[0]
+    expected = record_exits(cascade, tokenized, progress=False)
+    assert_same_record(record_exits(cascade, RAW, progress=False, tokenizer=CascadeProcessor(tokenizers)), expected)
+    if own_tokenizers:
+        with pytest.raises(ValueError, match="each of the 2 members has its own tokenizer"):
+            record_exits(cascade, RAW, progress=False, tokenizer=tokenizers[0])
+    else:
+        assert_same_record(record_exits(cascade, RAW, progress=False, tokenizer=tokenizers[0]), expected)
+
+
+def test_texts_without_a_tokenizer_are_refused_with_what_to_give():
+    with pytest.raises(ValueError, match="the rows are texts, so the model's tokenizer is needed"):
+        record_exits(tiny_model(), ["word7"], progress=False)
+
+
+def test_sweeps_take_texts_and_a_tokenizer():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    record = record_exits(model, RAW, progress=False, tokenizer=tokenizer)
+    for sweep in (sweep_speeds, sweep_depths):
+        assert_frame_equal(sweep(model, RAW, tokenizer=tokenizer), sweep(model, record))
 
 
 def random_record(rows: int = 4, members: tuple[int, ...] = (3,), labels: bool = True) -> ExitRecord:
@@ -110,6 +201,13 @@ def test_labels_that_the_model_does_not_have_are_refused(label):
     rows = [{**row, "labels": label} for row in encoded_rows(False)]
     with pytest.raises(ValueError, match=f"labels must be from 0 to 2, got {label} to {label}.*leave out the column"):
         record_exits(tiny_model(), rows, DataCollatorWithPadding(tiny_tokenizer()), progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_rows_of_which_some_have_no_label_are_refused(batch_size):
+    rows = [{**row, "labels": None if index else 1} for index, row in enumerate(encoded_rows(False))]
+    with pytest.raises(ValueError, match=r"some rows have labels and others none|must be the ids of labels"):
+        record_exits(tiny_model(), rows, batch_size=batch_size, progress=False)
 
 
 def test_no_rows_are_refused():

@@ -21,6 +21,7 @@ WITHOUT_EXTRA = f"""
 import sys
 sys.modules.update(dict.fromkeys(["datasets", "evaluate", "matplotlib", "pandas", "sklearn"]))
 import fastbert_hf.training
+from fastbert_hf import choose_speed
 from fastbert_hf.evaluation import ExitRecord, executed_flops, paper_flops, record_exits, replay, replay_at_speed
 for code in {NEED_EXTRA}:
     try:

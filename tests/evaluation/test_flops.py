@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AlbertConfig, BertConfig
 
@@ -130,6 +131,17 @@ def test_repeated_layers_of_albert_count_each_time():
         model = FastBertForSequenceClassification(FastBertConfig(text_config=text_config))
     flops = paper_flops(model, torch.arange(1, 13))
     assert torch.equal(flops, flops[0] * torch.arange(1, 13))
+
+
+@pytest.mark.parametrize("saved", [["shared_pooler"], ["exit_dense", "out_proj"], ["exits.0", "exits.3"]])
+def test_what_an_adapter_keeps_a_copy_of_is_run_and_counted_once(saved):
+    model, batch = tiny_model(share_exit_pooler="shared_pooler" in saved), ragged_batch()
+    expected = paper_flops(model, torch.arange(1, 5))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["query"], r=1, modules_to_save=saved))
+    adapter = 128 * 2 * (32 + 32) * torch.arange(1, 5)  # of 128 tokens, from 32 to 1 and back
+    assert torch.equal(paper_flops(wrapped, torch.arange(1, 5)), expected + adapter)
+    total, exit_layer = counted(wrapped, **batch, speed=0.8)
+    assert executed_flops(wrapped, exit_layer, batch["attention_mask"].sum(1)).sum() == total
 
 
 @pytest.mark.parametrize("exit_layer", [0, NUM_LAYERS + 1])

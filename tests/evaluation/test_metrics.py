@@ -81,6 +81,44 @@ def test_a_calibrated_classifier_has_no_error():
     assert calibration_error(predictions, [0, 0, 0, 1]) == pytest.approx(0)
 
 
+# The first row is wrong, the second one right.
+@pytest.mark.parametrize(
+    "predictions",
+    [
+        [[0.6, 0.3, 0.1], [0.6, 0.2, 0.2]],
+        [[0.6, 0.2, 0.2], [0.6, 0.2, 0.2]],
+        [[0.6, 0.2, 0.2], [0.6, 0.3, 0.1]],
+        [[0.6, 0.4, 0.0], [0.6, 0.399, 0.0]],  # rounded
+    ],
+)
+def test_equal_probabilities_are_a_tie_in_which_nothing_is_inverted(predictions):
+    assert difficulty_inversion_score(predictions, [1, 0]) == 1
+    # Both in the bin (0.5, 0.6], of which half is right.
+    assert calibration_error(predictions, [1, 0]) == pytest.approx(0.1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), labels=st.integers(2, 9))
+def test_the_same_logits_in_any_order_are_a_tie(seed, labels):
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=labels) * 3
+    rows = [generator.permutation(logits) for _ in range(6)]
+    references = [(np.argmax(row) + (number < 3)) % labels for number, row in enumerate(rows)]
+    assert difficulty_inversion_score(rows, references) == 1
+
+
+@pytest.mark.parametrize(("edge", "num_bins"), [(6, 10), (14, 25), (55, 100)])  # 14 / 25 * 25 is more than 14
+def test_a_confidence_on_an_edge_is_in_the_bin_below(edge, num_bins):
+    # The answer at the edge is right, that a hair above it wrong. In one bin they would make up for each other.
+    confidence = edge / num_bins
+    predictions = [[value, 1 - value] for value in (confidence, np.nextafter(confidence, 1))]
+    assert calibration_error(predictions, [0, 1], num_bins=num_bins) == pytest.approx(0.5)
+
+
+def test_a_confidence_is_at_most_1():
+    assert calibration_error([[1.004, 0.0]], [1]) == 1
+
+
 @pytest.mark.parametrize("metric", [difficulty_inversion_score, calibration_error])
 def test_logits_and_their_probabilities_are_the_same_answers(metric):
     logits = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)) * 2

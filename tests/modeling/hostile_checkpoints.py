@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+
+SECONDS, MEGABYTES = 2, 200
+
+
+class Harm:
+    """A pickle that makes a folder when it is opened."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@contextmanager
+def little_cost() -> Iterator[None]:
+    """Fail where a block takes two seconds of this process, or 200 MB at any time (told by Linux alone)."""
+    clear_refs, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def megabytes(field: str) -> float:
+        return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) / 1024 if clear_refs.exists() else 0
+
+    if clear_refs.exists():
+        clear_refs.write_text("5")  # the peak counts from here
+    memory, seconds = megabytes("VmRSS"), time.process_time()
+    yield
+    assert time.process_time() - seconds < SECONDS
+    assert megabytes("VmHWM") - memory < MEGABYTES
 
 
 def nested(depth: int) -> dict:
@@ -24,6 +57,8 @@ ALBERT, DISTILBERT = {"model_type": "albert"}, {"model_type": "distilbert"}
 TERABYTE = {"num_hidden_layers": 1000, "hidden_size": 8192, "intermediate_size": 10**6}
 LARGE = "parameters, but at most 20,000,000,000 are allowed"
 NOT_FINITE = "every number must be finite"
+LAYERS_BY_ANOTHER_NAME = {"attribute_map": {"num_hidden_layers": "zz"}, "zz": 10**9}
+NO_SETTING = "Config itself and no setting: leave it out."
 DEEP = "nested more than 8 levels deep, in"
 # What config.json says in place of the truth, and what the error says of it.
 CONFIGS = {
@@ -71,7 +106,57 @@ CONFIGS = {
         {"max_layers": 5},
         "max_layers must be a whole number from 1 to 4 (the layers of this model)",
     ),
+    "speed in a list": ({"speed": [0.5] * 10**5}, "the config says speed=[0.5, 0.5, 0.5, 0.5, 0.5, 0.5, ...], but it"),
+    "10,000 digits of a limit": ({"max_layers": "1" * 10_000}, "but it must be a number: leave it out."),
+    "padding beyond the vocabulary": (
+        {"text_config.pad_token_id": 100},
+        "text_config.pad_token_id=100, but it must be a whole number from -100 to 99",
+    ),
+    "no padding to count positions from": (
+        {"text_config.model_type": "roberta", "text_config.pad_token_id": None},
+        "text_config.pad_token_id=None, but it must be a whole number from 0 to 62",
+    ),
+    "heads that do not divide": ({"text_config.num_attention_heads": 5}, "not a multiple of the number of attention"),
+    # Settings that are none
+    "sizes by another name": (
+        {"text_config.attribute_map": {"num_hidden_layers": "zz"}, "text_config.zz": 10**9},
+        f"text_config.attribute_map={{'num_hidden_layers': 'zz'}}, but that is a part of Bert{NO_SETTING}",
+    ),
+    "own sizes by another name": (LAYERS_BY_ANOTHER_NAME, f"is a part of FastBert{NO_SETTING}"),
+    "number for a method": ({"to_dict": 5}, f"to_dict=5, but that is a part of FastBert{NO_SETTING}"),
+    "method of the backbone": ({"text_config.validate": []}, "text_config.validate=[], but that is a part of Bert"),
+    "other defaults of a call": (
+        {"call_defaults": ["speed", "x"]},
+        "call_defaults=['speed', 'x'], but that is",
+    ),
+    "layers beside the backbone": (
+        {"num_hidden_layers": 4},
+        "num_hidden_layers=4 is the backbone's, and no field of FastBertConfig: give it before the model is built, as "
+        "in FastBertConfig(text_config=BertConfig(num_hidden_layers=4))",
+    ),
+    "width beside the backbone": ({"hidden_size": 32}, "hidden_size=32 is the backbone's, and no field of"),
+    "function as dtype": ({"dtype": "load"}, "dtype='load', but weights are of one of float16, bfloat16, float32,"),
+    "module as dtype": ({"text_config.torch_dtype": "nn"}, "text_config.torch_dtype='nn', but weights are of one of"),
+    "unknown activation": (
+        {"text_config.hidden_act": "nope"},
+        "text_config.hidden_act='nope', which is no activation: choose one of gelu, ",
+    ),
+    "architecture of nothing": ({"architectures": [None]}, "architectures=[None], which is no FastBERT model: write"),
+    "quantised by a number": ({"quantization_config": 5}, "quantization_config=5, but it must say how the weights"),
+    "kinds of problems": (
+        {"problem_type": ["x"]},
+        "the model that the config describes cannot be built (TypeError: \"unhashable type: 'list'\"): load the",
+    ),
     # Labels
+    "hole in the labels": (
+        {"id2label": {"0": "a", "7": "b"}},
+        "id2label={0: 'a', 7: 'b'} has no label 1: it must name every id from 0 to 1 (the number of labels is 2).",
+    ),
+    "label without a name": (
+        {"id2label": {"0": "a", "1": None}},
+        "id2label calls label 1 None, but a label is a text, as in 'good'.",
+    ),
+    "label of a list": ({"id2label": {"0": ["a"], "1": "b"}}, "id2label calls label 0 ['a'], but a label is a text"),
     "100,001 labels": (
         {"id2label": {str(index): "x" for index in range(100_001)}},
         "but it must name 1 to 100,000 labels, as in",
@@ -97,6 +182,20 @@ CONFIGS = {
         {"attn_implementation": "org/code"},
         "attn_implementation='org/code', but a checkpoint may ask for sdpa",
     ),
+    "code for attention by its other name": (
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        "says _attn_implementation='kernels-community/flash-attn', but a checkpoint may ask for sdpa or eager only",
+    ),
+    "code for the backbone's attention": (
+        {"text_config._attn_implementation": {"": "org/code"}},
+        "text_config._attn_implementation={'': 'org/code'}, but a checkpoint may ask for sdpa",
+    ),
+    "patched layers": ({"fusion_config": {"layernorm": True}}, "says fusion_config, but all layers have equal sizes"),
+    "more values than a config has": (
+        {"text_config.unused": [[0] * 1000] * 600},
+        "holds more than 500,000 values or is nested more than 8 levels deep, in 'text_config.unused.",
+    ),
+    "long text": ({"unused": "x" * 100_001}, "but a text in it has at most 100,000 characters."),
     "nesting bomb": ({"text_config": nested(300)}, f"{DEEP} 'text_config."),
     "nesting bomb of lists": ({"layers": LISTS}, f"{DEEP} 'layers."),
     "stock architecture": (
@@ -195,6 +294,24 @@ WEIGHTS = {
         zeros("fastbert.backbone.encoder.layer.4.output.dense.weight", 32, 64),
         f"{NOT_THOSE} also hold backbone.encoder.layer.4.output.dense.weight.",
     ),
+    "no word embeddings": (
+        without("fastbert.backbone.embeddings.word_embeddings."),
+        f"{NOT_THOSE} lack backbone.embeddings.word_embeddings.weight. {RELOAD}",
+    ),
+    "no feed-forward matrices": (
+        lambda weights: {name: value for name, value in weights.items() if ".intermediate." not in name},
+        f"{NOT_THOSE} lack backbone.encoder.layer.0.intermediate.dense.weight,",
+    ),
+    "layer by another number": (
+        lambda weights: {name.replace("layer.1.", "layer.01."): value for name, value in weights.items()},
+        f"{NOT_THOSE} lack backbone.encoder.layer.1.attention.self.query.weight,",
+    ),
+    "no exits": (without("exits."), f"{NOT_THOSE} lack exits.0.pooler.exit_projection.weight,"),
+    "weight by two names": (
+        zeros("backbone.embeddings.LayerNorm.bias", 32),
+        f"{NOT_THOSE} hold backbone.embeddings.LayerNorm.bias twice. {RELOAD}",
+    ),
+    "pooler of something else": (zeros("x.pooler.dense.weight", 3), f"{NOT_THOSE} also hold x.pooler.dense.weight."),
     "no weights": (
         lambda weights: {},
         "4 layers and about 391,872 parameters, but the weights hold 0 in 0 tensors: load",
@@ -213,6 +330,10 @@ CONFIGS_OF_OTHERS = {
         "a model of 1000 layers and about 220,664 parameters, but the weights hold 388,236 in 125 tensors",
     ),
     "3 layers": ({"text_config.num_hidden_layers": 3}, f"{NOT_THOSE} also hold"),
+    "quantised in name alone": (
+        {"quantization_config": {"quant_method": "torchao"}, "text_config.num_hidden_layers": 5},
+        f"{NOT_THOSE} lack backbone.encoder.layer.4.attention.self.query.weight,",
+    ),
     "unknown quantiser": (
         {**SEVEN_LABELS, "quantization_config": {"quant_method": "none such"}},
         f"{NOT_THOSE} hold exits.0.out_proj.weight of shape [3, 128] instead of [7, 128],",

@@ -171,6 +171,15 @@ def test_kernel_of_one_model_is_not_the_kernel_of_another(kernels_used):
     assert kernels_used == {"sdpa"}
 
 
+@pytest.mark.parametrize("family", FAMILIES_OF_BOTH_KINDS)
+@torch.no_grad()
+def test_kernels_agree_to_double_precision(family):
+    model, batch = tiny_model(family).double(), ragged_batch()
+    expected = model(**batch).logits
+    model.set_attn_implementation("eager")
+    assert_close(model(**batch).logits, expected, 1e-12)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @torch.no_grad()
 def test_early_exits_are_the_same_with_every_kernel(kernel):

@@ -434,6 +434,9 @@ def test_wrong_calls_say_what_to_call(cascade):
         cascade(**batch, speed=2)
     with pytest.raises(ValueError, match="got 2 speeds for a batch of 7 rows"):
         cascade(**batch, speed=[0.1, 0.2])
+    batch["attention_mask"][5] = 0
+    with pytest.raises(ValueError, match=r"rows \[5\] hold padding only"):  # where a member runs on some rows, too
+        cascade(**batch, speed=[0, 0, 0, 0.5, 0, 0.5, 0])
     with pytest.raises(ValueError, match="that it shares: give input_ids"):
         cascade(member_inputs=[batch] * 3)
     with pytest.raises(ValueError, match="text 1 has 70 tokens, but this model reads at most 64"):

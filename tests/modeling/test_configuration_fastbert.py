@@ -32,6 +32,7 @@ OWN_FIELDS = {
     "patience": 3,
     "min_exit_layer": 1,
     "max_layers": 2,
+    "distilled_for": "float32:0123456789abcdef",
 }
 LABELS = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
 
@@ -53,6 +54,7 @@ def test_defaults_are_the_papers_and_the_documented_ones():
         "patience": 2,
         "min_exit_layer": None,
         "max_layers": None,
+        "distilled_for": None,
     }
 
 
@@ -97,6 +99,26 @@ def test_teacher_is_of_the_students_type_unless_named(exit_type):
 def test_depth_and_width_are_the_backbones(family):
     config = FastBertConfig(text_config=tiny_text_config(family))
     assert (config.num_hidden_layers, config.hidden_size) == (NUM_LAYERS, SHAPE["hidden_size"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_asked_of_a_stock_config_is_the_backbones(family):
+    text_config = tiny_text_config(family)
+    config = FastBertConfig(text_config=text_config)
+    for name in ("vocab_size", "pad_token_id", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
+        assert getattr(config, name, None) == getattr(text_config, name, None)
+        assert name not in config.to_dict() and name not in config.to_diff_dict()
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "num_hidden_layers", "pad_token_id"])
+def test_what_is_the_backbones_cannot_be_set_beside_it(name):
+    message = rf"{name}=3 is the backbone's.*FastBertConfig\(text_config=BertConfig\({name}=3\)\)"
+    with pytest.raises(ValueError, match=message):
+        FastBertConfig(**{name: 3})
+    config = FastBertConfig()
+    with pytest.raises(ValueError, match=message):
+        setattr(config, name, 3)
+    assert getattr(config, name) == getattr(BertConfig(), name)
 
 
 def test_backbone_may_be_given_as_a_dict():
@@ -159,6 +181,9 @@ def test_decoder_is_refused(config_class):
         ({"speed": math.nan}, r"speed must be a number in \[0, 1\], got nan"),
         ({"max_layers": 0}, "max_layers must be a whole number from 1 to 12"),
         ({"max_layers": 13}, "max_layers must be a whole number from 1 to 12"),
+        ({"id2label": {0: "a", 7: "b"}}, "has no label 1: it must name every id from 0 to 1"),
+        ({"id2label": {0: "a", 1: None}}, "id2label calls label 1 None, but a label is a text"),
+        ({"distilled_for": "float32:0123"}, "distilled_for must be None or a dtype and 16 digits.*got 'float32:0123'"),
     ],
 )
 def test_field_out_of_its_range_is_refused(fields, message):
@@ -197,3 +222,11 @@ def test_config_of_a_stock_checkpoint_names_from_backbone_and_from_classifier(tm
     tiny_text_config("roberta").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'roberta' checkpoint.*from_backbone\(name.*\.from_classifier\(name\)"):
         FastBertConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.rope_scaling.:FutureWarning")
+def test_error_inside_of_transformers_says_what_failed():
+    config = {"model_type": "fastbert", "text_config": {"model_type": "bert", "rope_scaling": "x"}}
+    message = r"the config cannot be read \(AttributeError: .*\): load the config that was saved with the weights"
+    with pytest.raises(ValueError, match=message):
+        FastBertConfig.from_dict(config)

@@ -68,26 +68,46 @@ def test_uncertainty_is_the_value_computed_by_hand(policy, probabilities, expect
     assert state is None
 
 
-@pytest.mark.parametrize("num_labels", [2, 3, 77])
-def test_entropy_is_one_when_uniform_and_zero_when_certain(num_labels):
-    uniform, _ = exit_uncertainty(torch.full((1, num_labels), 0.7), "entropy")
-    certain, _ = exit_uncertainty(one_hot_logits(num_labels), "entropy")
-    assert uniform.item() == pytest.approx(1, abs=1e-6)
-    assert uniform.item() <= 1
-    assert certain.item() == 0
+UNCERTAINTIES = ("entropy", "confidence", "margin")
 
 
-@pytest.mark.parametrize("num_labels", [2, 77])
-def test_confidence_and_margin_are_one_when_uniform_and_zero_when_certain(num_labels):
-    uniform, certain = torch.full((1, num_labels), -1.3), one_hot_logits(num_labels)
-    for policy in ("confidence", "margin"):
-        assert exit_uncertainty(uniform, policy)[0].item() == pytest.approx(1, abs=1e-6)
-        assert exit_uncertainty(uniform, policy)[0].item() <= 1
-    assert exit_uncertainty(certain, "confidence")[0].item() == 0
-    assert exit_uncertainty(certain, "margin")[0].item() == 0
+@pytest.mark.parametrize("policy", UNCERTAINTIES)
+def test_an_undecided_text_has_uncertainty_one_and_leaves_at_no_speed(policy):
+    for num_labels in (*range(2, 1001), 100_000):
+        for rows in (1, 3):
+            uncertainty, _ = exit_uncertainty(torch.full((rows, num_labels), 0.7), policy)
+            assert uncertainty.tolist() == [1.0] * rows, num_labels
+            assert not leaves(uncertainty, row_speeds(1, rows)).any()
 
 
-@pytest.mark.parametrize("policy", ["entropy", "confidence", "margin"])
+@pytest.mark.parametrize("policy", UNCERTAINTIES)
+@pytest.mark.parametrize("num_labels", [2, 3, 77, 1000])
+def test_uncertainty_is_zero_when_certain(policy, num_labels):
+    assert exit_uncertainty(one_hot_logits(num_labels), policy)[0].item() == 0
+
+
+@pytest.mark.parametrize("policy", UNCERTAINTIES)
+@pytest.mark.parametrize("num_labels", [2, 8, 41, 1000])
+def test_uncertainty_never_leaves_the_unit_interval(policy, num_labels):
+    generator = torch.Generator().manual_seed(num_labels)
+    scales = torch.tensor([0.0, 1e-7, 1e-4, 1e-2, 1.0, 30.0, 1e30])  # from undecided to certain
+    logits = torch.randn(7, 40, num_labels, generator=generator) * scales[:, None, None]
+    logits[:, :5, 0] = -math.inf
+    uncertainty, _ = exit_uncertainty(logits.flatten(0, 1), policy)
+    assert ((uncertainty >= 0) & (uncertainty <= 1)).all()
+
+
+@pytest.mark.parametrize("policy", UNCERTAINTIES)
+@pytest.mark.parametrize("num_labels", [2, 8, 1000])
+def test_uncertainty_of_a_row_is_the_same_alone_and_in_a_record_of_all_exits(policy, num_labels):
+    exit_logits = torch.randn(30, 4, num_labels, generator=torch.Generator().manual_seed(0)) * 2
+    exit_logits[0] = 0.3
+    of_exits, _ = exit_uncertainty(exit_logits[:, 2], policy)
+    alone = [exit_uncertainty(row[2:3].clone(), policy)[0] for row in exit_logits]
+    assert torch.equal(of_exits, torch.cat(alone))
+
+
+@pytest.mark.parametrize("policy", UNCERTAINTIES)
 def test_uncertainty_of_random_logits_is_in_the_unit_interval_and_ranks_sharper_logits_lower(policy):
     logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * 3
     uncertainty, sharper = (exit_uncertainty(logits * factor, policy)[0] for factor in (1, 2))
@@ -95,7 +115,7 @@ def test_uncertainty_of_random_logits_is_in_the_unit_interval_and_ranks_sharper_
     assert (sharper < uncertainty).all()
 
 
-@pytest.mark.parametrize("policy", ["entropy", "confidence", "margin"])
+@pytest.mark.parametrize("policy", UNCERTAINTIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_uncertainty_is_computed_in_float32_whatever_the_dtype(policy, dtype):
     logits = (torch.randn(50, 77, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig, pipeline
 
 from fastbert_hf import (
+    CascadeConfig,
     CascadeForSequenceClassification,
     FastBertConfig,
     FastBertForSequenceClassification,
@@ -31,41 +28,14 @@ from tests.common import (
     tiny_tokenizer,
 )
 
-from .hostile_checkpoints import CONFIGS, FILES, break_checkpoint, with_header
+from .hostile_checkpoints import CONFIGS, FILES, Harm, break_checkpoint, little_cost, with_header
 
 
-SECONDS, MEGABYTES = 2, 200
 LOADERS = (
     AutoModelForSequenceClassification.from_pretrained,
     AutoModel.from_pretrained,
     FastBertForSequenceClassification.from_pretrained,
 )
-
-
-class Harm:
-    """A pickle that makes a folder when it is opened."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-@contextmanager
-def little_cost() -> Iterator[None]:
-    """Fail where a block takes two seconds of this process, or 200 MB at any time (told by Linux alone)."""
-    clear_refs, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-    def megabytes(field: str) -> float:
-        return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) / 1024 if clear_refs.exists() else 0
-
-    if clear_refs.exists():
-        clear_refs.write_text("5")  # the peak counts from here
-    memory, seconds = megabytes("VmRSS"), time.process_time()
-    yield
-    assert time.process_time() - seconds < SECONDS
-    assert megabytes("VmHWM") - memory < MEGABYTES
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +84,72 @@ def test_raw_config_is_refused_before_the_backbones_config_exists(folder, monkey
     for load in (AutoConfig.from_pretrained, AutoModelForSequenceClassification.from_pretrained):
         with pytest.raises(ValueError, match=re.escape(message)):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text + " " * 8_000_000, "bytes, but a config has at most 8,000,000"),
+        (lambda text: text[:-1] + ',"unused":[' + "0," * 3_000_000 + "0]}", "and 3,000,"),
+        (lambda text: text[:-1] + ',"unused":[' + "[]," * 2_000_000 + "[]]}", "and 4,000,"),
+        (lambda text: "[" * 400_000, "config.json cannot be read (RecursionError: "),
+        (lambda text: "[1, 2]", "config.json holds [1, 2], but a config is a JSON object"),
+    ],
+    ids=["bytes", "numbers", "lists", "nesting", "no object"],
+)
+def test_large_config_is_not_parsed(folder, change, message):
+    file = folder / "config.json"
+    file.write_text(change(json.dumps(json.loads(file.read_text()))))
+    for load in (FastBertConfig.from_pretrained, FastBertForSequenceClassification.from_pretrained):
+        with little_cost(), pytest.raises(ValueError, match=re.escape(message)):
+            load(folder)
+    with little_cost(), pytest.raises(ValueError, match=re.escape(message)):
+        CascadeConfig.from_pretrained(folder)
+
+
+def test_what_auto_classes_have_parsed_is_refused_at_sight(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for changed in ({"unused": [0] * 3_000_000}, {"id2label": dict.fromkeys(range(600_000), "x")}):
+        with little_cost(), pytest.raises(ValueError, match="holds more than 500,000 values"):
+            FastBertConfig.from_dict({**config, **changed})
+
+
+def test_hundred_thousand_labels_load(folder):
+    config = json.loads((folder / "config.json").read_text())
+    names = [f"label {index}" for index in range(100_000)]
+    config.update(id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)})
+    (folder / "config.json").write_text(json.dumps(config))
+    with little_cost():
+        assert FastBertConfig.from_pretrained(folder).id2label == dict(enumerate(names))
+
+
+def test_unused_stock_pooler_is_no_harm(folder, caplog):
+    weights = load_file(folder / "model.safetensors")
+    for name in ("pooler.dense.weight", "pooler.bias", "embeddings.position_ids"):
+        weights[f"fastbert.backbone.{name}"] = torch.zeros(3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same_weights(AutoModelForSequenceClassification.from_pretrained(folder), tiny_model())
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_weights_given_as_state_dict_are_checked_too(whole):
+    state = tiny_model().state_dict()
+    del state["fastbert.backbone.embeddings.word_embeddings.weight"]
+    with pytest.raises(ValueError, match=r"they lack backbone\.embeddings\.word_embeddings\.weight\."):
+        FastBertForSequenceClassification.from_pretrained(
+            None, config=FastBertConfig.from_pretrained(whole), state_dict=state
+        )
+
+
+def test_renamed_weights_must_all_be_there(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["fastbert.backbone.embeddings.word_embeddings.weight"]
+    renamed = {name.replace("exits.", "classifiers."): value for name, value in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"has no weights for fastbert\.backbone\.embeddings\.word_embeddings\.weight:"
+    ):
+        FastBertForSequenceClassification.from_pretrained(folder, key_mapping={"^classifiers": "exits"})
 
 
 def test_no_header_of_several_files_is_larger_than_that_of_one(folder):
@@ -165,6 +201,21 @@ def of_12_billion_parameters(config: dict) -> None:
         (lambda config: config["members"][1].update(model_type="bert"), "config of a 'bert' checkpoint"),
         (lambda config: config.update(attn_implementation="org/kernel"), "attn_implementation='org/kernel'"),
         (lambda config: config.update(speed=float("nan")), "speed must be a number"),
+        (
+            lambda config: config.update(num_hidden_layers=4),
+            "num_hidden_layers=4, but that is a part of CascadeConfig",
+        ),
+        (lambda config: config.update(attribute_map={"a": "b"}), "that is a part of CascadeConfig itself"),
+        (lambda config: config.update(id2label={"0": "a", "2": "b"}), "but the cascade {0: 'a', 2: 'b'}: all members"),
+        (lambda config: config["members"][0].update(id2label={"0": "a", "2": "b"}), "{0: 'a', 2: 'b'} has no label 1"),
+        (
+            lambda config: config["members"][1].update(to_dict=5),
+            "member 2 of the cascade: the config says to_dict=5, but that is a part of FastBertConfig itself",
+        ),
+        (
+            lambda config: config["members"][0]["text_config"].update(hidden_act="nope"),
+            "member 1 of the cascade: the config says text_config.hidden_act='nope', which is no activation",
+        ),
         (lambda config: config.update(architectures=["BertModel"]), '["CascadeForSequenceClassification"]'),
         (
             lambda config: config["members"][0].update(id2label={"0": "a", "1": "b", "2": "c"}),
@@ -179,6 +230,26 @@ def test_a_hostile_cascade_costs_one_clear_error(whole_cascade, tmp_path, change
     (folder / "config.json").write_text(json.dumps(config))
     with little_cost(), pytest.raises(ValueError, match=re.escape(message)):
         CascadeForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (
+            lambda name: name.startswith("members.1.exits."),
+            "they lack members.1.exits.0.pooler.exit_projection.weight,",
+        ),
+        (lambda name: name.startswith("members.0.") and "word_embeddings" in name, "they lack members.0.fastbert."),
+        (lambda name: ".exits." in name, "they lack members.0.exits.0.pooler.exit_projection.weight,"),
+    ],
+)
+def test_members_without_all_of_their_weights_are_refused(whole_cascade, tmp_path, lost, message):
+    folder = Path(shutil.copytree(whole_cascade, tmp_path / "cascade"))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not lost(name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AutoModelForSequenceClassification.from_pretrained(folder)
 
 
 # Pickles, and code
@@ -317,6 +388,21 @@ def test_loading_runs_no_code_of_the_checkpoint(folder):
     assert type(classifier.model) is FastBertForSequenceClassification
     assert len(classifier(tiny_texts(2))) == 2
     assert not marker.exists()
+
+
+def test_trust_remote_code_runs_what_comes_with_a_tokenizer_and_nothing_else(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    marker = plant_code(folder)
+    for load in LOADERS:
+        load(folder, trust_remote_code=True)
+    pipeline("fast-text-classification", model=str(folder), trust_remote_code=True)
+    assert not marker.exists()
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": [None, "evil.Tokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(AttributeError, match="Tokenizer"):  # the planted file has no such class
+        pipeline("fast-text-classification", model=str(folder), trust_remote_code=True)
+    assert marker.exists()
 
 
 def test_from_backbone_runs_no_code_of_the_backbone(tmp_path):

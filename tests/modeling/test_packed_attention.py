@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from fastbert_hf.modeling.packed_attention import (
     ATTENTION_KERNELS,
@@ -98,6 +99,17 @@ def test_dropout_falls_on_the_attention_weights_and_keeps_their_mean(kernel):
     assert_close(without, torch.ones_like(without), 1e-6)
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
     assert dropped.std() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_eager_attention_rounds_as_the_stock_one(dtype):
+    batch, _ = pack_padded(mask_of((9, 9, 9)), "eager")
+    packed = [random_tensor(1, HEADS, 27, HEAD_DIM, seed=seed).to(dtype) * 3 for seed in range(3)]
+    attended = attend_within_texts(batch, *packed)
+    texts = (tensor.view(HEADS, 3, 9, HEAD_DIM).transpose(0, 1) for tensor in packed)
+    expected, _ = eager_attention_forward(torch.nn.Identity(), *texts, None)
+    assert attended.dtype == dtype
+    assert torch.equal(attended, expected.flatten(0, 1)[None])
 
 
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)

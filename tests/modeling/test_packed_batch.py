@@ -90,6 +90,14 @@ def test_rows_of_padding_only_are_named():
         pack_padded(mask)
 
 
+def test_rows_of_a_larger_batch_keep_their_numbers_and_are_named_by_them():
+    mask, rows = mask_of(), torch.tensor([7, 3, 9, 4, 11])
+    assert pack_padded(mask, rows=rows)[0].rows.tolist() == [3, 7, 4, 9, 11]
+    mask[[1, 3]] = 0
+    with pytest.raises(ValueError, match=r"rows \[3, 4\] hold padding only"):
+        pack_padded(mask, rows=rows)
+
+
 def test_batch_without_rows_is_refused():
     with pytest.raises(ValueError, match="the batch has no rows"):
         pack_padded(torch.ones(0, 5))

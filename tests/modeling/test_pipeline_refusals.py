@@ -20,9 +20,15 @@ def classifier():
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t"])
-def test_empty_text_is_refused(classifier, text):
-    with pytest.raises(ValueError, match=r"got an empty text .*: leave empty texts out"):
-        classifier(text)
+def test_empty_text_is_refused_where_the_caller_says_so(classifier, text):
+    with pytest.raises(ValueError, match=r"input 0: got an empty text .*: leave empty texts out"):
+        classifier(text, allow_blank=False)
+    constructed = pipeline(
+        "fast-text-classification", model=classifier.model, tokenizer=classifier.tokenizer, allow_blank=False
+    )
+    with pytest.raises(ValueError, match="got an empty text"):
+        constructed(["word7", text])
+    assert len(constructed(text, allow_blank=True)) == 1
 
 
 @pytest.mark.parametrize("bad", [None, 5, 0.5, b"bytes"])
@@ -42,14 +48,14 @@ def test_one_bad_text_among_good_ones_is_refused(classifier, bad):
     expected = "got an empty text" if is_empty else f"a text must be a string, got {type(bad).__name__} "
     for inputs, make, batch_size in (([bad, "word7"], list, 1), (["word7", "word8", bad], iter, 4)):
         with pytest.raises(ValueError if is_empty else TypeError, match=expected):
-            list(classifier(make(inputs), batch_size=batch_size))
+            list(classifier(make(inputs), batch_size=batch_size, allow_blank=False))
 
 
 @pytest.mark.parametrize("place", ["text", "text_pair"])
 def test_bad_text_in_a_pair_is_refused(classifier, place):
     for make in (lambda pair: pair, lambda pair: [pair], lambda pair: iter([pair])):
         with pytest.raises(ValueError, match="got an empty text"):
-            list(classifier(make({**PAIRS[0], place: " "})))
+            list(classifier(make({**PAIRS[0], place: " "}), allow_blank=False))
         with pytest.raises(TypeError, match="a text must be a string, got int "):
             list(classifier(make({**PAIRS[0], place: 5})))
 
@@ -57,9 +63,9 @@ def test_bad_text_in_a_pair_is_refused(classifier, place):
 def test_bad_text_in_a_data_set_is_refused(classifier):
     dataset = Dataset.from_dict({"text": ["word7", ""]})
     with pytest.raises(ValueError, match="got an empty text"):
-        list(classifier(KeyDataset(dataset, "text")))
+        list(classifier(KeyDataset(dataset, "text"), allow_blank=False))
     with pytest.raises(ValueError, match="got an empty text"):
-        classifier(dataset["text"])
+        classifier(dataset["text"], allow_blank=False)
 
 
 def test_pairs_as_lists_are_refused(classifier):

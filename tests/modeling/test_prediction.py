@@ -11,6 +11,7 @@ import gzip
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,33 @@ def test_speeds_that_end_before_the_texts_are_an_error_after_their_answers(model
         next(answers)
 
 
+@pytest.mark.parametrize("make_speeds", [list, tuple, iter, torch.tensor])
+@pytest.mark.parametrize("make", [list, iter, lambda rows: {"input_ids": [row["input_ids"] for row in rows]}])
+def test_speeds_that_are_more_than_the_texts_are_an_error(model, make, make_speeds):
+    answers = model.predict(make(encoded_texts()), speed=make_speeds([0.5] * 17))
+    with pytest.raises(ValueError, match="there are 16 texts but more speeds: give one number for all, or one for"):
+        list(answers)
+    with pytest.raises(ValueError, match="more speeds"):
+        next(model.predict(encoded_texts(), speed=[0.5] * 17))  # before the first answer, where it can be told
+
+
+@pytest.mark.parametrize(
+    "speeds", [[0.0, None, 1.0], [0.0, "1", 1.0], [0.0, float("nan"), 1.0], [[0.0], [1.0], [1.0]]]
+)
+def test_a_speed_that_is_none_names_its_text(model, speeds):
+    number = 0 if isinstance(speeds[0], list) else 1
+    answers = model.predict(encoded_texts()[:3], speed=speeds, batch_size=1)
+    assert len(list(itertools.islice(answers, number))) == number
+    with pytest.raises(ValueError, match=f"text {number}: speed must be a number in .0, 1., got"):
+        next(answers)
+
+
+def test_fractions_are_speeds(model, expected):
+    speed = Fraction(17, 20)
+    assert_same(model.predict(encoded_texts(), speed=speed), expected)
+    assert_same(model.predict(encoded_texts(), speed=[speed] * len(LENGTHS)), expected)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -171,6 +199,13 @@ def test_speeds_that_end_before_the_texts_are_an_error_after_their_answers(model
         lambda rows: {"input_ids": [row["input_ids"] for row in rows]},
         lambda rows: [{"input_ids": torch.tensor(row["input_ids"])} for row in rows],
         lambda rows: [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows],
+        lambda rows: [{**row, "attention_mask": [1.0] * len(row["input_ids"])} for row in rows],
+        lambda rows: [{**row, "attention_mask": None, "token_type_ids": None} for row in rows],
+        lambda rows: {"input_ids": [row["input_ids"] for row in rows], "attention_mask": None},
+        lambda rows: [
+            {"input_ids": [*row["input_ids"], 0], "attention_mask": [*[1.0] * len(row["input_ids"]), 0.0]}
+            for row in rows
+        ],
         lambda rows: [
             {"input_ids": [0, 0, *row["input_ids"], 0], "attention_mask": [0, 0, *[1] * len(row["input_ids"]), 0]}
             for row in rows
@@ -257,6 +292,26 @@ BAD_TEXTS = {
         {"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]},
         "the attention_mask of text 3 has zeros inside the text",
     ),
+    "no ids at all": (
+        {"input_ids": None, "token_type_ids": [0]},
+        "text 3 has no input_ids .got a mapping of 'token_type_ids",
+    ),
+    "one number": ({"input_ids": 5}, "the input_ids of text 3 must be a list of whole numbers, got 5"),
+    "a mask of one number": ({"input_ids": [5], "attention_mask": 1}, "the attention_mask of text 3 must be a list"),
+    "a mask of nan": (
+        {"input_ids": [5, 6], "attention_mask": [float("nan")] * 2},
+        "the attention_mask of text 3 must be of 1 for the text and 0 for padding, got .nan, nan.",
+    ),
+    "half a mask": ({"input_ids": [5, 6], "attention_mask": [0.5, 1.0]}, "the attention_mask of text 3 must be of 1"),
+    "a mask of words": (
+        {"input_ids": [5, 6], "attention_mask": ["1", "1"]},
+        "the attention_mask of text 3 must be of",
+    ),
+    "a gap of floats": (
+        {"input_ids": [5, 6, 7], "attention_mask": [1.0, 0.0, 1.0]},
+        "the attention_mask of text 3 has zeros inside the text",
+    ),
+    "an error": (KeyError("what was wrong"), "what was wrong"),
     "other inputs": (
         {"input_ids": [5, 6], "token_type_ids": [0, 1]},
         "text 3 has input_ids, token_type_ids, but those before it have input_ids",
@@ -271,7 +326,7 @@ def test_a_bad_text_is_named_after_the_answers_before_it(model, expected, name):
     for batch_size in (None, 2):
         answers = model.predict([*rows[:3], bad, *rows[4:]], speed=SPEED, batch_size=batch_size)
         assert_same(itertools.islice(answers, 3), expected[:3])
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(KeyError if isinstance(bad, KeyError) else ValueError, match=message):
             next(answers)
 
 
@@ -305,6 +360,12 @@ def test_what_is_no_speed_is_refused_at_once_or_at_its_text(model, speed):
 def test_wrong_columns_say_how_to_encode(model):
     with pytest.raises(ValueError, match=r"no input_ids among 'text'.*model\.predict\(tokenizer\(texts\)"):
         list(model.predict({"text": ["some text"]}))
+    with pytest.raises(ValueError, match="no input_ids among nothing"):
+        list(model.predict({"input_ids": None}))
+    with pytest.raises(ValueError, match=r"columns differ in length, .*, so text 1 has not all of its inputs"):
+        list(model.predict({"input_ids": [[5], [6]], "token_type_ids": [[0]]}))
+    with pytest.raises(ValueError, match="must be lists, one for each text"):
+        list(model.predict({"input_ids": 5}))
 
 
 @pytest.mark.parametrize("texts", ["some text", b"bytes", None, 5])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Self, get_type_hints
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertConfig,
     AutoConfig,
@@ -20,11 +23,13 @@ from transformers import (
     ElectraConfig,
     ModernBertConfig,
     RobertaForMaskedLM,
+    TorchAoConfig,
     XLMRobertaConfig,
 )
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification, FastBertModel
 from fastbert_hf.modeling.checkpoint_checks import estimated_parameters
+from fastbert_hf.modeling.weight_checks import check_weights
 from tests.common import (
     FAMILIES,
     NUM_LAYERS,
@@ -179,6 +184,67 @@ def test_weights_given_in_other_ways_load(whole, tmp_path, monkeypatch):
     assert_same_weights(load(tmp_path, key_mapping={"^classifiers": "exits"}), model)
 
 
+@pytest.mark.parametrize("load", [FastBertForSequenceClassification.from_pretrained, FastBertModel.from_pretrained])
+def test_type_of_what_is_loaded_is_known_to_type_checkers(load):
+    assert get_type_hints(load)["return"] is Self
+
+
+# As torchao 0.18 and bitsandbytes 0.50 save a Linear.
+PACKED = {
+    "torchao": lambda name, shape: {
+        f"{name}._weight_qdata": shape,
+        f"{name}._weight_scale": (shape[0], 1),
+        f"{name}._weight_zero_point": (shape[0], 1),
+    },
+    "bitsandbytes, 8 bits": lambda name, shape: {
+        f"{name}.weight": shape,
+        f"{name}.SCB": shape[:1],
+        f"{name}.weight_format": (),
+    },
+    "bitsandbytes, 4 bits": lambda name, shape: {
+        f"{name}.weight": (math.prod(shape) // 2, 1),
+        f"{name}.weight.absmax": (math.prod(shape) // 64,),
+        f"{name}.weight.quant_map": (16,),
+        f"{name}.weight.quant_state.bitsandbytes__nf4": (90,),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_weights_in_parts_are_those_of_the_model_where_it_is_quantised(kind):
+    wanted = {name: tuple(weight.shape) for name, weight in tiny_model().state_dict().items()}
+    shapes = {}
+    for name, shape in wanted.items():
+        module, _, own = name.rpartition(".")
+        is_linear = own == "weight" and len(shape) == 2 and "embeddings" not in name
+        shapes |= PACKED[kind](module, shape) if is_linear else {name: shape}
+    arguments = {"prefix": "fastbert.", "is_quantised": True}
+    check_weights(shapes, wanted, **arguments)
+    lost = {name: shape for name, shape in shapes.items() if ".layer.1.output.dense." not in name}
+    with pytest.raises(ValueError, match=r"they lack backbone\.encoder\.layer\.1\.output\.dense\.weight,"):
+        check_weights(lost, wanted, **arguments)
+    with pytest.raises(ValueError, match=r"they also hold exits\.4\.bias\."):
+        check_weights({**shapes, "exits.4.bias": (3,)}, wanted, **arguments)
+    other = {**shapes, "fastbert.backbone.embeddings.word_embeddings.weight": (7, 32)}
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight of shape \[7, 32\] instead of \[100, 32\]"):
+        check_weights(other, wanted, **arguments)
+
+
+def test_torchao_checkpoint_comes_back(whole, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = FastBertForSequenceClassification.from_pretrained(whole, quantization_config=settings)
+    model.save_pretrained(tmp_path)
+    assert_same_answers(AutoModelForSequenceClassification.from_pretrained(tmp_path), model)
+    weights = load_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    lost = {name: weight for name, weight in weights.items() if ".layer.1.output.dense." not in name}
+    save_file(lost, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"they lack backbone\.encoder\.layer\.1\.output\.dense\.weight,"):
+        FastBertForSequenceClassification.from_pretrained(tmp_path)
+
+
 def test_other_labels_need_ignore_mismatched_sizes(whole):
     load = FastBertForSequenceClassification.from_pretrained
     with pytest.raises(ValueError, match=r"exits.0.out_proj.weight of shape \[3, 128\] instead of \[7, 128\]"):
@@ -202,15 +268,6 @@ def test_encoder_of_a_checkpoint_without_exits_loads_into_both_models(tmp_path):
     ):
         state = loaded.state_dict()
         assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
-
-
-def test_adapter_folder_leads_to_its_base(whole, tmp_path):
-    peft = pytest.importorskip("peft")
-    base = FastBertForSequenceClassification.from_pretrained(whole)
-    peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
-    assert not (tmp_path / "config.json").exists()
-    loaded = FastBertForSequenceClassification.from_pretrained(tmp_path)
-    assert any("lora" in name for name, _ in loaded.named_parameters())
 
 
 def test_repository_in_the_cache_loads_offline(whole, tmp_path):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, pipeline
 
-from fastbert_hf import CascadeForSequenceClassification, CascadeProcessor, save_with_code
+from fastbert_hf import (
+    CascadeForSequenceClassification,
+    CascadeProcessor,
+    FastBertForSequenceClassification,
+    save_with_code,
+)
 
 from ..common import (
     VOCAB_SIZE,
@@ -214,3 +222,102 @@ def test_what_stands_in_for_nothing_is_taken_for_nothing(mixed):
     expected = mixed(member_inputs=[batch] * 2, output_hidden_states=False, output_attentions=False)
     given = {**batch, "token_type_ids": None}
     assert_close(mixed(member_inputs=[given] * 2).logits, expected.logits)
+
+
+# Cascades that know their tokenizers
+
+
+def test_a_cascade_that_knows_its_tokenizers_needs_no_others(folders, mixed, saved):
+    names, texts = [folders["small"], folders["other"]], tiny_texts(12)
+    by_name = CascadeForSequenceClassification.from_members(names)
+    assert vocabularies(by_name.processor) == vocabularies(CascadeProcessor.from_members(names))
+    one = CascadeForSequenceClassification.from_members([folders["small"], folders["large"]])
+    loaded = CascadeForSequenceClassification.from_pretrained(saved)
+    for cascade, tokenizer in (
+        (by_name, CascadeProcessor.from_members(names)),
+        (mixed, mixed.processor),
+        (loaded, mixed.processor),
+        (one, tiny_tokenizer()),
+    ):
+        expected = pipeline("fast-text-classification", model=cascade, tokenizer=tokenizer)(texts, speed=0.85)
+        assert pipeline("fast-text-classification", model=cascade)(texts, speed=0.85) == expected
+    assert vocabularies(CascadeProcessor(copy.deepcopy(by_name).processor.tokenizers)) == vocabularies(
+        by_name.processor
+    )
+
+
+def test_a_model_that_knows_no_tokenizer_says_so(folders):
+    for model in (CascadeForSequenceClassification.from_members([stock(num_layers=1), stock()]), tiny_model()):
+        with pytest.raises(
+            ValueError, match=r"the tokenizer of this .* is not known, as it was not loaded.*: give it"
+        ):
+            pipeline("fast-text-classification", model=model)
+    model = FastBertForSequenceClassification.from_pretrained(folders["large"])
+    assert len(pipeline("fast-text-classification", model=model)(["word7"])) == 1
+
+
+def test_a_tokenizer_that_is_named_is_never_replaced_by_another(folders, mixed, saved, tmp_path):
+    for model in (mixed, str(saved), FastBertForSequenceClassification.from_pretrained(folders["large"])):
+        with pytest.raises((OSError, ValueError)) as caught:
+            pipeline("fast-text-classification", model=model, tokenizer=str(tmp_path / "nothing"))
+        assert "nothing" in str(caught.value)
+    try:
+        pipeline("text-classification", model=stock())
+    except Exception:  # while an error of Transformers is handled, too
+        model = FastBertForSequenceClassification.from_pretrained(folders["large"])
+        named = pipeline("fast-text-classification", model=model, tokenizer=str(folders["other"]))
+    assert named.tokenizer.get_vocab() == other_tokenizer().get_vocab()
+
+
+def test_a_cascade_is_saved_with_the_tokenizers_that_it_knows(folders, tmp_path):
+    """Also where others lie, which would be taken for its own."""
+    other_tokenizer().save_pretrained(tmp_path)
+    cascade = CascadeForSequenceClassification.from_members([folders["small"], folders["large"]])
+    cascade.save_pretrained(tmp_path)
+    classifier = pipeline("fast-text-classification", model=str(tmp_path))
+    assert classifier.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    texts = tiny_texts(12)
+    assert classifier(texts) == pipeline("fast-text-classification", model=cascade)(texts)
+
+
+def test_tokenizers_of_an_earlier_cascade_are_not_taken_for_those_of_a_later_one(mixed, processor, tmp_path):
+    three = CascadeProcessor([tiny_tokenizer(), other_tokenizer(), tiny_tokenizer()])
+    three.save_pretrained(tmp_path)
+    (tmp_path / "member_3" / "notes.txt").write_text("a file of somebody else")
+    mixed.save_pretrained(tmp_path)
+    assert vocabularies(CascadeProcessor.from_pretrained(tmp_path)) == vocabularies(processor)
+    assert [path.name for path in (tmp_path / "member_3").iterdir()] == ["notes.txt"]
+    assert len(pipeline("fast-text-classification", model=str(tmp_path))(["word7"])) == 1
+    # One tokenizer for all takes the place of two, saved by a processor, or by itself.
+    shared = CascadeForSequenceClassification.from_members([stock(num_layers=1), stock()])
+    shared.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert (tmp_path / "member_2").exists()
+    assert len(CascadeProcessor.from_pretrained(tmp_path).tokenizers) == 1
+    CascadeProcessor([tiny_tokenizer()]).save_pretrained(tmp_path)
+    assert not (tmp_path / "member_2").exists()
+
+
+def test_a_cascade_that_knows_none_warns_where_another_checkpoint_has_one(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("fastbert_hf"), "propagate", True)
+    cascade = CascadeForSequenceClassification.from_members([stock(num_layers=1), stock()])
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for _ in range(2):  # its own tokenizer, as it may be saved first; and the same cascade again
+        cascade.save_pretrained(tmp_path)
+    assert "will be taken to read it" not in caplog.text
+    tiny_model().save_pretrained(tmp_path)
+    cascade.save_pretrained(tmp_path)
+    assert "has the tokenizer of the model that was saved there before" in caplog.text
+    (tmp_path / "config.json").write_text("{half of")
+    cascade.save_pretrained(tmp_path)
+    assert len(CascadeForSequenceClassification.from_pretrained(tmp_path).members) == 2
+
+
+@pytest.mark.parametrize("field", ["min_exit_layer", "max_layers", "exit_type", "share_exit_pooler", "patience"])
+def test_fields_of_the_members_are_set_in_the_members(folders, field):
+    for members in ([folders["small"], folders["large"]], [stock(num_layers=1), tiny_model()]):
+        with pytest.raises(
+            ValueError, match=rf"{field}=2 is not for a cascade, .*: set it before, as in member\.config"
+        ):
+            CascadeForSequenceClassification.from_members(members, **{field: 2})

@@ -95,10 +95,8 @@ def answers_of(
     **limits,
 ) -> Iterator[Prediction]:
     """What the scheduler answers with these engines as the members."""
-    config = SimpleNamespace(
-        num_labels=2, problem_type=None, exit_policy=exit_policy, patience=2, _attn_implementation="sdpa"
-    )
-    model = SimpleNamespace(training=False, device=CPU, config=config)
+    model = SimpleNamespace(training=False, device=CPU, config=SimpleNamespace(_attn_implementation="sdpa"))
+    policy = ExitPolicy(exit_policy, TASKS["single_label_classification"], patience=2)
 
     def thresholds_at(speeds: torch.Tensor) -> list[torch.Tensor]:
         return [
@@ -106,7 +104,7 @@ def answers_of(
             for engine in engines
         ]
 
-    return scheduler.answer_texts(model, engines, texts, thresholds_at, batch_size, batch_tokens, rebatch)
+    return scheduler.answer_texts(model, engines, texts, thresholds_at, policy, batch_size, batch_tokens, rebatch)
 
 
 def full_batch(texts: list[tuple[int, int]], speeds: torch.Tensor) -> Member:

@@ -138,7 +138,7 @@ def test_code_is_mentioned_where_it_is(tmp_path):
     model.save_pretrained(tmp_path)
     write_code(tmp_path)
     assert (
-        'pipeline(model="org/name", trust_remote_code=True)'
+        'pipeline("fast-text-classification", model="org/name", trust_remote_code=True)'
         in write_model_card(tmp_path, model, repo_id="org/name").text
     )
 

@@ -12,7 +12,7 @@ def answers_by_id(text: str, *repo_ids: str) -> dict[str, dict]:
 
     said = {}
     for repo_id in repo_ids:
-        classifier = pipeline(model=repo_id, trust_remote_code=True, speed=0.9)
+        classifier = pipeline("fast-text-classification", model=repo_id, trust_remote_code=True, speed=0.9)
         model = AutoModelForSequenceClassification.from_pretrained(repo_id, trust_remote_code=True)
         try:
             AutoModel.from_pretrained(repo_id, trust_remote_code=False)

@@ -215,6 +215,28 @@ def test_best_model_by_a_metric_at_one_speed_is_loaded_at_the_end(tmp_path):
     assert changed_parameters(model, after_two_steps)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "eval_accuracy", "accuracy_speed_0.4", "cross_entropy_exit_1"])
+def test_a_best_metric_that_is_never_reported_is_refused_before_the_training(tmp_path, metric):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": metric, "eval_speeds": [0.5]}
+    model = tiny_model()
+    before = copied_state(model)
+    with pytest.raises(ValueError, match=rf"={metric!r} is not what.*choose one such as 'loss', 'accuracy_speed_0.5'"):
+        stage_two(tmp_path, model, eval_rows=tiny_rows(8), **settings).train()
+    assert not changed_parameters(model, before)
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "kl_exit_1", "eval_accuracy_speed_0.5"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_best_metric_that_is_reported_tells_the_best_model(tmp_path, metric, several):
+    if several:
+        metric = f"eval_other_{metric.removeprefix('eval_')}"
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": metric, "max_steps": 1}
+    rows = tiny_rows(8)
+    trainer = stage_two(tmp_path, tiny_model(), eval_rows={"other": rows} if several else rows, **settings)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
 @pytest.mark.parametrize(("logging_steps", "accumulation"), [(1, 1), (2, 1), (2, 2)])
 def test_logged_divergences_add_up_to_the_loss(tmp_path, logging_steps, accumulation):
     trainer = stage_two(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -221,3 +224,45 @@ def test_merged_model_answers_alike_and_goes_through_a_plain_stage_two(tmp_path,
     assert_moved(merged, before, student_names(merged))
     merged.save_pretrained(tmp_path / "merged")
     assert_same_answers(FastBertForSequenceClassification.from_pretrained(tmp_path / "merged"), merged, 1e-6)
+
+
+@pytest.mark.parametrize("share_exit_pooler", [False, True])
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_random_teacher_that_the_config_does_not_name_is_refused_with_a_config_that_works(
+    tmp_path, task_type, share_exit_pooler
+):
+    def new_model(modules_to_save: list[str] | None) -> PeftModel:
+        torch.manual_seed(0)
+        fresh = FastBertForSequenceClassification(tiny_model(share_exit_pooler=share_exit_pooler).config)
+        lora = LoraConfig(target_modules=["query"], task_type=task_type, modules_to_save=modules_to_save)
+        return get_peft_model(fresh, lora)
+
+    with pytest.raises(ValueError, match="random initialisation and asks for no gradients") as refusal:
+        stage_one(tmp_path, new_model(None))
+    names = ast.literal_eval(re.search(r"LoraConfig\(\.\.\., modules_to_save=(\[.*?\])\)", str(refusal.value))[1])
+    model = new_model(names)
+    before = copied_state(model)
+    stage_one(tmp_path, model)
+    teacher = (TEACHER, "shared_pooler.") if share_exit_pooler else TEACHER
+    moved = changed_parameters(model, before)
+    assert {name for name in moved if ".lora_" not in name} <= names_of_trained_copies(model, teacher)
+    assert {name for name in names_of_trained_copies(model, teacher) if "out_proj" in name} <= moved
+    stage_two(tmp_path, model)
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_trained_teacher_may_stay_as_it_is(tmp_path, task_type):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"], task_type=task_type))
+    before = copied_state(model)
+    stage_one(tmp_path, model)
+    assert changed_parameters(model, before) == {name for name in before if ".lora_" in name}
+
+
+def test_frozen_random_teacher_may_be_evaluated_and_learnt_past():
+    model = FastBertForSequenceClassification(tiny_model().config)
+    model.teacher.requires_grad_(False)
+    batch = default_data_collator(tiny_rows(4))
+    model.eval()(**batch)
+    model.train()(**batch, max_layers=2)
+    with pytest.raises(ValueError, match=r"model\.teacher\.requires_grad_\(True\)"):
+        model(**batch)

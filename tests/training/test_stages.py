@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.files import move_whole, write_whole
 from fastbert_hf.training import DifficultyAwareFineTuning, Distillation, ExitTraining, FineTuning, StageSettings
+from fastbert_hf.training.checked_trainer import CheckedTrainer
+from fastbert_hf.training.checkpoints import last_checkpoint
+from fastbert_hf.training.settings_files import changes_the_model, check_settings
 from fastbert_hf.training.stages import (
     Stage,
-    changes_the_model,
-    check_settings,
     copy_weights,
     is_finished,
-    last_checkpoint,
     run_stage,
     with_answers,
 )
@@ -140,6 +140,46 @@ def test_other_settings_are_refused_and_each_difference_is_named(tmp_path, finis
         run_stage(folder, {"learning_rate": 0.5, "seed": 1, "warmup": 3}, never)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"learning_rate": 1, "size of train_file": 812}',
+            "by an earlier version, which knew its files by their sizes",
+        ),
+        ('{"learning_rate": 1, "see', r"settings\.json is no JSON \(Unterminated string"),
+    ],
+)
+def test_settings_that_tell_nothing_say_what_to_do(tmp_path, content, message):
+    write_whole(tmp_path / "model" / "config.json", "{}")
+    write_whole(tmp_path / "settings.json", content)
+    with pytest.raises(ValueError, match=rf"{message}.*: give another output_dir, or delete the folder"):
+        run_stage(tmp_path, {"learning_rate": 1}, never)
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    def broken(output_dir: str) -> Trainer:
+        model = tiny_model()
+        trainer = Trainer(model, TrainingArguments(output_dir, **ARGUMENTS), train_dataset=rows(8))
+        trainer.train = lambda **kwargs: model.teacher.out_proj.weight.data.fill_(float("nan"))
+        return trainer
+
+    with pytest.raises(ValueError, match=r"weights that are NaN or infinite: exits\.3\.out_proj\.weight"):
+        run_stage(tmp_path, {}, broken)
+    assert not is_finished(tmp_path / "model")
+
+
+@pytest.mark.parametrize("stage", [FineTuning(), ExitTraining()], ids=lambda stage: stage.name)
+def test_a_share_of_warm_up_leaves_a_step_to_learn(tmp_path, stage):
+    def steps(number: int, **settings) -> int:
+        return stage.make_arguments(tmp_path, **settings, **ARGUMENTS).get_warmup_steps(number)
+
+    assert [steps(number) for number in (1, 2, 10, 11, 100)] == [0, 1, 1, 2, 10]
+    assert [steps(1, warmup_steps=share) for share in (0, 0.9)] == [0, 0]
+    # A number of steps is what its owner wants.
+    assert steps(3, warmup_steps=7) == 7
+
+
 def test_a_folder_without_results_takes_other_settings(tmp_path):
     check_settings(tmp_path, {"learning_rate": 0.5}, in_use=False)
     check_settings(tmp_path, {"learning_rate": 1.0, "labels": ("a", "b")}, in_use=False)
@@ -200,7 +240,7 @@ def test_settings_reach_the_arguments_of_the_trainer(tmp_path):
     hard = DifficultyAwareFineTuning(0.5, 7, difficulty_weight=2.0, difficulty_margin=0.1)
     trainer = hard.make_trainer(tmp_path, tiny_model(), rows(8), rows(8), tiny_tokenizer(), **ARGUMENTS)
     assert (trainer.args.difficulty_weight, trainer.args.difficulty_margin) == (2.0, 0.1)
-    assert type(FineTuning().make_trainer(tmp_path, tiny_model(), rows(8), None, None, **ARGUMENTS)) is Trainer
+    assert type(FineTuning().make_trainer(tmp_path, tiny_model(), rows(8), None, None, **ARGUMENTS)) is CheckedTrainer
 
 
 def test_answers_take_the_place_of_labels():

@@ -1,0 +1,260 @@
+"""Choose a model's speed: the fastest one that loses no more than may be lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling.exit_policies import ExitPolicy, config_thresholds
+from ..modeling.processing_cascade import CascadeProcessor
+from ..modeling.tasks import task_of
+from .exit_record import ExitRecord, record_exits
+from .replay import Replay, exit_uncertainties, replay, replay_at_speed, speed_thresholds
+
+
+@dataclass(frozen=True)
+class SpeedChoice:
+    """
+    The speed that [`choose_speed`] chose, and what it costs and gives on the data of the choice.
+
+    Args:
+        speed (`float`): In [0, 1]; 0 where no other loses so little.
+        metric (`str`): What was not to be lost.
+        score, full_score (`float`): The metric at this speed, and at speed 0.
+        loss (`float`): The difference of the two in points, hundredths of the metric.
+        agreement (`float`): Share of the answers that are those at speed 0.
+        mean_exit_layer (`float`): Layers that a text ran through, on average; in all members of a cascade.
+        layer_speed_up (`float`): How many times fewer layers were executed than at speed 0.
+        executed_speed_up (`float`, *optional*): How many times fewer FLOPs, if the record has them.
+        rows (`int`): Number of texts.
+    """
+
+    speed: float
+    metric: str
+    score: float
+    full_score: float
+    loss: float
+    agreement: float
+    mean_exit_layer: float
+    layer_speed_up: float
+    executed_speed_up: float | None
+    rows: int
+
+
+def choose_speed(
+    model: PreTrainedModel,
+    texts_or_rows: Any,
+    max_loss: float = 0.5,
+    tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
+    metric: str | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> SpeedChoice:
+    """
+    Write the fastest speed that loses at most so much into `model.config.speed`, which the pipeline then uses.
+
+    Every speed that makes a difference on these texts is compared, from one full-depth pass: under the exit policy and
+    within the `min_exit_layer` and `max_layers` of the config, as the pipeline answers. The fastest speed is the one
+    with the fewest FLOPs (the fewest layers, where a record has no FLOPs). What is lost on a few hundred texts tells
+    only roughly what is lost on others, so ask for less than you can afford.
+
+    Args:
+        model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): Put into eval mode.
+        texts_or_rows ([`ExitRecord`], `datasets.Dataset`, or sequence of `dict` or `str`):
+            Texts that the model was not trained on, with labels or without, as [`record_exits`] takes them, or its
+            record.
+        max_loss (`float`): Points, hundredths of the metric, that may be lost against speed 0.
+        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*): Needed for texts.
+        metric (`str`, *optional*):
+            `"accuracy"`, `"f1"` (binary for two labels, else macro), `"matthews_correlation"`, or `"agreement"` with
+            the answers at speed 0, which needs no labels. Accuracy where there are labels, agreement where there are
+            none, unless given.
+        batch_size (`int`): Rows in a batch.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        [`SpeedChoice`]
+
+    Raises:
+        ValueError: If an argument is not one of these, or the students learnt from weights that changed since.
+
+    Example:
+
+    ```python
+    >>> fastbert_hf.choose_speed(model, dev_rows, max_loss=0.5, tokenizer=tokenizer).speed
+    0.36
+    ```
+    """
+    if isinstance(max_loss, bool) or not isinstance(max_loss, Real) or not max_loss >= 0:
+        raise ValueError(f"max_loss must be a number of points, at least 0, got {max_loss!r}. Example: max_loss=0.5")
+    if metric is not None and metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(METRICS)}.")
+    members = getattr(model, "members", [model])
+    for member, thresholds in zip(members, config_thresholds(model.config, torch.ones(1)), strict=True):
+        member.checked_thresholds(thresholds)  # the students of another teacher are refused before all work
+    record = texts_or_rows
+    if not isinstance(record, ExitRecord):
+        record = record_exits(model, texts_or_rows, batch_size=batch_size, progress=progress, tokenizer=tokenizer)
+    if record.labels is None and metric not in (None, "agreement"):
+        raise ValueError(f"the data has no labels, which {metric} needs: give some, or metric='agreement'.")
+    choice = _fastest(record, model.config, metric or ("agreement" if record.labels is None else "accuracy"), max_loss)
+    model.config.speed = choice.speed
+    return choice
+
+
+def _right(answers: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    return (answers == labels).long()  # [rows]
+
+
+def _of_each_label(answers: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    answered = nn.functional.one_hot(answers, num_labels)
+    return torch.stack([answered * (answers == labels)[:, None], answered], 1)  # [rows, 2, num_labels]
+
+
+def _share(totals: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
+    return totals.double() / labelled.sum()
+
+
+def _f1(totals: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
+    right, answered = totals.unbind(1)
+    seen = answered + labelled
+    of_labels = 2 * right.double() / seen.clamp(min=1)
+    return of_labels[:, 1] if len(labelled) == 2 else of_labels.sum(1) / (seen > 0).sum(1)
+
+
+def _matthews_correlation(totals: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
+    right, answered, labelled = *totals.double().unbind(1), labelled.double()
+    rows = labelled.sum()
+    covariance = right.sum(1) * rows - answered @ labelled
+    spread = (rows**2 - answered.square().sum(1)) * (rows**2 - labelled.square().sum())
+    return torch.where(spread > 0, covariance / spread.clamp(min=1).sqrt(), 0.0)
+
+
+class _Metric(NamedTuple):
+    """A metric that needs no more than sums over the texts, so that those of all speeds follow from a few changes."""
+
+    counts: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # what it adds up, of answers and gold labels
+    # Of such sums, [speeds, ...], and of how many texts have each label, [num_labels], the metric: [speeds].
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+METRICS = {
+    "accuracy": _Metric(_right, _share),
+    "agreement": _Metric(_right, _share),
+    "f1": _Metric(_of_each_label, _f1),
+    "matthews_correlation": _Metric(_of_each_label, _matthews_correlation),
+}
+
+
+class _Data(NamedTuple):
+    """A record, and what to make of it."""
+
+    record: ExitRecord
+    config: PreTrainedConfig
+    metric: _Metric
+    labels: torch.Tensor  # [rows]
+
+    def answers(self, replayed: Replay) -> torch.Tensor:
+        return task_of(self.config).predictions(replayed.logits)
+
+    def counts(self, answers: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        return self.metric.counts(answers, self.labels[rows], self.config.num_labels)
+
+    def scores(self, totals: torch.Tensor) -> torch.Tensor:
+        return self.metric.score(totals, self.labels.bincount(minlength=self.config.num_labels))
+
+    def score(self, answers: torch.Tensor) -> float:
+        return self.scores(self.counts(answers).sum(0, keepdim=True)).item()
+
+
+def _fastest(record: ExitRecord, config: PreTrainedConfig, metric: str, max_loss: float) -> SpeedChoice:
+    full = replay_at_speed(record, config, 0.0)
+    full_answers = task_of(config).predictions(full.logits)
+    data = _Data(record, config, METRICS[metric], full_answers if metric == "agreement" else record.labels)
+    full_score, speed = data.score(full_answers), 0.0
+    lower, upper, costs, scores = _every_speed(data)
+    # Close to 0, exits are evaluated at which hardly a text leaves: that may cost more than it saves.
+    allowed = (100 * (full_score - scores) <= max_loss + 1e-9) & (costs < _costs(full).sum())
+    if allowed.any():
+        fastest = allowed & (costs == costs[allowed].min())
+        best = scores.where(fastest, -math.inf).argmax()
+        speed = _between(lower[best].item(), upper[best].item())
+
+    chosen = replay_at_speed(record, config, speed)
+    score = data.score(data.answers(chosen))
+    layers, full_layers = (replayed.exit_layer.double().mean().item() for replayed in (chosen, full))
+    return SpeedChoice(
+        speed=speed,
+        metric=metric,
+        score=score,
+        full_score=full_score,
+        loss=100 * (full_score - score),
+        agreement=(data.answers(chosen) == full_answers).double().mean().item(),
+        mean_exit_layer=layers,
+        layer_speed_up=full_layers / layers,
+        executed_speed_up=None if full.flops is None else full.flops.sum().item() / chosen.flops.sum().item(),
+        rows=len(full_answers),
+    )
+
+
+def _every_speed(data: _Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Return the intervals (lower, upper] of the speeds above 0, in each of which no text changes its exit, and what all
+    texts together cost there and score: `[intervals]` each.
+    """
+    policy, thresholds = ExitPolicy.of(data.config), speed_thresholds(data.record, data.config, 1.0)
+    uncertainties = exit_uncertainties(data.record, policy, thresholds > 0)
+    broken = (uncertainties.isnan() & (thresholds > 0)).any(1)
+    if broken.any():
+        raise ValueError(
+            f"the logits of rows {broken.nonzero()[:, 0].tolist()} are not finite, so there is no answer: check the "
+            "model's weights and inputs for NaN and infinity."
+        )
+    # A text changes its exit where the speed passes one of its own uncertainties, and only there. So it is replayed
+    # once between each two of them: the first time just above 0, the last time at speed 1.
+    steps = uncertainties.where(thresholds > 0, 1.0).sort(1).values  # [rows, L]
+    speeds = torch.cat([steps, torch.ones(len(steps), 1)], 1).clamp(min=torch.finfo(steps.dtype).tiny)
+    replays = [
+        replay(data.record, speed_thresholds(data.record, data.config, of_rows), policy, uncertainties)
+        for of_rows in speeds.unbind(1)
+    ]
+    layers, answers, costs = (  # [rows, L + 1] each
+        torch.stack([part(replayed) for replayed in replays], 1)
+        for part in (lambda replayed: replayed.exit_layer, data.answers, _costs)
+    )
+    rows, before = (layers[:, 1:] != layers[:, :-1]).nonzero(as_tuple=True)  # [changes] of all texts
+    after = before + 1
+    lower, places = torch.cat([torch.zeros(1), steps[rows, before]]).unique(return_inverse=True)
+
+    def totals(at_first: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
+        by_place = changes.new_zeros(len(lower), *changes.shape[1:]).index_add_(0, places[1:], changes)
+        return at_first.sum(0) + by_place.cumsum(0)
+
+    changed = data.counts(answers[rows, after], rows) - data.counts(answers[rows, before], rows)
+    scores = data.scores(totals(data.counts(answers[:, 0]), changed))
+    costs = totals(costs[:, 0], costs[rows, after] - costs[rows, before])
+    return lower, torch.cat([lower[1:], torch.ones(1)]), costs, scores
+
+
+def _costs(replayed: Replay) -> torch.Tensor:
+    """Return what each text costs, `[rows]`: FLOPs, or layers where they are not known."""
+    return replayed.exit_layer if replayed.flops is None else replayed.flops
+
+
+def _between(lower: float, upper: float) -> float:
+    """Return a speed in (lower, upper] with as few decimals as possible, away from both edges. 1 is no edge."""
+    margin = (upper - lower) / 4
+    for decimals in range(1, 10):
+        speed = round((lower + upper) / 2, decimals)
+        is_away = lower + margin <= speed <= (1 if upper == 1 else upper - margin)
+        # Compared as the model does, in float32.
+        if is_away and lower < torch.tensor(speed).item() <= upper:
+            return speed
+    return upper

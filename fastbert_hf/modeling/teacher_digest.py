@@ -1,0 +1,101 @@
+"""Which teacher the students learnt from: a digest of its weights, and the check that these are still the same."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+# Values of each parameter that are looked at: training changes nearly all of them, and so few take milliseconds.
+SAMPLE = 1024
+# Where modules come from whose parameters are all that they compute with. Those of adapters, quantisers and sharding
+# come from elsewhere.
+PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
+PLAIN_MODULES += (f"{__name__.rpartition('.')[0]}.",)
+# Of dtypes, by what a digest calls them, narrowest first.
+BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+
+
+def teacher_digest(model: PreTrainedModel) -> str | None:
+    """
+    Return a digest of the weights that the students learn from, those of the backbone and of the teacher, as
+    `config.distilled_for` keeps it: `"float32:0123456789abcdef"`.
+
+    Equal values give equal digests wherever they lie, whatever the parameters are called and whether some are the same
+    tensor. The digest names the narrowest dtype that holds the values, so that a model in float32 and the same in
+    float64 agree, and weights that were rounded to bfloat16 show it even if they are in float32 again.
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): The model itself, not what wraps it.
+
+    Returns:
+        `str`, or `None` where the parameters do not tell what the model computes: it has adapters, is quantised, or
+        its weights lie elsewhere.
+    """
+    parts = [model.fastbert, model.teacher]
+    if any(not type(module).__module__.startswith(PLAIN_MODULES) for part in parts for module in part.modules()):
+        return None
+    if model.teacher.pooler is None:
+        parts.append(model.shared_pooler)
+    weights = [weight for part in parts for weight in part.parameters()]
+    is_here = (type(weight) is nn.Parameter and not weight.is_meta and weight.numel() > 0 for weight in weights)
+    if not weights or not all(is_here):  # replicas of DataParallel have none
+        return None
+    samples = [weight.detach().flatten()[:: weight.numel() // SAMPLE | 1].cpu().double() for weight in weights]
+    values = torch.cat(samples)
+    holds = (name for name in BITS if torch.equal(values.to(getattr(torch, name)).double(), values))
+    dtype = next(holds, "float64")  # NaN equals nothing
+    # Neither names nor order count, which change between versions of Transformers.
+    digests = sorted({sha256(sample.numpy().astype("<f8").tobytes()).digest() for sample in samples})
+    return f"{dtype}:{sha256(b''.join(digests)).hexdigest()[:16]}"
+
+
+def tells_of_training(found: str, wanted: str) -> bool:
+    """Tell whether a digest differs from the one that was wanted, and not because weights were rounded."""
+    (of_found, _, _), (of_wanted, _, _) = found.partition(":"), wanted.partition(":")
+    was_rounded = of_found != of_wanted and BITS[of_found] <= BITS.get(of_wanted, 64)
+    return found != wanted and not was_rounded
+
+
+class ChecksStudents:
+    """
+    Part of a model with students: refuses their answers once the teacher that they learnt from has changed.
+
+    The digest is made at the first call that may ask a student, and made anew after `train()`, `eval()` and loading.
+    """
+
+    _teacher_digest: str | None = None
+
+    def checked_thresholds(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """
+        Return the thresholds of a call, `[texts, L]`, as they are.
+
+        Raises:
+            ValueError: If a student may answer, and `config.distilled_for` says that it learnt from other weights.
+        """
+        wanted = self.config.distilled_for
+        if wanted is None or not thresholds[:, :-1].any():
+            return thresholds
+        found = self._teacher_digest or teacher_digest(self)
+        if not self.training:
+            self._teacher_digest = found
+        if found is not None and tells_of_training(found, wanted):
+            raise ValueError(
+                "The backbone or the teacher of this model was trained after the students, which still answer as the "
+                f"old one did (config.distilled_for={wanted!r}, now {found!r}). Distil again, with "
+                "SelfDistillationTrainer(model, SelfDistillationArguments('outputs'), train_dataset=texts).train(); "
+                "or let the teacher answer: speed=0. To use the students all the same: "
+                "model.config.distilled_for = None"
+            )
+        return thresholds
+
+    def train(self, mode: bool = True):  # also eval(), which those call who put adapters on a model
+        self._teacher_digest = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):  # also as a part of another module
+        self._teacher_digest = None
+        return super()._load_from_state_dict(*args, **kwargs)

@@ -1,0 +1,301 @@
+"""Rows of texts as a model reads them: tokenized where they are not yet, and padded batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+# What a row may hold for the model beside its labels, and what stands there at padding. None: the padding token.
+PADDED_WITH = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "task_type_ids": 0, "position_ids": 0}
+# As the collators of Transformers read them.
+LABEL_NAMES = ("labels", "label", "label_ids")
+TEXT_NAMES = ("text", "text_pair")
+BATCH = 1_000  # texts that are tokenized together
+
+
+def encoded_rows(
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    label2id: Mapping[str, int] | None = None,
+    columns: Sequence[str] = (),
+) -> Any:
+    """
+    Return rows that have `input_ids`, tokenized where they hold texts. Of texts nothing but the tokens and the labels
+    is kept, the latter as `labels`.
+
+    Args:
+        rows (`datasets.Dataset`, or sequence of `dict` or `str`):
+            Tokenized rows, which are returned as they are. Or texts: rows with `text`, and `text_pair` where there are
+            two, and `label` or `labels` if any; or strings. What a tokenizer returns for several texts will do, too.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Needed where there are texts.
+        max_length (`int`, *optional*): Longer texts are cut to so many tokens; to the tokenizer's limit unless given.
+        label2id (`Mapping`, *optional*): The id of each label, where the labels of texts are names.
+        columns (sequence of `str`, *optional*): Further columns to keep, where the rows have them.
+
+    Returns:
+        A `datasets.Dataset` for one, else a sequence of `dict`.
+
+    Example:
+
+    ```python
+    >>> encoded_rows([{"text": "Fine.", "label": 1}], tokenizer)
+    [{'input_ids': [2, 37, 3], 'token_type_ids': [0, 0, 0], 'attention_mask': [1, 1, 1], 'labels': 1}]
+    ```
+    """
+    if isinstance(rows, Mapping) and "input_ids" in rows:  # columns, as the tokenizer returns them
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    holds_rows = isinstance(rows, Iterable) or hasattr(rows, "__getitem__")
+    if isinstance(rows, (str, bytes, Mapping)) or not holds_rows:
+        splits = f" of {', '.join(map(repr, rows))}" if isinstance(rows, Mapping) else ""
+        raise TypeError(
+            f"rows must be a data set or a list of rows, got {type(rows).__name__}{splits}. Example: "
+            '[{"text": "Fine.", "label": 1}], or one split of a DatasetDict: splits["train"]'
+        )
+    if hasattr(rows, "map") and hasattr(rows, "features"):  # of the library datasets, which nothing here needs
+        return _encoded_dataset(rows, tokenizer, max_length, label2id, columns)
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        return rows  # a stream of rows that its owner has prepared
+    if hasattr(rows, "iloc"):
+        raise TypeError('a DataFrame is no list of rows. Example: frame.to_dict("records")')
+    if len(rows) == 0 or _is_encoded(rows[0]):
+        return rows
+    encoder = _Encoder(tokenizer, max_length, label2id, columns)
+    encoded: list[dict[str, Any]] = []
+    for start in range(0, len(rows), BATCH):
+        part = [rows[index] for index in range(start, min(start + BATCH, len(rows)))]
+        part = [{"text": row} if isinstance(row, str) else row for row in part]
+        inputs = encoder.inputs(_columns_of(part, start, columns), start)
+        encoded += [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
+    return encoded
+
+
+def _is_encoded(row: Any) -> bool:
+    return isinstance(row, Mapping) and "input_ids" in row
+
+
+def _encoded_dataset(
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+    label2id: Mapping[str, int] | None,
+    columns: Sequence[str],
+) -> Any:
+    names = rows.column_names or list(next(iter(rows), ()))  # a stream may not know its columns
+    if "input_ids" in names or not names:
+        return rows
+    _check_names(names)
+    encoder = _Encoder(tokenizer, max_length, label2id, columns)
+    label_name = next((name for name in LABEL_NAMES if name in names), None)
+    class_names = getattr((rows.features or {}).get(label_name), "names", None) or []
+    # The ids of such a column may be in another order than those of the model.
+    has_names = bool(class_names) and set(class_names) <= set(label2id or ())
+
+    def encode(columns: dict[str, list], indices: list[int]) -> dict[str, list]:
+        columns = {name: list(columns[name]) for name in names}
+        if has_names:
+            columns[label_name] = [
+                class_names[label] if isinstance(label, int) and label >= 0 else label for label in columns[label_name]
+            ]
+        return encoder.inputs(columns, indices[0])
+
+    options = {"desc": "Tokenizing"} if hasattr(rows, "__len__") else {}
+    return rows.with_format(None).map(
+        encode, batched=True, batch_size=BATCH, with_indices=True, remove_columns=names, **options
+    )
+
+
+def _check_names(names: Iterable[str], place: str = "the rows") -> None:
+    if "text" not in names:
+        found = ", ".join(map(repr, names)) or "nothing"
+        raise ValueError(
+            f"{place} need 'input_ids', or 'text' to tokenize, got {found}. Name the column of the texts so, as in "
+            "rows.rename_column('sentence', 'text'), or encode them: rows.map(lambda row: tokenizer(row['sentence']))"
+        )
+
+
+def _columns_of(rows: Sequence[Any], start: int, others: Sequence[str]) -> dict[str, list]:
+    """Return the texts, labels and other columns of rows, which all of them must have."""
+    used = (*TEXT_NAMES, *LABEL_NAMES, *others)
+    for position, row in enumerate(rows, start=start):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"row {position} must be a text or a dict, got {row!r:.40}. Example: "
+                '{"text": "Fine.", "label": 1}; for pairs {"text": "Who?", "text_pair": "Me.", "label": 0}'
+            )
+        _check_names(row, f"row {position} and all others")
+    names = [name for name in used if name in rows[0]]
+    for position, row in enumerate(rows, start=start):
+        own = [name for name in used if name in row]
+        if own != names:
+            raise ValueError(f"row {position} has {', '.join(own)}, but row {start} has {', '.join(names)}.")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns columns of texts and labels into what the model reads."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    max_length: int | None
+    label2id: Mapping[str, int] | None
+    others: Sequence[str]
+
+    def __post_init__(self):
+        if self.tokenizer is None:
+            raise ValueError(
+                "the rows are texts, so the model's tokenizer is needed, too. Example: tokenizer="
+                "AutoTokenizer.from_pretrained(name); a trainer takes it as processing_class=tokenizer"
+            )
+
+    def inputs(self, columns: Mapping[str, list], start: int) -> dict[str, list]:
+        """Return the columns of the rows from number `start` on as the model reads them."""
+        texts = [columns[name] for name in TEXT_NAMES if name in columns]
+        for column in texts:
+            for position, text in enumerate(column, start=start):
+                if not isinstance(text, str):
+                    raise ValueError(f"the text of row {position} must be a string, got {text!r:.40}: leave it out.")
+        encoded = dict(self._tokenized(texts, start))
+        label_name = next((name for name in LABEL_NAMES if name in columns), None)
+        if label_name is not None:
+            encoded["labels"] = [self._label(value, start + row) for row, value in enumerate(columns[label_name])]
+        return {**encoded, **{name: columns[name] for name in self.others if name in columns}}
+
+    def _tokenized(self, texts: list[list[str]], start: int) -> Mapping[str, list]:
+        options = {"truncation": True, "max_length": self.max_length}
+        try:
+            return self.tokenizer(*texts, **options)
+        except Exception as error:
+            # The tokenizer does not say which text it is, a lone surrogate for example.
+            for position, row in enumerate(zip(*texts, strict=True), start=start):
+                try:
+                    self.tokenizer(*row, **options)
+                except Exception:
+                    raise ValueError(
+                        f"the text of row {position} cannot be tokenized ({error}): leave it out, or correct it."
+                    ) from error
+            raise
+
+    def _label(self, label: Any, position: int) -> Any:
+        if not isinstance(label, str):
+            return label
+        if label not in (self.label2id or {}):
+            known = f"the labels are {', '.join(map(repr, self.label2id))}" if self.label2id else "give its id"
+            raise ValueError(f"the label of row {position} is {label!r}, which is not known: {known}.")
+        return self.label2id[label]
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """
+    Make a padded batch of tokenized rows: what a model reads, and `labels`. All other columns, such as texts, are left
+    out. No tokenizer is needed, as the model packs its batches and never reads the padding.
+
+    Args:
+        pad_token_id (`int`, *optional*, defaults to 0): What stands in `input_ids` at padding.
+        padding_side (`str`, *optional*, defaults to `"right"`): `"right"` or `"left"`.
+        columns (`tuple[str, ...]`, *optional*): Further columns to stack, where the rows have them: a number each.
+
+    Example:
+
+    ```python
+    >>> PaddingCollator()([{"input_ids": [2, 7, 3], "text": "a", "labels": 1}, {"input_ids": [2, 3], "labels": 0}])
+    {'input_ids': tensor([[2, 7, 3],
+            [2, 3, 0]]), 'attention_mask': tensor([[1, 1, 1],
+            [1, 1, 0]]), 'labels': tensor([1, 0])}
+    ```
+    """
+
+    pad_token_id: int = 0
+    padding_side: str = "right"
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be 'right' or 'left', got {self.padding_side!r}.")
+
+    @classmethod
+    def of(cls, model: Any, **fields) -> PaddingCollator:
+        """
+        Return the collator of a model.
+
+        Args:
+            model (`PreTrainedModel` or `PreTrainedConfig`): A model or a config, also of a cascade with one tokenizer.
+            fields: Further fields of the collator.
+        """
+        config = getattr(model, "config", model)
+        config = (getattr(config, "members", None) or [config])[0]
+        pad_token_id = getattr(getattr(config, "text_config", config), "pad_token_id", None)
+        return cls(0 if pad_token_id is None else pad_token_id, **fields)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Return one batch.
+
+        Args:
+            rows (sequence of `Mapping`):
+                `input_ids`, and what else the model reads, of each row, as lists, arrays or tensors; `labels`, or
+                `label`: ids, or the probabilities of all labels.
+        """
+        inputs = [self._inputs(row) for row in rows]
+        names = list(inputs[0])
+        for row in inputs:
+            if list(row) != names:
+                raise ValueError(
+                    f"one row of the batch has {', '.join(row)}, another {', '.join(names)}: encode all of them alike."
+                )
+        longest = max(len(row["input_ids"]) for row in inputs)
+        batch = {name: torch.tensor([self._padded(name, row[name], longest) for row in inputs]) for name in names}
+        batch.update({name: torch.tensor([row[name] for row in rows]) for name in self.columns if name in rows[0]})
+        labels = self._labels(rows)
+        return batch if labels is None else {**batch, "labels": labels}
+
+    @staticmethod
+    def _inputs(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        if not _is_encoded(row):
+            names = ", ".join(map(repr, row)) if isinstance(row, Mapping) else f"{row!r:.40}"
+            raise ValueError(
+                f"a row has no input_ids, only {names}. Encode the texts first: rows.map(lambda row: "
+                "tokenizer(row['text'])), or give a trainer their tokenizer: processing_class=tokenizer"
+            )
+        inputs = {name: row[name] for name in PADDED_WITH if row.get(name) is not None}
+        inputs = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in inputs.items()}
+        length = len(inputs["input_ids"])
+        # Without a mask, padding would count as text.
+        inputs = {"input_ids": inputs.pop("input_ids"), "attention_mask": [1] * length, **inputs}
+        lengths = {name: len(value) for name, value in inputs.items()}
+        if set(lengths.values()) != {length}:
+            raise ValueError(f"the inputs of a row differ in length: {lengths}.")
+        return inputs
+
+    def _padded(self, name: str, values: list[int], longest: int) -> list[int]:
+        padding = PADDED_WITH[name]
+        padding = [self.pad_token_id if padding is None else padding] * (longest - len(values))
+        return [*values, *padding] if self.padding_side == "right" else [*padding, *values]
+
+    @staticmethod
+    def _labels(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+        name = next((name for name in LABEL_NAMES if name in rows[0]), None)
+        values = [row.get(name) for row in rows]
+        if name is None or all(value is None for value in values):
+            return None
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+        kinds = {len(value) if isinstance(value, (list, tuple)) else type(value) for value in values}
+        if all(isinstance(value, Integral) for value in values):
+            return torch.tensor(values, dtype=torch.long)
+        if len(kinds) > 1 or kinds & {str, type(None)}:
+            strange = next((value for value in values if isinstance(value, str) or value is None), values)
+            raise ValueError(
+                f"{name!r} must be the ids of labels (or the probabilities of all labels) in every row, got "
+                f"{strange!r:.60}. Example: [{{**row, 'labels': model.config.label2id[row['label']]}} for row in rows]"
+            )
+        return torch.tensor(values, dtype=torch.float)
+
+
+__all__ = ["PaddingCollator", "encoded_rows"]
