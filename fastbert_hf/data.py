@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,15 +72,15 @@ def dataset_of(rows: Any) -> Dataset:
     Return rows as a data set.
 
     Args:
-        rows (`Dataset`, path, `pandas.DataFrame`, or iterable of `dict` or `str`):
+        rows (`Dataset`, path, DataFrame or Series of pandas, or iterable of `dict` or `str`):
             A data set is returned as it is, a file is read by [`load_rows`], and strings become the column `text`.
     """
     if isinstance(rows, Dataset):
         return rows
     if isinstance(rows, (str, os.PathLike)):
         return load_rows(rows)
-    if hasattr(rows, "iloc"):
-        return Dataset.from_pandas(rows, preserve_index=False)
+    if hasattr(rows, "iloc") and hasattr(rows, "columns"):
+        return _as_table(Dataset.from_pandas, rows, preserve_index=False)
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         splits = f" of {', '.join(map(repr, rows))}" if isinstance(rows, Mapping) else ""
         raise TypeError(
@@ -94,7 +94,17 @@ def dataset_of(rows: Any) -> Dataset:
             f"row {strange} must be a text or a dict, got {rows[strange]!r:.40}. Example: "
             '{"text": "Fine.", "label": "good"}'
         )
-    return Dataset.from_list(rows)
+    return _as_table(Dataset.from_list, rows)
+
+
+def _as_table(make_dataset: Callable[..., Dataset], rows: Any, **settings) -> Dataset:
+    try:
+        return make_dataset(rows, **settings)
+    except (TypeError, ValueError) as error:  # of pyarrow
+        raise ValueError(
+            f"the rows make no table ({error}): give the values of each column one type, as in "
+            '{"text": "Fine.", "label": str(label)}'
+        ) from error
 
 
 def load_hub_rows(name: str, config_name: str | None = None) -> tuple[Dataset, Dataset | None]:

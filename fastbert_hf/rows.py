@@ -33,7 +33,8 @@ def encoded_rows(
     Args:
         rows (`datasets.Dataset`, or sequence of `dict` or `str`):
             Tokenized rows, which are returned as they are. Or texts: rows with `text`, and `text_pair` where there are
-            two, and `label` or `labels` if any; or strings. What a tokenizer returns for several texts will do, too.
+            two, and `label` or `labels` if any; or strings. A DataFrame of such rows, a Series of texts, and what a
+            tokenizer returns for several texts will do, too.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Needed where there are texts.
         max_length (`int`, *optional*): Longer texts are cut to so many tokens; to the tokenizer's limit unless given.
         label2id (`Mapping`, *optional*): The id of each label, where the labels of texts are names.
@@ -51,6 +52,8 @@ def encoded_rows(
     """
     if isinstance(rows, Mapping) and "input_ids" in rows:  # columns, as the tokenizer returns them
         rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    if hasattr(rows, "iloc"):  # of pandas, which nothing here needs
+        rows = rows.to_dict("records") if hasattr(rows, "columns") else rows.tolist()
     holds_rows = isinstance(rows, Iterable) or hasattr(rows, "__getitem__")
     if isinstance(rows, (str, bytes, Mapping)) or not holds_rows:
         splits = f" of {', '.join(map(repr, rows))}" if isinstance(rows, Mapping) else ""
@@ -62,8 +65,6 @@ def encoded_rows(
         return _encoded_dataset(rows, tokenizer, max_length, label2id, columns)
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return rows  # a stream of rows that its owner has prepared
-    if hasattr(rows, "iloc"):
-        raise TypeError('a DataFrame is no list of rows. Example: frame.to_dict("records")')
     if len(rows) == 0 or _is_encoded(rows[0]):
         return rows
     encoder = _Encoder(tokenizer, max_length, label2id, columns)
@@ -153,6 +154,8 @@ class _Encoder:
                 "the rows are texts, so the model's tokenizer is needed, too. Example: tokenizer="
                 "AutoTokenizer.from_pretrained(name); a trainer takes it as processing_class=tokenizer"
             )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1 token, got {self.max_length}. Example: max_length=128")
 
     def inputs(self, columns: Mapping[str, list], start: int) -> dict[str, list]:
         """Return the columns of the rows from number `start` on as the model reads them."""
@@ -289,8 +292,8 @@ class PaddingCollator:
         kinds = {len(value) if isinstance(value, (list, tuple)) else type(value) for value in values}
         if all(isinstance(value, Integral) for value in values):
             return torch.tensor(values, dtype=torch.long)
-        if len(kinds) > 1 or kinds & {str, type(None)}:
-            strange = next((value for value in values if isinstance(value, str) or value is None), values)
+        if len(kinds) > 1 or not all(isinstance(value, (list, tuple)) for value in values):
+            strange = next((value for value in values if not isinstance(value, (Integral, list, tuple))), values)
             raise ValueError(
                 f"{name!r} must be the ids of labels (or the probabilities of all labels) in every row, got "
                 f"{strange!r:.60}. Example: [{{**row, 'labels': model.config.label2id[row['label']]}} for row in rows]"

@@ -79,8 +79,16 @@ def test_a_file_and_a_list_of_texts_become_a_data_set_and_one_stays_as_it_is(tmp
     (tmp_path / "rows.csv").write_text("text,label\na,0\n")
     assert dataset_of(tmp_path / "rows.csv")[:] == {"text": ["a"], "label": [0]}
     assert dataset_of(["a", "b"])[:] == {"text": ["a", "b"]}
+    assert dataset_of(pd.Series(["a", "b"], index=[4, 2]))[:] == {"text": ["a", "b"]}
     rows = rows_of(text=["a"])
     assert dataset_of(rows) is rows
+
+
+@pytest.mark.parametrize("kind", [list, pd.DataFrame])
+def test_a_column_of_texts_and_numbers_is_refused(kind):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": 1}]
+    with pytest.raises(ValueError, match=r"make no table \(.*give the values of each column one type, as in"):
+        dataset_of(kind(rows))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -108,6 +109,18 @@ def test_columns_that_a_trainer_asks_for_are_kept(kind):
     assert batch["difficulty"].tolist() == [0, 1, 2] and "weight" not in batch
 
 
+@pytest.mark.parametrize("max_length", [0, -3])
+def test_a_greatest_length_of_no_tokens_is_refused(max_length):
+    with pytest.raises(ValueError, match=f"max_length must be at least 1 token, got {max_length}"):
+        encoded_rows(TEXTS, tiny_tokenizer(), max_length)
+
+
+def test_frames_and_series_of_pandas_are_rows_of_texts():
+    frame = pd.DataFrame({"text": TEXTS, "label": [0, 1, 0]}, index=[7, 7, 3])
+    assert encoded_rows(frame, tiny_tokenizer()) == tokens(labels=[0, 1, 0])
+    assert encoded_rows(frame["text"], tiny_tokenizer()) == tokens()
+
+
 def test_probabilities_stay():
     rows = [{"text": TEXTS[0], "labels": [0.25, 0.75]}]
     assert encoded_rows(rows, tiny_tokenizer())[0]["labels"] == [0.25, 0.75]
@@ -119,7 +132,6 @@ def test_probabilities_stay():
         (None, TypeError, r"got NoneType\. Example: "),
         ("a text", TypeError, r"got str\. Example: "),
         (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), TypeError, r"of 'train'.*splits\[\"train\"\]"),
-        (Dataset.from_dict({"text": TEXTS}).to_pandas(), TypeError, r"to_dict\(\"records\"\)"),
         ([{"sentence": "a"}], ValueError, r"got 'sentence'.*rename_column"),
         (Dataset.from_dict({"sentence": ["a"]}), ValueError, r"got 'sentence'.*rename_column"),
         (["word5", 5], ValueError, "row 1 must be a text or a dict, got 5"),

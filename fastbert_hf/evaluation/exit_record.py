@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -205,7 +205,8 @@ def _tokenized(
     limit = None
     if tokenizer is not None:
         limit = min(tokenizer.model_max_length, *(max_text_tokens(config.text_config) for config in configs))
-    rows = encoded_rows(dataset, tokenizer, limit, configs[0].label2id)
+    is_stream = isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not hasattr(dataset, "features")
+    rows = encoded_rows(list(dataset) if is_stream else dataset, tokenizer, limit, configs[0].label2id)
     rows = rows if hasattr(rows, "__len__") else list(rows)
     if len(rows) == 0:
         raise ValueError("the data set has no rows: give at least one.")

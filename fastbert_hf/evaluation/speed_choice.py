@@ -97,6 +97,11 @@ def choose_speed(
     if metric is not None and metric not in METRICS:
         raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(METRICS)}.")
     members = getattr(model, "members", [model])
+    if not all(hasattr(member, "exits") for member in members):
+        raise TypeError(
+            f"model must be one with exits, got {type(model).__name__}. Wrap yours and distil it: "
+            "FastBertForSequenceClassification.from_classifier(name)"
+        )
     for member, thresholds in zip(members, config_thresholds(model.config, torch.ones(1)), strict=True):
         member.checked_thresholds(thresholds)  # the students of another teacher are refused before all work
     record = texts_or_rows

@@ -45,7 +45,8 @@ class ExitPolicy:
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str | None = None) -> ExitPolicy:
         """Return the policy of a config, or another one by its `name`."""
-        return cls(name or config.exit_policy, task_of(config), getattr(config, "patience", 1))
+        name = config.exit_policy if name is None else name
+        return cls(name, task_of(config), getattr(config, "patience", 1))
 
     def start(self, texts: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """Return what the policy remembers of texts before their first exit, `None` if it remembers nothing."""

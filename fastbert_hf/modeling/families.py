@@ -130,10 +130,11 @@ def get_encoder_family(text_config: PreTrainedConfig) -> EncoderFamily:
             f"A backbone of type {text_config.model_type!r} is not supported. Supported are: "
             f"{', '.join(ENCODER_FAMILIES)} (BERT-WWM, MacBERT and RoBERTa-wwm are of type bert)."
         )
-    if getattr(text_config, "is_decoder", False):
-        raise ValueError(
-            "The backbone's config says is_decoder=True, but FastBERT reads whole texts: set is_decoder=False in it."
-        )
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(text_config, name, False):
+            raise ValueError(
+                f"The backbone's config says {name}=True, but FastBERT reads whole texts: set {name}=False in it."
+            )
     return family
 
 

@@ -25,7 +25,7 @@ from .packed_batch import PackedBatch
 from .pretrained_fastbert import FastBertPreTrainedModel
 from .processing_cascade import CascadeProcessor, warn_of_other_tokenizer
 from .scheduler import Member, answer_rows, answer_texts
-from .stock_checkpoints import dtype_of
+from .stock_checkpoints import LOADING_ARGUMENTS, dtype_of
 from .tasks import task_of
 
 
@@ -105,6 +105,11 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
                 f"before, as in member.config.{name} = {kwargs[name]!r}, where a member is a FastBERT model."
             )
         attn_implementation = kwargs.pop("attn_implementation", None)
+        for name in set(kwargs).difference(LOADING_ARGUMENTS):
+            raise TypeError(
+                f"unexpected {name}: give tokenizers, exit_policy, speed, attn_implementation, or arguments of "
+                f"from_pretrained ({', '.join(LOADING_ARGUMENTS)})."
+            )
         models = [as_member(member, **kwargs) for member in members]
         check_order(models)
         dtype = common_dtype(models, kwargs.get("dtype"))

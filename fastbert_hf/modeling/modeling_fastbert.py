@@ -236,6 +236,8 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         refuse_attentions(self.config, output_attentions)
         if labels is not None and self.training and max_layers is None:
             self._refuse_random_teacher()
+        if labels is not None and torch.is_grad_enabled():
+            self._teacher_digest = None  # a training without train() may follow
         packed_batch, inputs, padding = self.fastbert.pack(
             input_ids,
             attention_mask,

@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 from .encoded_texts import check_on_error, checked_speeds, read_blocks
 from .exit_policies import check_speed, exit_range
 from .pipeline_inputs import checked_texts, encode_block, texts_of
-from .processing_cascade import CascadeProcessor, check_tokenizer, find_tokenizer
+from .processing_cascade import CascadeProcessor, check_tokenizer, find_tokenizer, fingerprint
 from .tasks import task_of
 from .tokenization import call_arguments
 
@@ -93,7 +93,10 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         # Where each member has its own, what Transformers has loaded is that of the first.
         has_one_of_several = getattr(model.config, "own_tokenizers", False) and not hasattr(tokenizer, "tokenizers")
         if tokenizer is None or has_one_of_several:
-            tokenizer = find_tokenizer(model)
+            found = find_tokenizer(model)
+            first = getattr(found, "tokenizers", [found])[0]
+            # Another one was chosen by the caller, and is refused.
+            tokenizer = found if tokenizer is None or fingerprint(tokenizer) == fingerprint(first) else tokenizer
         check_tokenizer(model, tokenizer)
         if kwargs.get("speed") is not None:
             check_speed(kwargs["speed"])  # one for each text is for a call
@@ -132,7 +135,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         policy = given(exit_policy=exit_policy, patience=patience)
         if policy:
             of_constructor = getattr(self, "_forward_params", {})
-            self.model.policy(exit_policy or of_constructor.get("exit_policy"), patience)
+            self.model.policy(policy.get("exit_policy", of_constructor.get("exit_policy")), patience)
             if exit_policy not in (None, "patience") and "patience" in of_constructor:
                 policy["patience"] = None  # it is for another policy
         if on_error is not None:

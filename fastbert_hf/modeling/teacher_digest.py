@@ -64,7 +64,8 @@ class ChecksStudents:
     """
     Part of a model with students: refuses their answers once the teacher that they learnt from has changed.
 
-    The digest is made at the first call that may ask a student, and made anew after `train()`, `eval()` and loading.
+    The digest is made at the first call that may ask a student, and made anew after `train()`, `eval()`, loading, and
+    a loss with gradients.
     """
 
     _teacher_digest: str | None = None

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..evaluation.exit_record import record_exits
+from ..modeling.exit_policies import check_speed
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..sharing.model_card import Measured, write_model_card
 from .checkpoints import last_checkpoint
@@ -142,9 +143,11 @@ def train(
         from ..evaluation import sweep_speeds  # before all training: it needs an extra
     check_training_arguments(training_arguments)
     start = StartingModel.of(model, tokenizer, dict(config or {}))
-    stages = start.stages() if stages is None else list(stages)
-    if not stages:
-        raise ValueError("stages must name at least one stage. Example: stages=[FineTuning(), ExitTraining()]")
+    stages = start.stages() if stages is None else stages
+    if not stages or not isinstance(stages, Sequence) or not all(isinstance(stage, Stage) for stage in stages):
+        raise ValueError(f"stages must be a list of stages, got {stages!r}. Example: [FineTuning(), ExitTraining()]")
+    for speed in eval_speeds:
+        check_speed(speed)
     with ExitStack() as stack:
         if output_dir is None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="fastbert-")))
@@ -163,7 +166,7 @@ def train(
         run = _Run(folder, start, stages, encoded, label2id, settings)
         run.train(arguments)
         fastbert = FastBertForSequenceClassification.from_pretrained(folder).to(arguments.device)
-        table = None
+        table = fastbert.measured = None
         if arguments.process_index == 0:
             if encoded.validation is not None:
                 size, shows = arguments.per_device_eval_batch_size, not arguments.disable_tqdm
@@ -183,7 +186,7 @@ class _Run:
 
     folder: Path
     start: StartingModel
-    stages: list[Stage]
+    stages: Sequence[Stage]
     rows: Splits
     label2id: dict[str, int]
     training_arguments: dict[str, Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ class StartingModel:
         return bool(self.model.get_submodule(head).bias.any())
 
     def encoded(
-        self, splits: Splits, stages: list[Stage], columns: dict[str, Any], max_length: int | None
+        self, splits: Splits, stages: Sequence[Stage], columns: dict[str, Any], max_length: int | None
     ) -> tuple[Splits, dict[str, int]]:
         """Return the rows as token ids, and the id of each label."""
         from ..data import check_rows, label_names

@@ -106,6 +106,19 @@ def test_rows_are_tokenized_and_padded_where_they_are_not(rows, collator, tokeni
     assert_same_record(record, expected)
 
 
+def test_a_stream_of_texts_is_read_to_its_end():
+    model, tokenizer, texts = tiny_model(), tiny_tokenizer(), tiny_texts(5)
+    record = record_exits(model, iter(texts), progress=False, tokenizer=tokenizer)
+    assert_same_record(record, record_exits(model, texts, progress=False, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("label", [1.0, float("nan")])
+def test_labels_that_are_fractions_are_refused(label):
+    rows = [{**row, "label": label} for row in encoded_rows(labels=False, number=3)]
+    with pytest.raises(ValueError, match=f"'label' must be the ids of labels.*got {label}"):
+        record_exits(tiny_model(), rows, progress=False)
+
+
 def test_texts_alone_are_enough():
     model = tiny_model()
     expected = record_exits(model, encoded_rows(False), progress=False)

@@ -248,6 +248,11 @@ def test_students_of_another_teacher_are_refused(kind):
     assert model.config.speed == 0.5
 
 
+def test_a_stock_model_is_refused():
+    with pytest.raises(TypeError, match=r"one with exits, got BertFor.*FastBertForSequenceClassification\.from_cl"):
+        choose_speed(stock(), ["word7"], tokenizer=tiny_tokenizer(), progress=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -155,9 +155,10 @@ def test_unsupported_backbone_lists_the_supported_families(text_config):
 
 
 @pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig])
-def test_decoder_is_refused(config_class):
-    with pytest.raises(ValueError, match="set is_decoder=False"):
-        FastBertConfig(text_config=config_class(is_decoder=True))
+@pytest.mark.parametrize("name", ["is_decoder", "add_cross_attention"])
+def test_decoder_is_refused(config_class, name):
+    with pytest.raises(ValueError, match=f"set {name}=False"):
+        FastBertConfig(text_config=config_class(**{name: True}))
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_one_tokenizer_does_not_take_the_place_of_several(mixed, processor, save
         lambda: save_with_code(mixed, tmp_path / "code", tokenizer=other_tokenizer()),
         lambda: mixed.push_to_hub("org/name", tokenizer=other_tokenizer()),
         lambda: pipeline("fast-text-classification", model=mixed, tokenizer=CascadeProcessor([tiny_tokenizer()])),
+        lambda: pipeline("fast-text-classification", model=mixed, tokenizer=other_tokenizer()),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -321,3 +322,9 @@ def test_fields_of_the_members_are_set_in_the_members(folders, field):
             ValueError, match=rf"{field}=2 is not for a cascade, .*: set it before, as in member\.config"
         ):
             CascadeForSequenceClassification.from_members(members, **{field: 2})
+
+
+def test_unknown_arguments_are_refused(folders):
+    for members in ([folders["small"], folders["large"]], [tiny_model(), tiny_model(seed=1)]):
+        with pytest.raises(TypeError, match=r"unexpected revison: give tokenizers, .*from_pretrained \(.*revision"):
+            CascadeForSequenceClassification.from_members(members, revison="main")

@@ -183,6 +183,16 @@ def test_students_are_refused_once_the_teacher_has_changed(change):
     assert model(**ragged_batch(), speed=0.7, min_exit_layer=NUM_LAYERS).exit_layer.tolist() == [NUM_LAYERS] * 7
 
 
+def test_training_in_eval_mode_is_noticed_after_a_call():
+    model = distilled()
+    list(model.predict(TEXTS, speed=0.5))
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    model(**ragged_batch(), labels=torch.zeros(7, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=REFUSED):
+        list(model.predict(TEXTS, speed=0.5))
+
+
 @pytest.mark.parametrize("digest", [lambda model: None, teacher_digest])
 def test_students_of_a_trained_model_answer_again_once_the_config_lets_them(digest):
     model = distilled()

@@ -163,6 +163,12 @@ def test_a_classifier_goes_through_stage_two_alone_on_texts_without_labels(class
     assert moved and moved <= student_names(trained.model)
 
 
+def test_a_folder_gets_a_card_where_nothing_was_measured(classifier, tmp_path):
+    trained = fastbert_hf.train(classifier, tiny_texts(8), stages=STAGES[1:], output_dir=tmp_path / "out", **QUIET)
+    assert trained.table is None and trained.model.measured is None
+    assert "self_distillation learning_rate" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", ["encoder", "classifier", "untrained head", "fastbert", "untrained fastbert"])
 def test_loaded_models_are_taken_and_left_alone(trainers, kind):
     make = {
@@ -250,7 +256,11 @@ def one_model() -> FastBertForSequenceClassification:
         ({"text_column": "body"}, ValueError, "no column 'body', only text, label: correct text_column"),
         ({"stages": [FineTuning()], "label_column": "gold"}, ValueError, "no column 'gold'.*correct label_column"),
         ({"eval_rows": rows(3, ("?",))}, ValueError, r"3 rows of the validation data have the label '\?'"),
-        ({"stages": []}, ValueError, "stages must name at least one stage"),
+        ({"stages": []}, ValueError, r"stages must be a list of stages, got \[\]. Example: \[FineTuning\(\), "),
+        ({"stages": FineTuning()}, ValueError, r"stages must be a list of stages, got FineTuning\("),
+        ({"stages": [FineTuning]}, ValueError, "stages must be a list of stages, got "),
+        ({"eval_speeds": [0.5, 2]}, ValueError, r"speed must be a number in \[0, 1\], got 2"),
+        ({"max_length": 0}, ValueError, "max_length must be at least 1 token, got 0"),
         ({"stages": [ExitTraining(temperature=0)]}, ValueError, "temperature must be a number above 0, got 0"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
