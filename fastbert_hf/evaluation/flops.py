@@ -157,7 +157,9 @@ def _pooler(model: PreTrainedModel, exit_classifier: nn.Module) -> nn.Module:
 
 
 def _linear_weights(module: nn.Module) -> int:
-    """Return the weights of all linear layers of a module: their multiply-accumulates for one token."""
+    """Return the multiply-accumulates of all linear layers of a module for one token: their weights."""
     # What PEFT saves with an adapter, it keeps as a copy beside the original, and runs one of the two.
     linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    return sum(part.weight.numel() for name, part in linear.items() if "modules_to_save" not in name.split("."))
+    of_linears = sum(part.weight.numel() for name, part in linear.items() if "modules_to_save" not in name.split("."))
+    # Of a fast feed-forward layer only what a token meets.
+    return of_linears + sum(getattr(part, "macs_per_token", 0) for part in module.modules())

@@ -27,6 +27,7 @@ from transformers.activations import ACT2FN
 from .exit_classifiers import EXIT_TYPES
 from .exit_policies import check_speed, exit_range
 from .families import ENCODER_FAMILIES
+from .fast_feedforward import check_feed_forward, feed_forward_parameters
 from .packed_attention import ATTENTION_KERNELS
 
 
@@ -354,7 +355,11 @@ def estimated_parameters(config: dict[str, Any]) -> int:
     # ALBERT repeats a few groups of layers; the other families have neither number.
     groups = backbone_size(text_config, "num_hidden_groups") * backbone_size(text_config, "inner_group_num")
     # Four of the attention, and three of a gated feed-forward layer.
-    backbone = (groups or layers) * (4 * hidden**2 + 3 * hidden * backbone_size(text_config, "intermediate_size"))
+    of_layer, settings = 3 * hidden * backbone_size(text_config, "intermediate_size"), config.get("feed_forward")
+    if settings is not None:
+        check_feed_forward(settings, layers)
+        of_layer = max(of_layer * ("layers" in settings), feed_forward_parameters(settings, hidden))
+    backbone = (groups or layers) * (4 * hidden**2 + of_layer)
     tables = ["vocab_size", "type_vocab_size", "task_type_vocab_size", "max_position_embeddings"]
     if ENCODER_FAMILIES[text_config.get("model_type", "bert")].positions == "rotary":
         tables.remove("max_position_embeddings")

@@ -14,6 +14,7 @@ from .checkpoint_checks import check_labels, check_raw_config, explained, read_c
 from .exit_classifiers import EXIT_TYPES
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 from .families import get_encoder_family
+from .fast_feedforward import check_feed_forward
 
 
 # Written by `save_with_code`.
@@ -74,6 +75,11 @@ class FastBertConfig(PreTrainedConfig):
             The first layer after which the pipeline lets a text leave. `None` means 1.
         max_layers (`int`, *optional*):
             The number of layers after which the pipeline answers at the latest. `None` means all.
+        feed_forward (`dict`, *optional*):
+            Fast feed-forward layers in place of the backbone's own, of which each token meets a part: their `form`,
+            its fields, and `layers`, the numbers of those that have them, all unless given.
+            `{"form": "leaves", "depth": 3, "leaf_size": 96}` is a tree with a dense block at each leaf ([`LeafTree`]),
+            `{"form": "neurons", "trees": 1, "depth": 11}` are trees of single neurons ([`NeuronTrees`]).
         distilled_for (`str`, *optional*):
             Digest of the backbone and teacher that the students were distilled from, `"float32:0123456789abcdef"`,
             as the trainer writes it. `None` says nothing of them.
@@ -108,6 +114,7 @@ class FastBertConfig(PreTrainedConfig):
     patience: int = 2
     min_exit_layer: int | None = None
     max_layers: int | None = None
+    feed_forward: dict | None = None
     distilled_for: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -137,6 +144,8 @@ class FastBertConfig(PreTrainedConfig):
                 f"distilled_for must be None or a dtype and 16 digits, as in 'float32:0123456789abcdef', got "
                 f"{shortened(self.distilled_for)}: leave it to the trainer, or set it to None."
             )
+        self.feed_forward = copy.deepcopy(self.feed_forward)
+        check_feed_forward(self.feed_forward, self.num_hidden_layers)
         check_speed(self.speed)
         exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
 

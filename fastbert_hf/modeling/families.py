@@ -54,6 +54,36 @@ MODERNBERT_SEAM = Seam(
 )
 
 
+class FeedForwardParts(NamedTuple):
+    """
+    Where a layer has its feed-forward half, as names below the module that holds it. Another layer of that kind takes
+    `place`, and what is still called after it, `passed`, then hands on what it gets.
+    """
+
+    place: str = "intermediate"
+    passed: tuple[str, ...] = ("output.dense",)
+    up: str = "intermediate.dense"
+    activation: str = "intermediate.intermediate_act_fn"
+    down: str = "output.dense"
+    gated: bool = False  # whether `up` makes a second number for every neuron, with which it is multiplied
+    holders: Callable[[nn.Module], tuple[nn.Module, ...]] = lambda layer: (layer,)
+
+
+BERT_FEED_FORWARD = FeedForwardParts()
+DISTILBERT_FEED_FORWARD = FeedForwardParts(
+    "ffn.lin1", ("ffn.activation", "ffn.lin2"), "ffn.lin1", "ffn.activation", "ffn.lin2"
+)
+ALBERT_FEED_FORWARD = FeedForwardParts(
+    "ffn",
+    ("activation", "ffn_output"),
+    "ffn",
+    "activation",
+    "ffn_output",
+    holders=lambda group: (*group.albert_layers,),
+)
+MODERNBERT_FEED_FORWARD = FeedForwardParts("mlp", (), "mlp.Wi", "mlp.act", "mlp.Wo", gated=True)
+
+
 @dataclass(frozen=True)
 class EncoderFamily:
     """
@@ -68,6 +98,7 @@ class EncoderFamily:
         projection (`str`, *optional*): From the embedding width to the hidden width, where the two differ.
         final_norm (`str`, *optional*): The normalisation that a pre-norm encoder applies once, after its last layer.
         seam ([`Seam`]): The halves of a layer.
+        feed_forward ([`FeedForwardParts`]): What the second half consists of.
         has_pooler (`bool`): Whether the stock class takes `add_pooling_layer`.
         head (`tuple`, *optional*):
             `(dense, out_proj)`: the two Linears of the family's stock classifier, as names below the
@@ -81,6 +112,7 @@ class EncoderFamily:
     projection: str | None = None
     final_norm: str | None = None
     seam: Seam = BERT_SEAM
+    feed_forward: FeedForwardParts = BERT_FEED_FORWARD
     has_pooler: bool = True
     head: tuple[str, str] | None = ("classifier.dense", "classifier.out_proj")
     head_activation: str = "tanh"
@@ -100,6 +132,7 @@ ENCODER_FAMILIES = {
         layers="transformer.layer",
         embedding_inputs=("position_ids",),
         seam=DISTILBERT_SEAM,
+        feed_forward=DISTILBERT_FEED_FORWARD,
         has_pooler=False,
         head=("pre_classifier", "classifier"),
         head_activation="relu",
@@ -108,6 +141,7 @@ ENCODER_FAMILIES = {
         layers="encoder.albert_layer_groups",
         projection="encoder.embedding_hidden_mapping_in",
         seam=ALBERT_SEAM,
+        feed_forward=ALBERT_FEED_FORWARD,
         head=("albert.pooler", "classifier"),
     ),
     "modernbert": EncoderFamily(
@@ -116,6 +150,7 @@ ENCODER_FAMILIES = {
         positions="rotary",
         final_norm="final_norm",
         seam=MODERNBERT_SEAM,
+        feed_forward=MODERNBERT_FEED_FORWARD,
         has_pooler=False,
         head=None,
     ),

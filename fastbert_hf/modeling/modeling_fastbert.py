@@ -20,6 +20,7 @@ from .encoded_texts import check_on_error, checked_speeds, read_texts
 from .engine import TorchEngine
 from .exit_classifiers import ExitClassifier, build_exits
 from .exit_policies import ExitPolicy, exit_range, exit_thresholds, row_speeds
+from .fast_feedforward import replace_feed_forward
 from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
 from .packed_attention import PACKED_ATTENTION
 from .packed_encoder import FastBertModel, refuse_attentions
@@ -139,6 +140,11 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         ```
         """
         config_arguments, loading_arguments = split_arguments(FastBertConfig, kwargs)
+        if config_arguments.get("feed_forward") is not None:
+            raise ValueError(
+                "new feed-forward layers would take the place of what the classifier has learnt: leave out "
+                "feed_forward, and convert its own with fastbert_hf.training.convert_feed_forward(model, texts)."
+            )
         encoder, dense, out_proj = load_classifier(name_or_path, **loading_arguments)
         config = FastBertConfig(**classifier_config(encoder.config, config_arguments))
         model = cls._around(encoder, config)
@@ -149,6 +155,8 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
     @classmethod
     def _around(cls, encoder: PreTrainedModel, config: FastBertConfig) -> FastBertForSequenceClassification:
         model = cls._from_config(config, dtype=encoder.dtype)
+        if config.feed_forward is not None:
+            replace_feed_forward(encoder, config.feed_forward)
         encoder.config._attn_implementation_internal = PACKED_ATTENTION
         model.fastbert.backbone = encoder
         model.config.text_config = encoder.config

@@ -12,6 +12,7 @@ from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_fastbert import FastBertConfig
 from .engine import TorchEngine
 from .families import encoder_layers, get_encoder_family, max_text_tokens, padded_position_ids, too_long
+from .fast_feedforward import replace_feed_forward
 from .packed_attention import PACKED_ATTENTION
 from .packed_batch import PackedBatch, Padding, pack_padded
 from .pretrained_fastbert import FastBertPreTrainedModel
@@ -48,6 +49,8 @@ class FastBertModel(CompilesLayers, FastBertPreTrainedModel):
         config.text_config.chunk_size_feed_forward = 0
         arguments = {"add_pooling_layer": False} if family.has_pooler else {}
         self.backbone = AutoModel.from_config(config.text_config, attn_implementation=PACKED_ATTENTION, **arguments)
+        if config.feed_forward is not None:
+            replace_feed_forward(self.backbone, config.feed_forward)
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.post_init()
 

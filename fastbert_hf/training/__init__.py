@@ -3,9 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from .arguments import ExitTrainingArguments, SelfDistillationArguments
+from .backbone_distillation_trainer import BackboneDistillationArguments, BackboneDistillationTrainer
 from .both_stages import Trained, train
 from .difficulty_aware_trainer import DifficultyAwareArguments, DifficultyAwareTrainer
 from .exit_trainer import ExitTrainer, SelfDistillationTrainer, accuracy
+from .feed_forward_conversion import convert_feed_forward
+from .feed_forward_stage import FeedForwardConversion
 from .objectives import OBJECTIVES, Objective, depth_weights, difficulty_margin_loss, student_divergences
 from .stages import (
     DifficultyAwareFineTuning,
@@ -32,6 +35,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "OBJECTIVES",
+    "BackboneDistillationArguments",
+    "BackboneDistillationTrainer",
     "DifficultyAwareArguments",
     "DifficultyAwareFineTuning",
     "DifficultyAwareTrainer",
@@ -39,6 +44,7 @@ __all__ = [
     "ExitTrainer",
     "ExitTraining",
     "ExitTrainingArguments",
+    "FeedForwardConversion",
     "FineTuning",
     "Objective",
     "SelfDistillationArguments",
@@ -46,6 +52,7 @@ __all__ = [
     "StageSettings",
     "Trained",
     "accuracy",
+    "convert_feed_forward",
     "depth_weights",
     "difficulty_margin_loss",
     "hard_shares",

@@ -52,7 +52,7 @@ class StageSettings:
 @dataclass(frozen=True)
 class Stage:
     """
-    One training of a FastBERT model. The fields of a stage are fields of its `arguments_class`.
+    One training of a FastBERT model. Its settings that are fields of its `arguments_class` go there.
 
     Args:
         learning_rate (`float`): Initial learning rate.
@@ -69,6 +69,11 @@ class Stage:
     trains_backbone = True
     trains_students = False
     needs_labels = True
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether it starts from a model whose last exit has learnt already."""
+        return not self.trains_backbone
 
     def __post_init__(self):
         # Now, as the trainer of a late stage is made when those before it are trained.
@@ -109,11 +114,12 @@ class Stage:
             evaluates (`bool`): Whether there are rows for the evaluation.
             training_arguments: Further fields of `TrainingArguments`.
         """
+        known = {field.name for field in fields(self.arguments_class)}
         arguments = {
             "warmup_steps": 0.1,
             "eval_strategy": "epoch",
             "save_strategy": "no",
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name in known},
             **training_arguments,
             **self._best_model(training_arguments.get("metric_for_best_model")),
         }

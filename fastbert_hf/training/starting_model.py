@@ -108,7 +108,7 @@ class StartingModel:
             if rows is not None:
                 check_rows(rows, name, **{**columns, "label_column": columns["label_column"] if labelled else None})
         names = dict(self.own_config.id2label)
-        if stages[0].trains_backbone and not self.has_exits:
+        if not stages[0].needs_teacher and not self.has_exits:
             names = dict(enumerate(label_names(splits.train, columns["label_column"])))
         label2id = {name: index for index, name in names.items()}
         limits = (max_length, self.tokenizer.model_max_length, max_text_tokens(self.text_config))
@@ -129,7 +129,7 @@ class StartingModel:
             for name, value in self.config.items():
                 setattr(fastbert.config, name, value)
             return fastbert
-        if not stage.trains_backbone:
+        if stage.needs_teacher:
             return FastBertForSequenceClassification.from_classifier(self.model, **self.config)
         id2label = {index: name for name, index in label2id.items()}
         labels = {"id2label": id2label, "label2id": label2id}

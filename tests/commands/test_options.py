@@ -12,7 +12,15 @@ import pytest
 from fastbert_hf.commands.options import DataOptions, check_data_options, default_backbone, one_line_errors
 
 
-COMMANDS = ("cascade", "evaluate_speeds", "label_difficulty", "recipe", "self_distill", "train_default_model")
+COMMANDS = (
+    "cascade",
+    "convert_feedforward",
+    "evaluate_speeds",
+    "label_difficulty",
+    "recipe",
+    "self_distill",
+    "train_default_model",
+)
 
 
 def error_of(example_data: Path | None = None, **options) -> str:

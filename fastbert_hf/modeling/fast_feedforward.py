@@ -1,0 +1,426 @@
+"""Feed-forward layers of which every token meets only a part: the neurons on its way down a binary tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .families import encoder_layers, get_encoder_family
+
+
+# Decisions of the first levels are one small product; deeper nodes are read one by one, on a token's way alone.
+LEVELS_AT_ONCE = 6
+# Standard deviation of new weights, as BERT's own and UltraFastBERT's.
+INITIAL_DEVIATION = 0.02
+
+
+class LeafTree(nn.Module):
+    r"""
+    A binary tree of depth D whose nodes only decide, with a small dense block at each of its \\( 2^D \\) leaves (Fast
+    Feedforward Networks, Belcak and Wattenhofer, 2023, arXiv 2308.14711), and one that every token meets beside (the
+    master leaf of Charalampopoulos et al., 2024, arXiv 2405.16836). A depth of 0 is a dense feed-forward layer.
+
+    In inference each token goes to one leaf: right of a node whose logit is above 0. In training it does so, too,
+    where `routing` is `"hard"`; where it is `"soft"` the output is the mixture of all leaves, by the probabilities of
+    the ways to them.
+
+    Args:
+        hidden_size (`int`): Width of what comes in and of what goes out.
+        activation (`Callable`): Between the two products of a block.
+        depth (`int`): Levels of nodes, D.
+        leaf_size (`int`): Neurons of each leaf.
+        master_size (`int`): Neurons that every token meets.
+        gated (`bool`): Whether each neuron is multiplied with a second product, its gate, as in ModernBERT.
+        routing (`str`): `"hard"` or `"soft"`.
+        hardening (`float`):
+            Weight of the entropy of the decisions in the loss, summed over nodes and averaged over tokens. It makes
+            the decisions of soft routing hard.
+        balance (`float`):
+            Weight of \\( 2^D \sum_i f_i P_i \\) in the loss, with the share \\( f_i \\) of the tokens that leaf i gets
+            and its mean probability \\( P_i \\) (Switch Transformer, Eq. 4). It fills the leaves evenly.
+        region_leak (`float`): Probability with which a decision is turned round in soft training.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        depth: int = 3,
+        leaf_size: int = 96,
+        master_size: int = 0,
+        gated: bool = False,
+        routing: str = "hard",
+        hardening: float = 0.0,
+        balance: float = 0.0,
+        region_leak: float = 0.0,
+    ):
+        super().__init__()
+        self.depth, self.leaf_size, self.gated, self.activation = depth, leaf_size, gated, activation
+        self.routing, self.hardening, self.balance, self.region_leak = routing, hardening, balance, region_leak
+        leaves, rows = 2**depth, 2 if gated else 1
+        self.node_weight = nn.Parameter(torch.empty(leaves - 1, hidden_size))
+        self.node_bias = nn.Parameter(torch.empty(leaves - 1))
+        self.leaf_in = nn.Parameter(torch.empty(leaves, rows * leaf_size, hidden_size))
+        self.leaf_in_bias = nn.Parameter(torch.empty(leaves, rows * leaf_size))
+        self.leaf_out = nn.Parameter(torch.empty(leaves, hidden_size, leaf_size))
+        self.leaf_out_bias = nn.Parameter(torch.empty(leaves, hidden_size))
+        if master_size:
+            self.master_in = nn.Linear(hidden_size, rows * master_size)
+            self.master_out = nn.Linear(master_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights from normal(0, 0.02), and set the biases to 0."""
+        _reset(self)
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of one token in inference, beside those of the master's linear layers."""
+        return (nodes_read(self.depth) + (3 if self.gated else 2) * self.leaf_size) * self.node_weight.shape[1]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, -2)  # [T, hidden_size]
+        # Hard routing has the same gradients on either path, and the sparse one is faster.
+        output = self.dense(tokens) if self.training and self.routing == "soft" else self.sparse(tokens)
+        if self.training and self.depth and (self.hardening or self.balance):
+            output = WithLoss.apply(output, self.auxiliary_loss(tokens))
+        if hasattr(self, "master_in"):
+            output = output + self.master_out(self._activate(self.master_in(tokens)))
+        return output.view_as(hidden_states)
+
+    def leaves_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the leaf of every token, `[T]`, for tokens of shape `[T, hidden_size]`."""
+        if self.depth == 0:
+            return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        nodes, logits = descend(tokens, self.node_weight[None], self.node_bias[None], self.depth)
+        return (2 * nodes[:, 0, -1] + 1 + (logits[:, 0, -1] > 0)) - (2**self.depth - 1)
+
+    def probabilities(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how likely each leaf is, `[T, 2 ** D]`, and how likely each node sends to the right, `[T, nodes]`."""
+        to_right = torch.sigmoid(nn.functional.linear(tokens, self.node_weight, self.node_bias))
+        decided = to_right
+        if self.training and self.region_leak:
+            turned = torch.rand_like(to_right) < self.region_leak
+            decided = torch.where(turned, 1 - to_right, to_right)
+        leaves = tokens.new_ones(len(tokens), 1)
+        for level in decided.split([2**level for level in range(self.depth)], 1) if self.depth else ():
+            leaves = torch.stack([leaves * (1 - level), leaves * level], -1).flatten(1)
+        return leaves, to_right
+
+    def dense(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute every leaf for every token and weight them, by a mask or softly in training: `[T, hidden_size]`."""
+        leaves = 2**self.depth
+        if self.training and self.routing == "soft":
+            weights = self.probabilities(tokens)[0]
+        else:
+            weights = nn.functional.one_hot(self.leaves_of(tokens), leaves).to(tokens.dtype)
+        neurons = nn.functional.linear(tokens, self.leaf_in.flatten(0, 1), self.leaf_in_bias.flatten())
+        neurons = self._activate(neurons.unflatten(1, (leaves, -1))) * weights.unsqueeze(-1)
+        return neurons.flatten(1) @ self.leaf_out.transpose(1, 2).flatten(0, 1) + weights @ self.leaf_out_bias
+
+    def sparse(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute for every token its own leaf alone: tokens are sorted by leaf, and each leaf is one product."""
+        if self.depth == 0 or len(tokens) == 0:
+            return self._leaf(0, tokens)
+        leaf = self.leaves_of(tokens)
+        if len(tokens) == 1:
+            return self._leaf(int(leaf), tokens)
+        order = leaf.argsort(stable=True)
+        counts = torch.bincount(leaf, minlength=2**self.depth).tolist()
+        parts = tokens[order].split(counts)
+        outputs = [self._leaf(number, part) for number, part in enumerate(parts) if len(part)]
+        return torch.empty_like(tokens).index_copy(0, order, torch.cat(outputs))
+
+    def _leaf(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
+        neurons = nn.functional.linear(tokens, self.leaf_in[number], self.leaf_in_bias[number])
+        return nn.functional.linear(self._activate(neurons), self.leaf_out[number], self.leaf_out_bias[number])
+
+    def _activate(self, neurons: torch.Tensor) -> torch.Tensor:
+        if not self.gated:
+            return self.activation(neurons)
+        neurons, gates = neurons.chunk(2, -1)
+        return self.activation(neurons) * gates
+
+    def auxiliary_loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what hardens and balances the decisions, weighted, for tokens of shape `[T, hidden_size]`."""
+        probabilities, to_right = self.probabilities(tokens.detach())
+        entropy = (torch.special.entr(to_right) + torch.special.entr(1 - to_right)).sum(1).mean()
+        shares = torch.bincount(self.leaves_of(tokens), minlength=2**self.depth) / len(tokens)
+        balance = len(shares) * (shares * probabilities.mean(0)).sum()
+        return self.hardening * entropy + self.balance * balance
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, leaf_size={self.leaf_size}, routing={self.routing!r}"
+
+
+class NeuronTrees(nn.Module):
+    r"""
+    K binary trees of depth D in which every node is a neuron: a token meets the \\( D + 1 \\) neurons on its way down
+    each tree, right where a neuron's logit is above 0, and the outputs are summed (UltraFastBERT, Belcak and
+    Wattenhofer, 2023, arXiv 2311.10770, Algorithm 1). Its 1x11 has one tree of depth 11. Routing is hard from the
+    first step and has no gradient. Trees of depth 0 are the neurons of a dense layer; without any tree the layer adds
+    nothing but its bias.
+
+    Args:
+        hidden_size (`int`): Width of what comes in and of what goes out.
+        activation (`Callable`): Of the neurons.
+        trees (`int`): K.
+        depth (`int`): D, the levels below the root.
+        bias (`bool`): Whether the output has one. The paper's has none.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        trees: int = 1,
+        depth: int = 11,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.trees, self.depth, self.activation = trees, depth, activation
+        nodes = 2 ** (depth + 1) - 1
+        self.node_in = nn.Parameter(torch.empty(trees, nodes, hidden_size))
+        self.node_in_bias = nn.Parameter(torch.empty(trees, nodes))
+        self.node_out = nn.Parameter(torch.empty(trees, nodes, hidden_size))
+        self.out_bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights from normal(0, 0.02), and set the biases to 0."""
+        _reset(self)
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of one token in inference."""
+        return self.trees * (nodes_read(self.depth + 1) + self.depth + 1) * self.node_in.shape[-1]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, -2)  # [T, hidden_size]
+        return self.sparse(tokens).view_as(hidden_states)
+
+    def dense(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute every neuron for every token, `[T, hidden_size]`, and mask those that are not on its way."""
+        logits = nn.functional.linear(tokens, self.node_in.flatten(0, 1), self.node_in_bias.flatten())
+        logits = logits.unflatten(1, self.node_in.shape[:2])  # [T, K, nodes]
+        with torch.no_grad():
+            nodes = follow(lambda node: logits.gather(2, node.unsqueeze(2))[..., 0], logits[..., 0], self.depth + 1)[0]
+            mask = torch.zeros_like(logits).scatter_(2, nodes, 1)
+        output = (self.activation(logits) * mask).flatten(1) @ self.node_out.flatten(0, 1)
+        return output if self.out_bias is None else output + self.out_bias
+
+    def sparse(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute for every token the neurons on its way alone, `[T, hidden_size]`."""
+        if self.trees == 0:
+            output = torch.zeros_like(tokens)
+        else:
+            nodes, logits = descend(tokens, self.node_in, self.node_in_bias, self.depth + 1)
+            first = torch.arange(self.trees, device=tokens.device)[:, None] * self.node_in.shape[1]
+            output = nn.functional.embedding_bag(
+                (nodes + first).flatten(1),
+                self.node_out.flatten(0, 1),
+                mode="sum",
+                per_sample_weights=self.activation(logits).flatten(1),
+            )
+        return output if self.out_bias is None else output + self.out_bias
+
+    def extra_repr(self) -> str:
+        return f"trees={self.trees}, depth={self.depth}"
+
+
+def descend(
+    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, levels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Follow every token down every tree.
+
+    Args:
+        tokens (`torch.Tensor` of shape `[T, hidden_size]`): What is read.
+        weight, bias (`torch.Tensor` of shape `[trees, nodes, hidden_size]` and `[trees, nodes]`):
+            Of the nodes, level by level: below node i are 2i + 1, and 2i + 2 for a logit above 0.
+        levels (`int`): How many nodes a token meets in each tree.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `[T, trees, levels]`: The nodes that each token meets, and their logits.
+    """
+    trees, nodes, hidden_size = weight.shape
+    at_once = 2 ** min(levels, LEVELS_AT_ONCE) - 1
+    upper = nn.functional.linear(tokens, weight[:, :at_once].flatten(0, 1), bias[:, :at_once].flatten())
+    upper = upper.unflatten(1, (trees, at_once))
+    first = torch.arange(trees, device=tokens.device) * nodes
+    weight, bias = weight.flatten(0, 1), bias.flatten()
+
+    def logit_of(node: torch.Tensor) -> torch.Tensor:
+        if len(done) < LEVELS_AT_ONCE:
+            return upper.gather(2, node.unsqueeze(2))[..., 0]
+        place = (node + first).flatten()
+        rows = weight.index_select(0, place).view(*node.shape, hidden_size)
+        return (rows @ tokens.unsqueeze(2))[..., 0] + bias[place].view(node.shape)
+
+    done: list[torch.Tensor] = []
+    return follow(logit_of, upper[..., 0], levels, done)
+
+
+def follow(
+    logit_of: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, levels: int, done: list | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the nodes from the root on, and their logits, as `logit_of` tells them: `[T, trees, levels]` each."""
+    node, nodes = torch.zeros(like.shape, dtype=torch.long, device=like.device), []
+    logits = [] if done is None else done
+    for _ in range(levels):
+        nodes.append(node)
+        logits.append(logit_of(node))
+        node = 2 * node + 1 + (logits[-1] > 0)
+    return torch.stack(nodes, -1), torch.stack(logits, -1)
+
+
+def nodes_read(levels: int) -> int:
+    """Return how many nodes of a tree are read for a token that meets one in each of so many levels."""
+    return 2 ** min(levels, LEVELS_AT_ONCE) - 1 + max(levels - LEVELS_AT_ONCE, 0)
+
+
+class WithLoss(torch.autograd.Function):
+    """
+    Pass a tensor on, and let a loss be minimised beside whatever is made of it. So a layer deep inside a stock model
+    adds to the training of any Trainer; the loss that is reported does not show it.
+    """
+
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, gradient.new_ones(())
+
+
+def _reset(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=INITIAL_DEVIATION)
+
+
+# By the `form` of a config's `feed_forward`.
+FORMS = {"leaves": LeafTree, "neurons": NeuronTrees}
+# The largest value of every whole number of such a config; the smallest is 0, of `leaf_size` 1.
+LARGEST = {"depth": 20, "leaf_size": 65_536, "master_size": 65_536, "trees": 65_536}
+FORM_FIELDS = {
+    "leaves": ("depth", "leaf_size", "master_size", "routing", "hardening", "balance", "region_leak"),
+    "neurons": ("trees", "depth", "bias"),
+}
+
+
+def check_feed_forward(settings: Any, num_layers: int) -> None:
+    """Raise a `ValueError` unless `settings` is what `config.feed_forward` may be: `None`, or a form with fields."""
+    if settings is None:
+        return
+    example = 'feed_forward={"form": "leaves", "depth": 3, "leaf_size": 96, "master_size": 96}'
+    form = settings.get("form") if isinstance(settings, Mapping) else None
+    if not isinstance(form, str) or form not in FORMS:
+        raise ValueError(
+            f"feed_forward={settings!r:.80} must be a dict whose form is one of {', '.join(FORMS)}. Example: {example}"
+        )
+    unknown = sorted(set(settings) - {"form", "layers", *FORM_FIELDS[form]})
+    if unknown:
+        raise ValueError(
+            f"feed_forward has no field {unknown[0]!r:.40} in the form {form!r}, only {', '.join(FORM_FIELDS[form])} "
+            f"and layers. Example: {example}"
+        )
+    for name, value in settings.items():
+        if name in LARGEST and (type(value) is not int or not (name == "leaf_size") <= value <= LARGEST[name]):
+            raise ValueError(
+                f"{name} of feed_forward must be a whole number from {int(name == 'leaf_size')} to {LARGEST[name]:,}, "
+                f"got {value!r:.40}."
+            )
+        if name in ("hardening", "balance", "region_leak") and not (
+            type(value) in (int, float) and 0 <= value < (1 if name == "region_leak" else 1e6)
+        ):
+            raise ValueError(f"{name} of feed_forward must be a number of at least 0, got {value!r:.40}.")
+    if settings.get("routing", "hard") not in ("hard", "soft"):
+        raise ValueError(f"routing of feed_forward is 'hard' or 'soft', not {settings['routing']!r:.40}.")
+    layers = settings.get("layers")
+    if layers is not None and not (
+        isinstance(layers, (list, tuple))
+        and len(set(map(repr, layers))) == len(layers) > 0
+        and all(type(number) is int and 1 <= number <= num_layers for number in layers)
+    ):
+        raise ValueError(
+            f"layers of feed_forward must be different numbers from 1 to {num_layers}, got {layers!r:.80}; leave it "
+            "out for all layers."
+        )
+
+
+def feed_forward_parameters(settings: Mapping[str, Any], hidden_size: int) -> int:
+    """Return about how many parameters each layer of a checked config has in its feed-forward half."""
+    own = {"depth": 3, "leaf_size": 96, "master_size": 0, "trees": 1, **settings}
+    if settings["form"] == "neurons":
+        return own["trees"] * 2 ** (own["depth"] + 2) * hidden_size
+    return (2 ** own["depth"] * (3 * own["leaf_size"] + 2) + 3 * own["master_size"]) * hidden_size
+
+
+def make_feed_forward(settings: Mapping[str, Any], hidden_size: int, activation: nn.Module, gated: bool) -> nn.Module:
+    """Return a new layer from a config's `feed_forward`."""
+    fields = {name: value for name, value in settings.items() if name not in ("form", "layers")}
+    if gated and settings["form"] == "neurons":
+        raise ValueError(
+            "the neurons of this family have gates, which those of UltraFastBERT have not: use "
+            'feed_forward={"form": "leaves", ...}.'
+        )
+    if gated:
+        fields["gated"] = True
+    return FORMS[settings["form"]](hidden_size, activation, **fields)
+
+
+def feed_forward_holders(backbone: PreTrainedModel, layers: list[int] | None = None) -> dict[int, list[nn.Module]]:
+    """
+    Return the modules that hold the feed-forward half of the chosen layers, by the number of the layer, from 1. ALBERT
+    repeats its own, which count where they are first.
+    """
+    parts, seen, holders = get_encoder_family(backbone.config).feed_forward, set(), {}
+    modules = list(enumerate(encoder_layers(backbone), start=1))
+    chosen = {number for number, _ in modules} if layers is None else set(layers)
+    for number, layer in modules:
+        if any(layer is other and (number in chosen) != (place in chosen) for place, other in modules):
+            raise ValueError(
+                f"layers={sorted(chosen)} of feed_forward leaves out layers that share their weights with others of "
+                "them: leave out layers."
+            )
+        if number in chosen and id(layer) not in seen:
+            seen.add(id(layer))
+            holders[number] = list(parts.holders(layer))
+    return holders
+
+
+def replace_feed_forward(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Put new layers, as a config's `feed_forward` describes them, in place of a stock encoder's own."""
+    parts = get_encoder_family(backbone.config).feed_forward
+    for holders in feed_forward_holders(backbone, settings.get("layers")).values():
+        for holder in holders:
+            put_feed_forward(
+                holder,
+                parts.place,
+                parts.passed,
+                make_feed_forward(
+                    settings, backbone.config.hidden_size, holder.get_submodule(parts.activation), parts.gated
+                ),
+            )
+
+
+def put_feed_forward(holder: nn.Module, place: str, passed: tuple[str, ...], feed_forward: nn.Module) -> None:
+    """Put one layer in its place."""
+    for name in passed:
+        holder.set_submodule(name, nn.Identity())
+    holder.set_submodule(place, feed_forward)
+
+
+def feed_forward_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the fast feed-forward layers of an encoder by their names."""
+    return {name: module for name, module in backbone.named_modules() if isinstance(module, tuple(FORMS.values()))}
