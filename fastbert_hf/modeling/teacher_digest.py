@@ -18,6 +18,9 @@ PLAIN_MODULES += (f"{__name__.rpartition('.')[0]}.",)
 # Of dtypes, by what a digest calls them, narrowest first.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
+# In place of a digest, which adapters have not.
+NEWER_ADAPTERS = "adapters that the students do not know"
+
 
 def teacher_digest(model: PreTrainedModel) -> str | None:
     """
@@ -60,6 +63,22 @@ def tells_of_training(found: str, wanted: str) -> bool:
     return found != wanted and not was_rounded
 
 
+def has_newer_adapters(model: PreTrainedModel) -> bool:
+    """Tell whether LoRA adapters change the backbone or the teacher, but not the students, which learnt before."""
+    return any(map(is_adapted, (model.fastbert, model.teacher))) and not any(map(is_adapted, model.student_modules()))
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Tell whether LoRA matrices or the copies that PEFT trains in full make a module compute something else."""
+    for part in module.modules():
+        for copied in getattr(part, "modules_to_save", None) or ():
+            pairs = zip(part.modules_to_save[copied].parameters(), part.original_module.parameters(), strict=True)
+            if any(not torch.equal(*pair) for pair in pairs):
+                return True
+    # As it is made, the second matrix is zero.
+    return any(bool(weight.any()) for name, weight in module.named_parameters() if ".lora_B." in f".{name}")
+
+
 class ChecksStudents:
     """
     Part of a model with students: refuses their answers once the teacher that they learnt from has changed.
@@ -80,10 +99,12 @@ class ChecksStudents:
         wanted = self.config.distilled_for
         if wanted is None or not thresholds[:, :-1].any():
             return thresholds
-        found = self._teacher_digest or teacher_digest(self)
+        found = self._teacher_digest
+        if found is None:
+            found = teacher_digest(self) or (NEWER_ADAPTERS if has_newer_adapters(self) else "")
         if not self.training:
             self._teacher_digest = found
-        if found is not None and tells_of_training(found, wanted):
+        if found == NEWER_ADAPTERS or (found and tells_of_training(found, wanted)):
             raise ValueError(
                 "The backbone or the teacher of this model was trained after the students, which still answer as the "
                 f"old one did (config.distilled_for={wanted!r}, now {found!r}). Distil again, with "

@@ -32,6 +32,7 @@ OWN_FIELDS = {
     "patience": 3,
     "min_exit_layer": 1,
     "max_layers": 2,
+    "feed_forward": {"form": "leaves", "depth": 2, "leaf_size": 8, "layers": [1, 3]},
     "distilled_for": "float32:0123456789abcdef",
 }
 LABELS = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
@@ -54,6 +55,7 @@ def test_defaults_are_the_papers_and_the_documented_ones():
         "patience": 2,
         "min_exit_layer": None,
         "max_layers": None,
+        "feed_forward": None,
         "distilled_for": None,
     }
 

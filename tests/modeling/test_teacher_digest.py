@@ -151,6 +151,26 @@ def test_nothing_is_said_of_weights_that_are_elsewhere_or_not_all_there_is():
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+@pytest.mark.parametrize("learnt", ["nothing", "the teacher", "backbone", "backbone and students", "all"])
+def test_students_are_refused_where_adapters_have_learnt_without_them(learnt):
+    model, exits = distilled(), [f"exits.{index}" for index in range(4)]
+    lora = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=exits)).eval()
+    with torch.no_grad():
+        for name, weight in lora.named_parameters():
+            in_backbone, in_teacher = ".lora_B." in name, ".exits.3.modules_to_save." in name
+            in_students = ".modules_to_save." in name and not in_teacher
+            parts = {"backbone": in_backbone, "teacher": in_teacher, "students": in_students}
+            if any(part in learnt or learnt == "all" for part, is_here in parts.items() if is_here):
+                weight.add_(0.1)
+    if learnt in ("the teacher", "backbone"):
+        with pytest.raises(ValueError, match=REFUSED):
+            lora(**ragged_batch(), speed=0.7)
+    else:
+        lora(**ragged_batch(), speed=0.7)
+    lora(**ragged_batch())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 @pytest.mark.parametrize("change", ["training", "loading", "loading around it", "merging"])
 def test_students_are_refused_once_the_teacher_has_changed(change):
     model = distilled()
@@ -159,7 +179,8 @@ def test_students_are_refused_once_the_teacher_has_changed(change):
         train_on(model)
     elif change == "merging":
         lora = get_peft_model(model, LoraConfig(target_modules=["query"], init_lora_weights=False)).eval()
-        lora(**ragged_batch(), speed=0.7)  # adapters may be taken off again
+        with pytest.raises(ValueError, match=REFUSED):
+            lora(**ragged_batch(), speed=0.7)
         model = lora.merge_and_unload()
     else:
         other = tiny_model(seed=1)
