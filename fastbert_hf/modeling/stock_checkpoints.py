@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
@@ -21,6 +22,8 @@ from .families import ENCODER_FAMILIES, get_encoder_family
 
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 LOADING_ARGUMENTS = (*DOWNLOAD_ARGUMENTS, "dtype", "trust_remote_code", "use_safetensors")
+# Fields of every config, beside our own, that matter here.
+OF_LABELS = ("id2label", "label2id", "problem_type")
 # The packed attention takes the place of any other, and one that a checkpoint names may be code on the Hub.
 LOADING_DEFAULTS = {"dtype": torch.float32, "attn_implementation": "eager"}
 
@@ -33,9 +36,12 @@ def split_arguments(
     fields += ["num_labels", "attn_implementation"]
     unknown = [name for name in arguments if name not in fields and name not in LOADING_ARGUMENTS]
     if unknown:
+        own = [name for name in fields if name not in PreTrainedConfig.__dataclass_fields__] + list(OF_LABELS)
+        near = get_close_matches(unknown[0], [*own, *LOADING_ARGUMENTS], 1)
         raise TypeError(
-            f"unexpected {', '.join(unknown)}: give fields of {config_class.__name__} ({', '.join(fields)}) or "
-            f"arguments of from_pretrained ({', '.join(LOADING_ARGUMENTS)})."
+            f"unexpected {', '.join(unknown)}{f' (did you mean {near[0]}?)' if near else ''}: give fields of "
+            f"{config_class.__name__} ({', '.join(own)}) or arguments of from_pretrained "
+            f"({', '.join(LOADING_ARGUMENTS)})."
         )
     config_arguments = {name: value for name, value in arguments.items() if name in fields}
     loading_arguments = {name: value for name, value in arguments.items() if name not in fields}

@@ -195,8 +195,12 @@ def test_what_a_classifier_brings_itself_cannot_be_given(arguments):
 
 @pytest.mark.parametrize("wrap", ["from_backbone", "from_classifier"])
 def test_unknown_keyword_is_named(wrap):
-    with pytest.raises(TypeError, match=r"unexpected speeed, wibble: give fields of FastBertConfig \(.*exit_type"):
+    expected = (
+        r"unexpected speeed, wibble \(did you mean speed\?\): give fields of FastBertConfig \(exit_type, .*id2label"
+    )
+    with pytest.raises(TypeError, match=expected) as error:
         getattr(FastBertForSequenceClassification, wrap)(stock_classifier(), speeed=0.5, wibble=1)
+    assert "base_config_key" not in str(error.value)
 
 
 @pytest.mark.parametrize("wrap", ["from_backbone", "from_classifier"])
