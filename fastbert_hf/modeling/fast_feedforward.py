@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -360,7 +361,8 @@ def check_feed_forward(settings: Any, num_layers: int) -> None:
 
 def feed_forward_parameters(settings: Mapping[str, Any], hidden_size: int) -> int:
     """Return about how many parameters each layer of a checked config has in its feed-forward half."""
-    own = {"depth": 3, "leaf_size": 96, "master_size": 0, "trees": 1, **settings}
+    defaults = signature(FORMS[settings["form"]]).parameters
+    own = {**{name: parameter.default for name, parameter in defaults.items()}, **settings}
     if settings["form"] == "neurons":
         return own["trees"] * 2 ** (own["depth"] + 2) * hidden_size
     return (2 ** own["depth"] * (3 * own["leaf_size"] + 2) + 3 * own["master_size"]) * hidden_size

@@ -147,6 +147,7 @@ print(model(torch.tensor([[7, 8, 9]])).logits.tolist())
     ("settings", "message"),
     [
         ({"form": "leaves", "depth": 20, "leaf_size": 65536}, "parameters"),
+        ({"form": "neurons", "trees": 65536}, "parameters"),  # of the default depth
         ({"form": "neurons", "depth": 10**9}, "depth"),
         ({"form": "nothing"}, "form is one of"),
         ("leaves", "must be a dict"),
