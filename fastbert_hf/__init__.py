@@ -19,6 +19,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .evaluation.speed_choice import choose_speed
+    from .operators import load_operators
     from .training import SelfDistillationArguments, SelfDistillationTrainer, train
 
 # English sentiment, made by examples/train_default_model.py: what the pipeline answers with when it is given no model.
@@ -52,6 +53,7 @@ _LATER = {
     "SelfDistillationArguments": "training",
     "SelfDistillationTrainer": "training",
     "choose_speed": "evaluation.speed_choice",
+    "load_operators": "operators",
     "train": "training",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "SelfDistillationTrainer",
     "__version__",
     "choose_speed",
+    "load_operators",
     "save_with_code",
     "train",
     "write_model_card",

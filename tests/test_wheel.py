@@ -62,4 +62,9 @@ def test_nothing_else_is_in_the_wheel(names):
     assert {Path(name).name for name in metadata} == {"METADATA", "WHEEL", "RECORD", "top_level.txt", "LICENSE"}
     others = {name for name in names - metadata if not name.endswith(".py")}
     expected = {f"fastbert_hf/default_model/{name}" for name in DEFAULT_MODEL_FILES}
-    assert others == {*expected, "fastbert_hf/py.typed", "fastbert_hf/sharing/model_card_template.md"}
+    assert others == {
+        *expected,
+        "fastbert_hf/py.typed",
+        "fastbert_hf/operators/feed_forward.cpp",
+        "fastbert_hf/sharing/model_card_template.md",
+    }

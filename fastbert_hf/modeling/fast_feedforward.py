@@ -65,9 +65,9 @@ class LeafTree(nn.Module):
         leaves, rows = 2**depth, 2 if gated else 1
         self.node_weight = nn.Parameter(torch.empty(leaves - 1, hidden_size))
         self.node_bias = nn.Parameter(torch.empty(leaves - 1))
-        self.leaf_in = nn.Parameter(torch.empty(leaves, rows * leaf_size, hidden_size))
+        self.leaf_in = nn.Parameter(torch.empty(leaves, hidden_size, rows * leaf_size))
         self.leaf_in_bias = nn.Parameter(torch.empty(leaves, rows * leaf_size))
-        self.leaf_out = nn.Parameter(torch.empty(leaves, hidden_size, leaf_size))
+        self.leaf_out = nn.Parameter(torch.empty(leaves, leaf_size, hidden_size))
         self.leaf_out_bias = nn.Parameter(torch.empty(leaves, hidden_size))
         if master_size:
             self.master_in = nn.Linear(hidden_size, rows * master_size)
@@ -98,8 +98,12 @@ class LeafTree(nn.Module):
         """Return the leaf of every token, `[T]`, for tokens of shape `[T, hidden_size]`."""
         if self.depth == 0:
             return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        nodes, logits = descend(tokens, self.node_weight[None], self.node_bias[None], self.depth)
+        nodes, logits = self.ways(tokens)
         return (2 * nodes[:, 0, -1] + 1 + (logits[:, 0, -1] > 0)) - (2**self.depth - 1)
+
+    def ways(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the nodes that decide for each token, and their logits: `[T, 1, depth]` each."""
+        return descend(tokens, self.node_weight[None], self.node_bias[None], self.depth)
 
     def probabilities(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return how likely each leaf is, `[T, 2 ** D]`, and how likely each node sends to the right, `[T, nodes]`."""
@@ -120,26 +124,23 @@ class LeafTree(nn.Module):
             weights = self.probabilities(tokens)[0]
         else:
             weights = nn.functional.one_hot(self.leaves_of(tokens), leaves).to(tokens.dtype)
-        neurons = nn.functional.linear(tokens, self.leaf_in.flatten(0, 1), self.leaf_in_bias.flatten())
-        neurons = self._activate(neurons.unflatten(1, (leaves, -1))) * weights.unsqueeze(-1)
-        return neurons.flatten(1) @ self.leaf_out.transpose(1, 2).flatten(0, 1) + weights @ self.leaf_out_bias
+        neurons = torch.einsum("th,lhn->tln", tokens, self.leaf_in) + self.leaf_in_bias
+        neurons = self._activate(neurons) * weights.unsqueeze(-1)
+        return neurons.flatten(1) @ self.leaf_out.flatten(0, 1) + weights @ self.leaf_out_bias
 
     def sparse(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute for every token its own leaf alone: tokens are sorted by leaf, and each leaf is one product."""
-        if self.depth == 0 or len(tokens) == 0:
-            return self._leaf(0, tokens)
+        if uses_operators(tokens, self.leaf_in):
+            groups = torch.ops.fastbert_hf.sort_by_leaf(tokens, self.node_weight, self.node_bias, self.depth)
+            product = torch.ops.fastbert_hf.grouped_linear
+            neurons = self._activate(product(tokens, *groups, self.leaf_in, self.leaf_in_bias))
+            return product(neurons, *groups, self.leaf_out, self.leaf_out_bias)
         leaf = self.leaves_of(tokens)
-        if len(tokens) == 1:
-            return self._leaf(int(leaf), tokens)
         order = leaf.argsort(stable=True)
         counts = torch.bincount(leaf, minlength=2**self.depth).tolist()
-        parts = tokens[order].split(counts)
-        outputs = [self._leaf(number, part) for number, part in enumerate(parts) if len(part)]
-        return torch.empty_like(tokens).index_copy(0, order, torch.cat(outputs))
-
-    def _leaf(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
-        neurons = nn.functional.linear(tokens, self.leaf_in[number], self.leaf_in_bias[number])
-        return nn.functional.linear(self._activate(neurons), self.leaf_out[number], self.leaf_out_bias[number])
+        neurons = self._activate(grouped_linear(tokens[order], counts, self.leaf_in, self.leaf_in_bias))
+        outputs = grouped_linear(neurons, counts, self.leaf_out, self.leaf_out_bias)
+        return torch.empty_like(tokens).index_copy(0, order, outputs)
 
     def _activate(self, neurons: torch.Tensor) -> torch.Tensor:
         if not self.gated:
@@ -206,6 +207,10 @@ class NeuronTrees(nn.Module):
         tokens = hidden_states.flatten(0, -2)  # [T, hidden_size]
         return self.sparse(tokens).view_as(hidden_states)
 
+    def ways(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the nodes that decide for each token, and their logits: `[T, trees, depth]` each."""
+        return descend(tokens, self.node_in, self.node_in_bias, self.depth)
+
     def dense(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute every neuron for every token, `[T, hidden_size]`, and mask those that are not on its way."""
         logits = nn.functional.linear(tokens, self.node_in.flatten(0, 1), self.node_in_bias.flatten())
@@ -222,17 +227,25 @@ class NeuronTrees(nn.Module):
             output = torch.zeros_like(tokens)
         else:
             nodes, logits = descend(tokens, self.node_in, self.node_in_bias, self.depth + 1)
-            first = torch.arange(self.trees, device=tokens.device)[:, None] * self.node_in.shape[1]
-            output = nn.functional.embedding_bag(
-                (nodes + first).flatten(1),
-                self.node_out.flatten(0, 1),
-                mode="sum",
-                per_sample_weights=self.activation(logits).flatten(1),
-            )
+            output = sum_of_rows(nodes, self.activation(logits), self.node_out)
         return output if self.out_bias is None else output + self.out_bias
 
     def extra_repr(self) -> str:
         return f"trees={self.trees}, depth={self.depth}"
+
+
+def grouped_linear(tokens: torch.Tensor, counts: list[int], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """
+    Multiply sorted tokens with the weights of their groups: `[T, out]`.
+
+    Args:
+        tokens (`torch.Tensor` of shape `[T, in]`): Those of group 0 first, then those of group 1, and so on.
+        counts (`list[int]`): Tokens of each group.
+        weight, bias (`torch.Tensor` of shape `[groups, in, out]` and `[groups, out]`): Of each group.
+    """
+    # `unbind` and not an index, whose gradient would be as large as all groups for each of them.
+    groups = list(zip(bias.unbind(), tokens.split(counts), weight.unbind(), strict=True))
+    return torch.cat([torch.addmm(*group) for group in groups if len(group[1])] or [torch.addmm(*groups[0])])
 
 
 def descend(
@@ -250,6 +263,8 @@ def descend(
     Returns:
         `tuple` of two `torch.Tensor` of shape `[T, trees, levels]`: The nodes that each token meets, and their logits.
     """
+    if uses_operators(tokens, weight):
+        return torch.ops.fastbert_hf.descend(tokens, weight, bias, levels)
     trees, nodes, hidden_size = weight.shape
     at_once = 2 ** min(levels, LEVELS_AT_ONCE) - 1
     upper = nn.functional.linear(tokens, weight[:, :at_once].flatten(0, 1), bias[:, :at_once].flatten())
@@ -266,6 +281,31 @@ def descend(
 
     done: list[torch.Tensor] = []
     return follow(logit_of, upper[..., 0], levels, done)
+
+
+def sum_of_rows(nodes: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    Add up the rows of `weight`, `[trees, nodes, hidden_size]`, that each token met, `[T, trees, levels]`, times one
+    number each: `[T, hidden_size]`.
+    """
+    if uses_operators(factors, weight):
+        return torch.ops.fastbert_hf.sum_of_rows(nodes, factors, weight)
+    first = torch.arange(len(weight), device=nodes.device)[:, None] * weight.shape[1]
+    return nn.functional.embedding_bag(
+        (nodes + first).flatten(1), weight.flatten(0, 1), mode="sum", per_sample_weights=factors.flatten(1)
+    )
+
+
+def uses_operators(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the compiled operators were loaded ([`load_operators`]) and can take these tensors."""
+    return (
+        tokens.device.type == "cpu"
+        and tokens.dtype is weight.dtype is torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and tokens.is_contiguous()
+        and hasattr(torch.ops.fastbert_hf, "descend")
+    )
 
 
 def follow(

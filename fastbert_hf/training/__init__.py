@@ -9,6 +9,7 @@ from .difficulty_aware_trainer import DifficultyAwareArguments, DifficultyAwareT
 from .exit_trainer import ExitTrainer, SelfDistillationTrainer, accuracy
 from .feed_forward_conversion import convert_feed_forward
 from .feed_forward_stage import FeedForwardConversion
+from .leaf_usage import LeafUsage
 from .objectives import OBJECTIVES, Objective, depth_weights, difficulty_margin_loss, student_divergences
 from .stages import (
     DifficultyAwareFineTuning,
@@ -46,6 +47,7 @@ __all__ = [
     "ExitTrainingArguments",
     "FeedForwardConversion",
     "FineTuning",
+    "LeafUsage",
     "Objective",
     "SelfDistillationArguments",
     "SelfDistillationTrainer",

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from ..modeling.checkpoint_files import read_shapes
 from ..modeling.families import max_text_tokens
 from ..rows import PaddingCollator, encoded_rows
+from .leaf_usage import LeafUsage, trees_of
 
 
 class CheckedTrainer(Trainer):
@@ -25,6 +26,7 @@ class CheckedTrainer(Trainer):
       tokens of any length. Batches are padded, and columns that the model does not read are left out.
     - A training whose weights become NaN or infinite ends with an error: at a log that shows it, at the next save, or
       at its end. Such weights are never saved.
+    - Logs tell how the trees of fast feed-forward layers are used ([`LeafUsage`]).
     - A checkpoint to resume from must hold every weight of the model, finite and in its shape, and no others.
 
     Args:
@@ -37,6 +39,8 @@ class CheckedTrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel | None = None, args: Any = None, **kwargs):
         super().__init__(model, args, **kwargs)
+        if any(weight.requires_grad for tree in trees_of(self.model) for weight in tree.parameters()):
+            self.add_callback(LeafUsage())
         if kwargs.get("data_collator") is None:
             self.data_collator = PaddingCollator.of(self.model, columns=self.own_columns)
         self.train_dataset = self._encoded(self.train_dataset)

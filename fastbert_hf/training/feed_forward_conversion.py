@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +70,8 @@ def convert_feed_forward(
     ```
     """
     check_shares(share, master_share)
-    if model.config.feed_forward is not None:
-        raise ValueError(
-            f"the model was converted already (config.feed_forward={model.config.feed_forward}): load the dense one."
-        )
-    if model.dtype is not torch.float32:
-        raise ValueError(f"the model is in {model.dtype}, and layers are fitted in float32: model.float()")
-    backbone = model.fastbert.backbone
-    parts = get_encoder_family(backbone.config).feed_forward
+    check_is_dense(model)
+    parts = get_encoder_family(model.config.text_config).feed_forward
     first_layer = parts.holders(model.fastbert.layers()[0])[0]
     neurons = first_layer.get_submodule(parts.down).in_features
     master_size = round(master_share * neurons)
@@ -88,24 +83,58 @@ def convert_feed_forward(
         **({} if layers is None else {"layers": sorted(layers)}),
     }
     check_feed_forward(settings, model.config.num_hidden_layers)
-    holders = feed_forward_holders(backbone, layers)
+
+    def make_layer(dense: DenseLayer, tokens: torch.Tensor) -> LeafTree:
+        layer = from_dense(dense, tokens, depth, settings["leaf_size"], master_size)
+        tune_layer(layer, dense, tokens, steps)
+        return layer
+
+    report = replace_each(model, make_layer, rows, tokenizer, layers, max_tokens, seed, progress)
+    model.config.feed_forward = settings
+    return report
+
+
+def replace_each(
+    model: PreTrainedModel,
+    make_layer: Callable[[DenseLayer, torch.Tensor], nn.Module],
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layers: list[int] | None = None,
+    max_tokens: int = 30_000,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """
+    Replace the feed-forward layers of a model in place, each by what `make_layer` makes of it and of what it reads,
+    `[T, hidden_size]`. All else is as in [`convert_feed_forward`].
+    """
+    check_is_dense(model)
+    parts = get_encoder_family(model.fastbert.backbone.config).feed_forward
+    holders = feed_forward_holders(model.fastbert.backbone, layers)
     chosen = [(number, holder) for number, of_layer in holders.items() for holder in of_layer]
     read = read_inputs(model, [holder for _, holder in chosen], parts, rows, tokenizer, max_tokens, seed, progress)
-    converted, report = [], []
+    made, report = [], []
     with tqdm(total=len(chosen), desc="Converting layers", disable=not progress) as bar:
         for (number, holder), tokens in zip(chosen, read, strict=True):
             dense = DenseLayer.of(holder, parts)
             fitted, unseen = tokens.split([len(tokens) - len(tokens) // 10, len(tokens) // 10])
-            layer = from_dense(dense, fitted, depth, settings["leaf_size"], master_size)
-            tune_layer(layer, dense, fitted, steps)
-            converted.append(layer)
-            report.append({"layer": number, **measure_layer(layer, dense, unseen)})
+            made.append(make_layer(dense, fitted))
+            report.append({"layer": number, **measure_layer(made[-1], dense, unseen)})
             bar.update()
-    for (_, holder), layer in zip(chosen, converted, strict=True):
+    for (_, holder), layer in zip(chosen, made, strict=True):
         put_feed_forward(holder, parts.place, parts.passed, layer.to(model.device))
-    model.config.feed_forward = settings
     model.eval()
     return report
+
+
+def check_is_dense(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless the feed-forward layers of a model can be converted."""
+    if model.config.feed_forward is not None:
+        raise ValueError(
+            f"the model was converted already (config.feed_forward={model.config.feed_forward}): load the dense one."
+        )
+    if model.dtype is not torch.float32:
+        raise ValueError(f"the model is in {model.dtype}, and layers are fitted in float32: model.float()")
 
 
 def check_shares(share: float, master_share: float) -> None:
@@ -253,13 +282,13 @@ def from_dense(
         for number, (cell, own) in enumerate(zip(cells, chosen, strict=True)):
             inputs = activations[cell][:, own]
             out, out_bias = ridge(inputs, wanted[cell] - of_master[cell] @ master_out)
-            layer.leaf_out[number], layer.leaf_out_bias[number] = out.T, out_bias
+            layer.leaf_out[number], layer.leaf_out_bias[number] = out, out_bias
             from_leaves[cell] = inputs @ out + out_bias
         if not last:
             master_out, _ = ridge(of_master, wanted - from_leaves, centred=False)
     for number, own in enumerate(chosen):
         rows = dense.rows(own)
-        layer.leaf_in[number] = dense.up.weight[rows]
+        layer.leaf_in[number] = dense.up.weight[rows].T
         layer.leaf_in_bias[number] = 0.0 if dense.up.bias is None else dense.up.bias[rows]
     if master_size:
         rows = dense.rows(master)
@@ -316,7 +345,7 @@ def ridge(inputs: torch.Tensor, wanted: torch.Tensor, centred: bool = True) -> t
 
 
 def tune_layer(
-    layer: LeafTree, dense: DenseLayer, tokens: torch.Tensor, steps: int = 400, batch_tokens: int = 1024
+    layer: nn.Module, dense: DenseLayer, tokens: torch.Tensor, steps: int = 400, batch_tokens: int = 1024
 ) -> None:
     """Train the blocks of a converted layer, not its nodes, to give what the dense one gives."""
     if steps == 0:
@@ -340,9 +369,11 @@ def tune_layer(
 
 
 @torch.no_grad()
-def measure_layer(layer: LeafTree, dense: DenseLayer, tokens: torch.Tensor) -> dict[str, float]:
-    """Return how far a converted layer is from the dense one on some tokens, and how evenly they fill its leaves."""
+def measure_layer(layer: nn.Module, dense: DenseLayer, tokens: torch.Tensor) -> dict[str, float]:
+    """Return how far a layer is from the dense one on some tokens, and how evenly they fill its leaves, if any."""
     wanted = dense.outputs(tokens)
-    shares = torch.bincount(layer.leaves_of(tokens), minlength=2**layer.depth) / len(tokens)
-    error = ((layer(tokens) - wanted) ** 2).mean() / wanted.var(0).mean()
-    return {"error": error.item(), "smallest_leaf": shares.min().item(), "largest_leaf": shares.max().item()}
+    measured = {"error": (((layer(tokens) - wanted) ** 2).mean() / wanted.var(0).mean()).item()}
+    if isinstance(layer, LeafTree):
+        shares = torch.bincount(layer.leaves_of(tokens), minlength=2**layer.depth) / len(tokens)
+        measured |= {"smallest_leaf": shares.min().item(), "largest_leaf": shares.max().item()}
+    return measured

@@ -76,7 +76,8 @@ def read_rows(layer: nn.Module, given: torch.Tensor) -> dict[str, int]:
     layer.zero_grad()
     layer.sparse(given).sum().backward()
     return {
-        name: int((p.grad.flatten(0, -2) != 0).any(-1).sum())
+        # The neurons of leaves are columns of `leaf_in`.
+        name: int((p.grad != 0).any(1 if name == "leaf_in" else -1).sum())
         for name, p in layer.named_parameters()
         if p.grad is not None
     }
@@ -130,8 +131,8 @@ def test_depth_zero_is_the_layer_of_bert():
     leaves = LeafTree(32, nn.functional.gelu, depth=0, leaf_size=64)
     trees = NeuronTrees(32, nn.functional.gelu, trees=64, depth=0, bias=True)
     with torch.no_grad():
-        leaves.leaf_in[0], leaves.leaf_in_bias[0] = up.weight, up.bias
-        leaves.leaf_out[0], leaves.leaf_out_bias[0] = down.weight, down.bias
+        leaves.leaf_in[0], leaves.leaf_in_bias[0] = up.weight.T, up.bias
+        leaves.leaf_out[0], leaves.leaf_out_bias[0] = down.weight.T, down.bias
         trees.node_in[:, 0], trees.node_in_bias[:, 0], trees.node_out[:, 0] = up.weight, up.bias, down.weight.T
         trees.out_bias.copy_(down.bias)
     stock.output.dense = nn.Identity()
@@ -148,7 +149,11 @@ def test_soft_training_mixes_all_leaves_and_hardens():
     given = tokens(11)
     probabilities, _ = layer.probabilities(given)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(11, dtype=torch.double))
-    expected = sum(probabilities[:, [leaf]] * layer._leaf(leaf, given) for leaf in range(4))
+    expected = 0
+    for leaf in range(4):
+        neurons = nn.functional.gelu(given @ layer.leaf_in[leaf] + layer.leaf_in_bias[leaf])
+        output = neurons @ layer.leaf_out[leaf] + layer.leaf_out_bias[leaf]
+        expected = expected + probabilities[:, [leaf]] * output
     torch.testing.assert_close(layer(given), expected, rtol=0, atol=1e-12)
     # Decisions that are certain make it what evaluation computes.
     with torch.no_grad():

@@ -1,0 +1,92 @@
+"""The compiled operators: the same as PyTorch's own ones, to rounding, for every shape. In a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+COMPARE = """
+import itertools, json, torch
+from torch import nn
+import fastbert_hf
+from fastbert_hf.modeling import fast_feedforward
+from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
+
+generator = torch.Generator().manual_seed(1)
+layers = [
+    LeafTree(hidden, nn.functional.gelu, depth, leaf_size, master_size, gated)
+    for hidden, depth, leaf_size, master_size, gated in (
+        (384, 4, 192, 0, False), (37, 3, 5, 3, True), (16, 0, 9, 0, False), (100, 6, 65, 0, False),
+        (768, 1, 33, 8, True),
+    )
+] + [
+    NeuronTrees(hidden, nn.functional.gelu, trees, depth, bias)
+    for hidden, trees, depth, bias in ((384, 1, 11, False), (37, 3, 4, True), (16, 2, 0, False), (5, 0, 3, True))
+]
+for layer in layers:
+    for name, parameter in layer.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+cases = list(itertools.product(layers, (0, 1, 2, 3, 7, 8, 64, 300)))
+given = [torch.randn(tokens, next(iter(layer.parameters())).shape[-1] if isinstance(layer, NeuronTrees)
+         else layer.node_weight.shape[1], generator=generator) for layer, tokens in cases]
+with torch.no_grad():
+    before = [layer(tokens) for (layer, _), tokens in zip(cases, given)]
+    fastbert_hf.load_operators()
+    fastbert_hf.load_operators()
+    with torch.profiler.profile() as profile:
+        after = [layer(tokens) for (layer, _), tokens in zip(cases, given)]
+    used = {event.key for event in profile.key_averages() if event.key.startswith("fastbert_hf::")}
+    alone = [torch.cat([layer(token[None]) for token in tokens]) if len(tokens) == 7 else None
+             for (layer, _), tokens in zip(cases, given)]
+worst = max((ours - stock).abs().max().item() if len(stock) else 0 for ours, stock in zip(after, before))
+of_one = max((ours - own).abs().max().item() for ours, own in zip(after, alone) if own is not None)
+# With gradients, in another precision or on a part of a tensor, PyTorch's own ones go on.
+layer, tokens = layers[0], given[3]
+layer(tokens).sum().backward()
+assert layer.leaf_in.grad.any()
+with torch.no_grad():
+    half = layer.bfloat16()(tokens.bfloat16())
+    part = layers[3].sparse(torch.randn(8, 200, generator=generator)[:, ::2])
+assert half.dtype is torch.bfloat16 and half.isfinite().all() and part.isfinite().all()
+print(json.dumps({"worst": worst, "of_one": of_one, "used": sorted(used)}))
+"""
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **environment},
+    )
+
+
+@pytest.mark.skipif(
+    not (shutil.which("ninja") and shutil.which("c++")), reason="needs a C++ compiler and ninja to build the operators"
+)
+def test_operators_compute_what_pytorch_computes(tmp_path):
+    finished = run(COMPARE, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    measured = json.loads(finished.stdout.splitlines()[-1])
+    assert measured["worst"] < 1e-4 and measured["of_one"] < 1e-4
+    assert measured["used"] == [
+        "fastbert_hf::descend",
+        "fastbert_hf::grouped_linear",
+        "fastbert_hf::sort_by_leaf",
+        "fastbert_hf::sum_of_rows",
+    ]
+
+
+def test_without_a_compiler_the_error_says_what_is_missing(tmp_path):
+    script = "import fastbert_hf; fastbert_hf.load_operators()"
+    finished = run(script, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH="", CXX="no-such-compiler")
+    assert finished.returncode != 0
+    last = finished.stderr.strip().splitlines()
+    assert any("a C++ compiler" in line and "Everything works without them" in line for line in last), last[-3:]
