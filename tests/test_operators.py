@@ -14,6 +14,7 @@ import pytest
 COMPARE = """
 import itertools, json, torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 import fastbert_hf
 from fastbert_hf.modeling import fast_feedforward
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
@@ -44,6 +45,15 @@ with torch.no_grad():
     used = {event.key for event in profile.key_averages() if event.key.startswith("fastbert_hf::")}
     alone = [torch.cat([layer(token[None]) for token in tokens]) if len(tokens) == 7 else None
              for (layer, _), tokens in zip(cases, given)]
+fast_feedforward.operators_multiply_faster = lambda: False
+with torch.no_grad():
+    by_pytorch = [layer(tokens) for (layer, _), tokens in zip(cases, given)]
+after += by_pytorch
+before += before
+fast_feedforward.operators_multiply_faster = lambda: True
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    layers[0](given[6])
+assert counter.get_total_flops() == 2 * 64 * (4 * 384 + 2 * 192 * 384), counter.get_total_flops()
 worst = max((ours - stock).abs().max().item() if len(stock) else 0 for ours, stock in zip(after, before))
 of_one = max((ours - own).abs().max().item() for ours, own in zip(after, alone) if own is not None)
 # With gradients, in another precision or on a part of a tensor, PyTorch's own ones go on.

@@ -25,7 +25,12 @@ class ConvertFeedforwardOptions(ColumnOptions):
     validation_file: str | None = field(default=None, metadata={"help": "Rows on which the speeds are measured."})
     output_dir: str = field(default="outputs/fast_feedforward", metadata={"help": "Folder of the finished model."})
     share: float = field(default=0.25, metadata={"help": "Part of the neurons that a token meets, in (0, 1]."})
-    depth: int = field(default=4, metadata={"help": "Levels of decisions, which lead to 2 ** depth leaves."})
+    depth: int | None = field(
+        default=None,
+        metadata={
+            "help": "Levels of decisions, which lead to 2 ** depth leaves; twice the neurons in all unless given."
+        },
+    )
     master_share: float = field(default=0.0, metadata={"help": "Part of the neurons that every token meets."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Of the distillation of the layers."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Of the distillation of the layers."})

@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from .exit_classifiers import EXIT_TYPES
 from .exit_policies import check_speed, exit_range
 from .families import ENCODER_FAMILIES
-from .fast_feedforward import check_feed_forward, feed_forward_parameters
+from .feed_forward_settings import check_feed_forward, feed_forward_parameters
 from .packed_attention import ATTENTION_KERNELS
 
 

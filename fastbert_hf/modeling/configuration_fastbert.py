@@ -14,7 +14,7 @@ from .checkpoint_checks import check_labels, check_raw_config, explained, read_c
 from .exit_classifiers import EXIT_TYPES
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 from .families import get_encoder_family
-from .fast_feedforward import check_feed_forward
+from .feed_forward_settings import check_feed_forward
 
 
 # Written by `save_with_code`.

@@ -20,7 +20,7 @@ from .encoded_texts import check_on_error, checked_speeds, read_texts
 from .engine import TorchEngine
 from .exit_classifiers import ExitClassifier, build_exits
 from .exit_policies import ExitPolicy, exit_range, exit_thresholds, row_speeds
-from .fast_feedforward import replace_feed_forward
+from .feed_forward_settings import replace_feed_forward
 from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
 from .packed_attention import PACKED_ATTENTION
 from .packed_encoder import FastBertModel, refuse_attentions

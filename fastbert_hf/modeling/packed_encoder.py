@@ -12,7 +12,7 @@ from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_fastbert import FastBertConfig
 from .engine import TorchEngine
 from .families import encoder_layers, get_encoder_family, max_text_tokens, padded_position_ids, too_long
-from .fast_feedforward import replace_feed_forward
+from .feed_forward_settings import replace_feed_forward
 from .packed_attention import PACKED_ATTENTION
 from .packed_batch import PackedBatch, Padding, pack_padded
 from .pretrained_fastbert import FastBertPreTrainedModel

@@ -32,7 +32,7 @@ def load_operators(verbose: bool = False) -> None:
     """
     from torch.utils.cpp_extension import load
 
-    flags = ["-O3", "-march=native", *(["-fopenmp"] if sys.platform == "linux" else [])]
+    flags = ["-O3", "-march=native", *(["-fopenmp"] if sys.platform == "linux" else [])]  # clang of macOS has none
     try:
         load(
             # Of its own for each kind of processor: several may share a home folder.
@@ -47,3 +47,23 @@ def load_operators(verbose: bool = False) -> None:
             "the operators were not compiled: a C++ compiler (such as g++) and ninja (pip install ninja) are needed. "
             f"Everything works without them, only slower. The first lines of what was said: {str(error)[:500]}"
         ) from error
+    _count_flops()
+
+
+def _count_flops() -> None:
+    """Let `FlopCounterMode` count the operators as it counts PyTorch's own products."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    operators = torch.ops.fastbert_hf
+
+    @register_flop_formula(operators.grouped_linear)
+    def grouped_linear(tokens, order, counts, weight, bias, **kwargs) -> int:
+        return 2 * tokens[0] * weight[1] * weight[2]
+
+    @register_flop_formula(operators.sort_by_leaf)
+    def sort_by_leaf(tokens, weight, bias, depth, **kwargs) -> int:
+        return 2 * tokens[0] * tokens[1] * depth
+
+    @register_flop_formula(operators.descend)
+    def descend(tokens, weight, bias, levels, **kwargs) -> int:
+        return 2 * tokens[0] * tokens[1] * weight[0] * levels

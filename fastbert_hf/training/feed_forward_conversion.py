@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling.families import FeedForwardParts, get_encoder_family, max_text_tokens
-from ..modeling.fast_feedforward import LeafTree, check_feed_forward, feed_forward_holders, put_feed_forward
+from ..modeling.fast_feedforward import LeafTree
+from ..modeling.feed_forward_settings import check_feed_forward, feed_forward_holders, put_feed_forward
 from ..rows import PaddingCollator, encoded_rows
 
 
@@ -29,10 +31,10 @@ def convert_feed_forward(
     rows: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     share: float = 0.125,
-    depth: int = 4,
+    depth: int | None = None,
     master_share: float = 0.0,
     layers: list[int] | None = None,
-    steps: int = 300,
+    steps: int = 100,
     max_tokens: int = 30_000,
     seed: int = 0,
     progress: bool = True,
@@ -47,7 +49,9 @@ def convert_feed_forward(
         rows: Texts like those that the model will read, as [`encoded_rows`] takes them; a few thousand are enough.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's, where `rows` are texts.
         share (`float`): Part of the neurons that a token meets, in (0, 1]; the master's among them.
-        depth (`int`): Levels of decisions; `2 ** depth` leaves. 0 makes a narrower dense layer.
+        depth (`int`, *optional*):
+            Levels of decisions; `2 ** depth` leaves. Unless given, all leaves together hold about twice the neurons of
+            the dense layer. 0 makes a narrower dense layer.
         master_share (`float`): Part of the neurons that every token meets, at most `share`.
         layers (`list[int]`, *optional*): Numbers of the layers to convert, from 1; all unless given.
         steps (`int`): Training steps of each layer on what it reads, after it was fitted.
@@ -75,6 +79,7 @@ def convert_feed_forward(
     first_layer = parts.holders(model.fastbert.layers()[0])[0]
     neurons = first_layer.get_submodule(parts.down).in_features
     master_size = round(master_share * neurons)
+    depth = default_depth(share) if depth is None else depth
     settings = {
         "form": "leaves",
         "depth": depth,
@@ -89,7 +94,8 @@ def convert_feed_forward(
         tune_layer(layer, dense, tokens, steps)
         return layer
 
-    report = replace_each(model, make_layer, rows, tokenizer, layers, max_tokens, seed, progress)
+    read = read_inputs(model, rows, tokenizer, layers, max_tokens, seed, progress)
+    report = replace_each(model, make_layer, read, layers, progress)
     model.config.feed_forward = settings
     return report
 
@@ -97,23 +103,24 @@ def convert_feed_forward(
 def replace_each(
     model: PreTrainedModel,
     make_layer: Callable[[DenseLayer, torch.Tensor], nn.Module],
-    rows: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    read: list[torch.Tensor],
     layers: list[int] | None = None,
-    max_tokens: int = 30_000,
-    seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """
-    Replace the feed-forward layers of a model in place, each by what `make_layer` makes of it and of what it reads,
-    `[T, hidden_size]`. All else is as in [`convert_feed_forward`].
+    Replace feed-forward layers of a model in place.
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): Its config is left as it is.
+        make_layer (`Callable`): From a [`DenseLayer`] and what it reads, `[T, hidden_size]`, to what takes its place.
+        read (`list[torch.Tensor]`): From [`read_inputs`].
+        layers (`list[int]`, *optional*), progress (`bool`): As in [`convert_feed_forward`].
+
+    Returns:
+        `list` of `dict`: As [`convert_feed_forward`].
     """
-    check_is_dense(model)
     parts = get_encoder_family(model.fastbert.backbone.config).feed_forward
-    holders = feed_forward_holders(model.fastbert.backbone, layers)
-    chosen = [(number, holder) for number, of_layer in holders.items() for holder in of_layer]
-    read = read_inputs(model, [holder for _, holder in chosen], parts, rows, tokenizer, max_tokens, seed, progress)
-    made, report = [], []
+    made, report, chosen = [], [], chosen_holders(model, layers)
     with tqdm(total=len(chosen), desc="Converting layers", disable=not progress) as bar:
         for (number, holder), tokens in zip(chosen, read, strict=True):
             dense = DenseLayer.of(holder, parts)
@@ -125,6 +132,12 @@ def replace_each(
         put_feed_forward(holder, parts.place, parts.passed, layer.to(model.device))
     model.eval()
     return report
+
+
+def chosen_holders(model: PreTrainedModel, layers: list[int] | None) -> list[tuple[int, nn.Module]]:
+    """Return what holds a feed-forward layer, in the order of the layers, with the number of its layer."""
+    holders = feed_forward_holders(model.fastbert.backbone, layers)
+    return [(number, holder) for number, of_layer in holders.items() for holder in of_layer]
 
 
 def check_is_dense(model: PreTrainedModel) -> None:
@@ -146,17 +159,26 @@ def check_shares(share: float, master_share: float) -> None:
         )
 
 
+def default_depth(share: float) -> int:
+    """Return the depth at which leaves of so large a share hold about twice the neurons of the dense layer."""
+    return max(round(math.log2(2 / share)), 0)
+
+
 def read_inputs(
     model: PreTrainedModel,
-    holders: list[nn.Module],
-    parts: FeedForwardParts,
     rows: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_tokens: int,
-    seed: int,
-    progress: bool,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layers: list[int] | None = None,
+    max_tokens: int = 30_000,
+    seed: int = 0,
+    progress: bool = True,
 ) -> list[torch.Tensor]:
-    """Return what each feed-forward layer reads in texts, `[at most max_tokens, hidden_size]` on the CPU."""
+    """
+    Return what each feed-forward layer reads in texts, `[at most max_tokens, hidden_size]` on the CPU. The arguments
+    are those of [`convert_feed_forward`].
+    """
+    parts = get_encoder_family(model.fastbert.backbone.config).feed_forward
+    holders = [holder for _, holder in chosen_holders(model, layers)]
     limit = max_text_tokens(model.config.text_config)
     limit = limit if tokenizer is None else min(limit, tokenizer.model_max_length)
     rows = encoded_rows(rows, tokenizer, limit)

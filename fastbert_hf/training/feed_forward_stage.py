@@ -32,7 +32,7 @@ class FeedForwardConversion(Stage):
     learning_rate: float = 2e-4
     num_train_epochs: float = 2.0
     share: float = 0.125
-    depth: int = 4
+    depth: int | None = None
     master_share: float = 0.0
 
     trainer_class = BackboneDistillationTrainer

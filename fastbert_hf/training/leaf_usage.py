@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..modeling.fast_feedforward import FORMS
+from ..modeling.feed_forward_settings import FORMS
 
 
 class LeafUsage(TrainerCallback):

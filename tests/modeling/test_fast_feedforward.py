@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.bert.modeling_bert import BertLayer
 
-from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees, check_feed_forward, make_feed_forward
+from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
+from fastbert_hf.modeling.feed_forward_settings import check_feed_forward, make_feed_forward
 
 from ..common import tiny_text_config
 

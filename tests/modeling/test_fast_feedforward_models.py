@@ -18,7 +18,8 @@ from fastbert_hf import (
     save_with_code,
 )
 from fastbert_hf.evaluation import executed_flops
-from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees, feed_forward_layers
+from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
+from fastbert_hf.modeling.feed_forward_settings import feed_forward_layers
 
 from ..common import FAMILIES, assert_close, pad_token_id_of, ragged_batch, tiny_model, tiny_stock_model
 

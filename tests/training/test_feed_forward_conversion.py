@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from fastbert_hf import FastBertForSequenceClassification, train
-from fastbert_hf.modeling.fast_feedforward import LeafTree, feed_forward_layers
+from fastbert_hf.modeling.fast_feedforward import LeafTree
+from fastbert_hf.modeling.feed_forward_settings import feed_forward_layers
 from fastbert_hf.modeling.teacher_digest import teacher_digest
 from fastbert_hf.training import (
     BackboneDistillationArguments,
