@@ -15,6 +15,7 @@ COMPARE = """
 import itertools, json, torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.activations import ACT2FN
 import fastbert_hf
 from fastbert_hf.modeling import fast_feedforward
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
@@ -27,8 +28,12 @@ layers = [
         (768, 1, 33, 8, True),
     )
 ] + [
-    NeuronTrees(hidden, nn.functional.gelu, trees, depth, bias)
-    for hidden, trees, depth, bias in ((384, 1, 11, False), (37, 3, 4, True), (16, 2, 0, False), (5, 0, 3, True))
+    NeuronTrees(hidden, activation, trees, depth, bias)
+    for hidden, activation, trees, depth, bias in (
+        (384, nn.functional.gelu, 1, 11, False), (37, nn.ReLU(), 3, 4, True), (16, ACT2FN["gelu"], 2, 0, False),
+        (64, ACT2FN["gelu_new"], 2, 5, True), (5, nn.functional.gelu, 0, 3, True),
+        (64, nn.GELU(), 1, 3, True), (64, nn.GELU(approximate="tanh"), 1, 3, True),
+    )
 ]
 for layer in layers:
     for name, parameter in layer.named_parameters():
@@ -89,8 +94,8 @@ def test_operators_compute_what_pytorch_computes(tmp_path):
     assert measured["used"] == [
         "fastbert_hf::descend",
         "fastbert_hf::grouped_linear",
+        "fastbert_hf::neuron_trees",
         "fastbert_hf::sort_by_leaf",
-        "fastbert_hf::sum_of_rows",
     ]
 
 

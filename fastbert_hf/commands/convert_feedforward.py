@@ -33,7 +33,7 @@ class ConvertFeedforwardOptions(ColumnOptions):
     )
     master_share: float = field(default=0.0, metadata={"help": "Part of the neurons that every token meets."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Of the distillation of the layers."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "Of the distillation of the layers."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Of the distillation of the layers."})
     exit_num_train_epochs: float = field(default=3.0, metadata={"help": "Of the distillation of the exits."})
     exit_learning_rate: float = field(default=2e-4, metadata={"help": "Of the distillation of the exits."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows in a batch."})

@@ -229,9 +229,19 @@ class NeuronTrees(nn.Module):
         """Compute for every token the neurons on its way alone, `[T, hidden_size]`."""
         if self.trees == 0:
             output = torch.zeros_like(tokens)
-        else:
-            nodes, logits = descend(tokens, self.node_in, self.node_in_bias, self.depth + 1)
-            output = sum_of_rows(nodes, self.activation(logits), self.node_out)
+            return output if self.out_bias is None else output + self.out_bias
+        activation = known_activation(self.activation)
+        if activation is not None and uses_operators(tokens, self.node_in):
+            weights = (self.node_in, self.node_in_bias, self.node_out, self.out_bias)
+            return torch.ops.fastbert_hf.neuron_trees(tokens, *weights, self.depth + 1, activation)
+        nodes, logits = descend(tokens, self.node_in, self.node_in_bias, self.depth + 1)
+        first = torch.arange(self.trees, device=tokens.device)[:, None] * self.node_in.shape[1]
+        output = nn.functional.embedding_bag(
+            (nodes + first).flatten(1),
+            self.node_out.flatten(0, 1),
+            mode="sum",
+            per_sample_weights=self.activation(logits).flatten(1),
+        )
         return output if self.out_bias is None else output + self.out_bias
 
     def extra_repr(self) -> str:
@@ -287,17 +297,15 @@ def descend(
     return follow(logit_of, upper[..., 0], levels, done)
 
 
-def sum_of_rows(nodes: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """
-    Add up the rows of `weight`, `[trees, nodes, hidden_size]`, that each token met, `[T, trees, levels]`, times one
-    number each: `[T, hidden_size]`.
-    """
-    if uses_operators(factors, weight):
-        return torch.ops.fastbert_hf.sum_of_rows(nodes, factors, weight)
-    first = torch.arange(len(weight), device=nodes.device)[:, None] * weight.shape[1]
-    return nn.functional.embedding_bag(
-        (nodes + first).flatten(1), weight.flatten(0, 1), mode="sum", per_sample_weights=factors.flatten(1)
-    )
+# Activations that the operators know, by the names of their functions and modules.
+ACTIVATIONS = {"gelu": 0, "GELU": 0, "GELUActivation": 0, "relu": 1, "ReLU": 1}
+
+
+def known_activation(activation: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
+    """Return the number by which the operators know an activation, `None` if they do not."""
+    if getattr(activation, "approximate", "none") != "none":
+        return None
+    return ACTIVATIONS.get(getattr(activation, "__name__", type(activation).__name__))
 
 
 def uses_operators(tokens: torch.Tensor, weight: torch.Tensor) -> bool:

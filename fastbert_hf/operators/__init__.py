@@ -64,6 +64,10 @@ def _count_flops() -> None:
     def sort_by_leaf(tokens, weight, bias, depth, **kwargs) -> int:
         return 2 * tokens[0] * tokens[1] * depth
 
+    @register_flop_formula(operators.neuron_trees)
+    def neuron_trees(tokens, weight, bias, table, out_bias, levels, activation, **kwargs) -> int:
+        return 4 * tokens[0] * tokens[1] * weight[0] * levels
+
     @register_flop_formula(operators.descend)
     def descend(tokens, weight, bias, levels, **kwargs) -> int:
         return 2 * tokens[0] * tokens[1] * weight[0] * levels

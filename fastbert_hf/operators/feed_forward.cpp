@@ -5,6 +5,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -208,25 +210,46 @@ Tensor grouped_linear(
   return result;
 }
 
-// As `sum_of_rows` of fast_feedforward.py.
-Tensor sum_of_rows(const Tensor& places, const Tensor& factors, const Tensor& table) {
-  const int64_t count = places.size(0), trees = places.size(1), levels = places.size(2);
-  const int64_t nodes = table.size(1), size = table.size(2);
-  Tensor result = at::zeros({count, size}, factors.options());
-  const int64_t* place = places.const_data_ptr<int64_t>();
-  const float *factor = factors.const_data_ptr<float>(), *rows = table.const_data_ptr<float>();
+// By their places in ACTIVATIONS of fast_feedforward.py.
+inline float activate(float value, int64_t activation) {
+  if (activation == 1) return value > 0 ? value : 0;
+  return 0.5f * value * (1 + std::erf(value * 0.70710678f));  // GELU
+}
+
+inline void prefetch(const float* row, int64_t size) {
+  for (int64_t place = 0; place < size; place += 16) __builtin_prefetch(row + place);
+}
+
+// As `NeuronTrees.sparse`, in one go: while a neuron is computed, what comes after it is on its way from memory.
+Tensor neuron_trees(
+    const Tensor& tokens, const Tensor& weight, const Tensor& bias, const Tensor& table,
+    const std::optional<Tensor>& out_bias, int64_t levels, int64_t activation) {
+  const int64_t count = tokens.size(0), size = tokens.size(1), trees = weight.size(0), nodes = weight.size(1);
+  Tensor result = at::empty({count, size}, tokens.options());
+  const float *token = tokens.const_data_ptr<float>(), *rows = weight.const_data_ptr<float>();
+  const float *biases = bias.const_data_ptr<float>(), *outputs = table.const_data_ptr<float>();
+  const float* start = out_bias.has_value() ? out_bias->const_data_ptr<float>() : nullptr;
   float* output = result.data_ptr<float>();
   at::parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      float* own = output + token * size;
-      for (int64_t way = 0; way < trees * levels; ++way) {
-        const int64_t index = token * trees * levels + way;
-        const float* row = rows + (way / levels * nodes + place[index]) * size;
-        const float times = factor[index];
-        int64_t column = 0;
-        for (; column + kLanes <= size; column += kLanes)
-          store(own + column, load(own + column) + times * load(row + column));
-        for (; column < size; ++column) own[column] += times * row[column];
+    for (int64_t number = begin; number < end; ++number) {
+      const float* given = token + number * size;
+      float* own = output + number * size;
+      if (start != nullptr) std::copy(start, start + size, own);
+      else std::fill(own, own + size, 0.0f);
+      for (int64_t tree = 0; tree < trees; ++tree) {
+        const float *in = rows + tree * nodes * size, *out = outputs + tree * nodes * size;
+        for (int64_t level = 0, node = 0; level < levels; ++level) {
+          prefetch(out + node * size, size);
+          if (level + 1 < levels) prefetch(in + (2 * node + 1) * size, 2 * size);  // both children are neighbours
+          const float logit = dot(given, in + node * size, size) + biases[tree * nodes + node];
+          const float times = activate(logit, activation);
+          const float* row = out + node * size;
+          int64_t column = 0;
+          for (; column + kLanes <= size; column += kLanes)
+            store(own + column, load(own + column) + times * load(row + column));
+          for (; column < size; ++column) own[column] += times * row[column];
+          node = 2 * node + 1 + (logit > 0);
+        }
       }
     }
   });
@@ -239,12 +262,14 @@ TORCH_LIBRARY(fastbert_hf, library) {
   library.def("descend(Tensor tokens, Tensor weight, Tensor bias, int levels) -> (Tensor, Tensor)");
   library.def("sort_by_leaf(Tensor tokens, Tensor weight, Tensor bias, int depth) -> (Tensor, Tensor)");
   library.def("grouped_linear(Tensor tokens, Tensor order, Tensor counts, Tensor weight, Tensor bias) -> Tensor");
-  library.def("sum_of_rows(Tensor places, Tensor factors, Tensor table) -> Tensor");
+  library.def(
+      "neuron_trees(Tensor tokens, Tensor weight, Tensor bias, Tensor table, Tensor? out_bias, int levels, "
+      "int activation) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fastbert_hf, CPU, library) {
   library.impl("descend", &descend);
   library.impl("sort_by_leaf", &sort_by_leaf);
   library.impl("grouped_linear", &grouped_linear);
-  library.impl("sum_of_rows", &sum_of_rows);
+  library.impl("neuron_trees", &neuron_trees);
 }

@@ -20,7 +20,7 @@ class BackboneDistillationArguments(StageArguments):
     `TrainingArguments` for [`BackboneDistillationTrainer`].
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 2e-4): Initial learning rate.
+        learning_rate (`float`, *optional*, defaults to 5e-5): Initial learning rate.
         num_train_epochs (`float`, *optional*, defaults to 2): Passes over the training texts.
         warmup_steps (`float`, *optional*, defaults to 0.1): Below 1 a share of all steps, else a number of steps.
         hidden_states_weight (`float`, *optional*, defaults to 1.0):
@@ -28,7 +28,7 @@ class BackboneDistillationArguments(StageArguments):
             the answers.
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training texts."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Below 1 a share of all steps, else a number of steps."}

@@ -345,8 +345,11 @@ def split_tokens(
 def two_means(tokens: torch.Tensor) -> torch.Tensor:
     """Return the direction between two equally large clusters of tokens, `[hidden_size]`."""
     centred = tokens - tokens.mean(0)
-    direction = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
-    to_right = centred @ direction > (centred @ direction).median()
+    if len(tokens) > tokens.shape[1]:
+        places = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+    else:  # too few to be worth it
+        places = centred[:, centred.square().sum(0).argmax()]
+    to_right = places > places.median()
     for _ in range(SPLIT_ROUNDS):
         direction = centred[to_right].mean(0) - centred[~to_right].mean(0)
         places = centred @ direction

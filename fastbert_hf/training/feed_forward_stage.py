@@ -29,7 +29,7 @@ class FeedForwardConversion(Stage):
     ```
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-5
     num_train_epochs: float = 2.0
     share: float = 0.125
     depth: int | None = None
