@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers import PreTrainedModel
 
-from ..modeling.families import get_encoder_family
+from ..modeling.families import FeedForwardParts, get_encoder_family
+from ..modeling.token_coarsening import Coarsening
 
 
 if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
@@ -101,7 +102,9 @@ def paper_costs(model: PreTrainedModel, sequence_length: int = 128) -> tuple[tor
     return 2 * torch.tensor(layers), 2 * torch.tensor(exits)
 
 
-def executed_costs(model: PreTrainedModel, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def executed_costs(
+    model: PreTrainedModel, lengths: torch.Tensor, retention: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Return what each layer and each exit costs in the count of [`executed_flops`]; the embeddings count in the first
     layer.
@@ -109,18 +112,23 @@ def executed_costs(model: PreTrainedModel, lengths: torch.Tensor) -> tuple[torch
     Args:
         model ([`FastBertForSequenceClassification`]): Its shape counts.
         lengths (`torch.Tensor` of shape `[rows]`, long): Tokens of each text.
+        retention (`float`, *optional*): As in the model's `forward`.
 
     Returns:
         `tuple` of two `torch.Tensor`: long of shape `[rows, L]` each, on the CPU.
     """
-    tokens = lengths.cpu().long()
-    hidden_size = model.config.hidden_size
-    layers = [_layer_macs(layer, tokens, hidden_size) for layer in model.fastbert.layers()]
-    layers[0] = layers[0] + tokens * _embedding_weights(model)
-    exits = [
-        _pooler(model, exit_classifier).macs(tokens) + _linear_weights(exit_classifier.out_proj)
-        for exit_classifier in model.exits
-    ]
+    text_lengths, coarsening = lengths.cpu().long(), Coarsening.of(model.config.coarsening, retention)
+    parts, tokens, layers, exits = get_encoder_family(model.config.text_config).feed_forward, text_lengths, [], []
+    for depth, (layer, exit_classifier) in enumerate(zip(model.fastbert.layers(), model.exits, strict=True), start=1):
+        units = tokens if coarsening is None else coarsening.units(depth, text_lengths, tokens)
+        layers.append(_layer_macs(layer, parts, tokens, units, model.config.hidden_size))
+        if coarsening is not None and coarsening.merge != "drop":  # shares of every merged token in every coarse one
+            layers[-1] += ((tokens - units + coarsening.clusters) * coarsening.clusters * model.config.hidden_size) * (
+                units < tokens
+            )
+        tokens = units
+        exits.append(_pooler(model, exit_classifier).macs(tokens) + _linear_weights(exit_classifier.out_proj))
+    layers[0] = layers[0] + text_lengths * _embedding_weights(model)
     return 2 * torch.stack(layers, 1), 2 * torch.stack(exits, 1)
 
 
@@ -137,10 +145,17 @@ def _up_to_exit(
     return (layers * is_run + exits * is_evaluated).sum(-1)
 
 
-def _layer_macs(layer: nn.Module, tokens: torch.Tensor, hidden_size: int) -> torch.Tensor:
-    """Return the multiply-accumulates of one layer for texts of so many tokens, `[rows]`."""
+def _layer_macs(
+    layer: nn.Module, parts: FeedForwardParts, tokens: torch.Tensor, units: torch.Tensor, hidden_size: int
+) -> torch.Tensor:
+    """Return the multiply-accumulates of one layer, `[rows]`, whose feed-forward half reads `units` of the tokens."""
+    *_, holder = parts.holders(layer)  # before the last one, ALBERT may have whole layers, of all tokens
+    named = dict.fromkeys((parts.place, *parts.passed, parts.up, parts.down))
+    outermost = [name for name in named if not any(name.startswith(f"{other}.") for other in named)]
+    feed_forward = sum(_linear_weights(holder.get_submodule(name)) for name in outermost)
     # Scores and their weighted sum: two products of every token with every other, over the whole hidden size.
-    return tokens * _linear_weights(layer) + 2 * tokens**2 * hidden_size
+    attention = tokens * (_linear_weights(layer) - feed_forward) + 2 * tokens**2 * hidden_size
+    return attention + units * feed_forward
 
 
 def _embedding_weights(model: PreTrainedModel) -> int:

@@ -15,6 +15,7 @@ from .exit_classifiers import EXIT_TYPES
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 from .families import get_encoder_family
 from .feed_forward_settings import check_feed_forward
+from .token_coarsening import check_coarsening
 
 
 # Written by `save_with_code`.
@@ -80,6 +81,10 @@ class FastBertConfig(PreTrainedConfig):
             its fields, and `layers`, the numbers of those that have them, all unless given.
             `{"form": "leaves", "depth": 3, "leaf_size": 96}` is a tree with a dense block at each leaf ([`LeafTree`]),
             `{"form": "neurons", "trees": 1, "depth": 11}` are trees of single neurons ([`NeuronTrees`]).
+        coarsening (`dict`, *optional*):
+            Where and how texts become shorter on their way: `layers`, numbers from 1; `retention`, for each of them
+            the share of a text's tokens that it has from there on; and `merge`, `clusters`, `size_aware` as in
+            [`Coarsening`]. `{"layers": [2, 4], "retention": [0.6, 0.4]}`
         distilled_for (`str`, *optional*):
             Digest of the backbone and teacher that the students were distilled from, `"float32:0123456789abcdef"`,
             as the trainer writes it. `None` says nothing of them.
@@ -115,6 +120,7 @@ class FastBertConfig(PreTrainedConfig):
     min_exit_layer: int | None = None
     max_layers: int | None = None
     feed_forward: dict | None = None
+    coarsening: dict | None = None
     distilled_for: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -146,6 +152,8 @@ class FastBertConfig(PreTrainedConfig):
             )
         self.feed_forward = copy.deepcopy(self.feed_forward)
         check_feed_forward(self.feed_forward, self.num_hidden_layers)
+        self.coarsening = copy.deepcopy(self.coarsening)
+        check_coarsening(self.coarsening, self.num_hidden_layers)
         check_speed(self.speed)
         exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
 

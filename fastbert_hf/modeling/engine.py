@@ -20,6 +20,7 @@ from .encoder_layer import is_hooked, run_layer
 from .families import embed_tokens, encoder_layers, get_encoder_family, packed_position_ids, rotary_embeddings
 from .packed_attention import PACKED_ATTENTION
 from .packed_batch import PackedBatch, Padding
+from .token_coarsening import Coarsening
 
 
 class Engine(Protocol):
@@ -50,6 +51,7 @@ class TorchEngine:
         exits (sequence of `nn.Module`): One for each layer; none for hidden states alone.
         shared_pooler (`nn.Module`, *optional*): The pooler that the exits share.
         inference (`bool`): Whether to run in inference mode. What comes out of it has no gradients.
+        coarsening ([`Coarsening`], *optional*): What makes texts shorter on their way.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class TorchEngine:
         exits: Sequence[nn.Module] = (),
         shared_pooler: nn.Module | None = None,
         inference: bool = False,
+        coarsening: Coarsening | None = None,
     ):
         if backbone.config._attn_implementation != PACKED_ATTENTION:
             raise ValueError(
@@ -65,7 +68,7 @@ class TorchEngine:
                 "texts of a batch would read each other. Choose the kernel on the model instead: "
                 "model.set_attn_implementation('sdpa')"
             )
-        self.backbone, self.exits, self.shared_pooler = backbone, exits, shared_pooler
+        self.backbone, self.exits, self.shared_pooler, self.coarsening = backbone, exits, shared_pooler, coarsening
         self.layers, self.family = encoder_layers(backbone), get_encoder_family(backbone.config)
         self.num_layers, self.session = len(self.layers), torch.inference_mode if inference else nullcontext
 
@@ -96,8 +99,11 @@ class TorchEngine:
         self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch
     ) -> tuple[torch.Tensor, PackedBatch]:
         layer = self.layers[depth - 1]
+        shorten = None if self.coarsening is None else self.coarsening.at(depth)
+        if shorten is not None:
+            packed_batch = replace(packed_batch, received=[])
         with nullcontext() if is_compiled(layer) else faster_linears(hidden_states):
-            return run_layer(self.family.seam, layer, hidden_states, packed_batch)
+            return run_layer(self.family.seam, layer, hidden_states, packed_batch, shorten)
 
     def exit_logits(self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
         return self.exits[depth - 1](self.final_norm(hidden_states), packed_batch, self.shared_pooler)

@@ -18,6 +18,7 @@ from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_cascade import CASCADE_POLICIES, CascadeConfig
 from .configuration_fastbert import FastBertConfig
 from .encoded_texts import check_on_error, checked_speeds, read_texts
+from .engine import TorchEngine
 from .exit_policies import ExitPolicy, config_thresholds, exit_range, row_speeds
 from .modeling_fastbert import FastBertForSequenceClassification
 from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
@@ -27,6 +28,7 @@ from .processing_cascade import CascadeProcessor, warn_of_other_tokenizer
 from .scheduler import Member, answer_rows, answer_texts
 from .stock_checkpoints import LOADING_ARGUMENTS, dtype_of
 from .tasks import task_of
+from .token_coarsening import check_retention
 
 
 class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
@@ -153,6 +155,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         task_type_ids: torch.Tensor | None = None,
         speed: float | list[float] | torch.Tensor | None = None,
         exit_policy: str | None = None,
+        retention: float | None = None,
         member_inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -168,6 +171,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
                 In [0, 1], for all rows or one per row: the uncertainty below which a member answers. Rows at speed 0,
                 and all without a speed, are answered by the last member, and no other runs on them.
             exit_policy (`str`, *optional*): As in [`CascadeConfig`], whose own is used unless given.
+            retention (`float`, *optional*): As in a FastBERT model, for those members that make texts shorter.
             member_inputs (sequence of `dict`, *optional*):
                 In place of `input_ids` and the others where every member has its own tokenizer: what each gave.
             output_hidden_states, output_attentions (`bool`, *optional*): Not available; a member may return the first.
@@ -184,8 +188,10 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         thresholds = self.thresholds_at(row_speeds(speed, num_rows))
         policy = self.policy(exit_policy)
         members = [
-            Member(member.engine(), of_member, partial(embed_padded, member, own))
-            for member, of_member, own in zip(self.members, thresholds, inputs, strict=True)
+            Member(engine, of_member, partial(embed_padded, member, own))
+            for engine, member, of_member, own in zip(
+                self.engines(False, retention), self.members, thresholds, inputs, strict=True
+            )
         ]
         answers = answer_rows(members, policy)
         if not self.training:
@@ -203,6 +209,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         encoded_texts: Iterable[Any] | Mapping[str, Any],
         speed: float | Iterable[float] | None = None,
         exit_policy: str | None = None,
+        retention: float | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
@@ -216,10 +223,26 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         policy = self.policy(exit_policy)
         text_configs = [member.text_config for member in self.config.members]
         texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers, on_error)
-        engines = [member.engine(inference=True) for member in self.members]
         return answer_texts(
-            self, engines, texts, self.thresholds_at, policy, batch_size, batch_tokens, rebatch, on_error
+            self,
+            self.engines(True, retention),
+            texts,
+            self.thresholds_at,
+            policy,
+            batch_size,
+            batch_tokens,
+            rebatch,
+            on_error,
         )
+
+    def check_retention(self, retention: float | None) -> None:
+        """Raise a `ValueError` unless `retention` may be that of a call of this cascade."""
+        check_retention(retention, *(member.coarsening for member in self.config.members))
+
+    def engines(self, inference: bool, retention: float | None = None) -> list[TorchEngine]:
+        """Return what runs each member. Arguments as in [`FastBertForSequenceClassification.engine`]."""
+        self.check_retention(retention)
+        return [member.engine(inference, retention if member.config.coarsening else None) for member in self.members]
 
     def policy(self, exit_policy: str | None = None, patience: int | None = None) -> ExitPolicy:
         """Return the exit policy of a call: the config's unless the call names one."""

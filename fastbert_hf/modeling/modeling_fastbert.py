@@ -29,6 +29,7 @@ from .scheduler import Member, Trace, answer_rows, answer_texts
 from .stock_checkpoints import classifier_config, keep_first_layers, load_classifier, load_encoder, split_arguments
 from .tasks import task_of
 from .teacher_digest import ChecksStudents
+from .token_coarsening import Coarsening, check_retention
 
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         max_layers: int | None = None,
         exit_policy: str | None = None,
         patience: int | None = None,
+        retention: float | None = None,
         output_exit_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -235,6 +237,9 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
                 Every row has answered after this many layers. At speed 0 that exit alone is evaluated.
             exit_policy (`str`, *optional*): As in [`FastBertConfig`], whose own is used unless given.
             patience (`int`, *optional*): As there, for the patience policy.
+            retention (`float`, *optional*):
+                In (0, 1], for a model with `config.coarsening`: the share of a text's tokens that is left in the end,
+                in place of the config's own. 1 leaves all.
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
             output_hidden_states (`bool`, *optional*): Whether to return the output of every layer. Speed 0 only.
 
@@ -266,7 +271,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
                 "max_layers."
             )
         trace = Trace(bool(output_exit_logits), bool(output_hidden_states)) if needs_trace else None
-        engine, policy = self.engine(), self.policy(exit_policy, patience)
+        engine, policy = self.engine(retention=retention), self.policy(exit_policy, patience)
         member = Member(engine, thresholds, lambda rows: [engine.embed(packed_batch, inputs, padding)])
         answers = answer_rows([member], policy, trace=trace)
         if not self.training:
@@ -295,6 +300,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         max_layers: int | None = None,
         exit_policy: str | None = None,
         patience: int | None = None,
+        retention: float | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
@@ -310,7 +316,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
                 `tokenizer(texts)` returns, rows of a `datasets` data set, or a stream of such. A stream is read
                 up to 16 batches ahead. An exception among them is why there is no such text.
             speed (`float` or iterable of `float`, *optional*): In [0, 1], for all or one for each; 0 unless given.
-            min_exit_layer, max_layers, exit_policy, patience (*optional*): As in `forward`.
+            min_exit_layer, max_layers, exit_policy, patience, retention (*optional*): As in `forward`.
             batch_size (`int`, *optional*):
                 Reads and answers so many texts at a time, 1 for each as it comes. By the number of tokens unless
                 given, which is faster.
@@ -338,9 +344,10 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         # What is wrong with these is an error now, not at the first answer.
         exit_range(*limits)
         check_on_error(on_error)
+        self.check_retention(retention)
         policy = self.policy(exit_policy, patience)
         texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config], on_error=on_error)
-        engines = [self.engine(inference=True)]
+        engines = [self.engine(inference=True, retention=retention)]
 
         def thresholds_at(speeds: torch.Tensor) -> list[torch.Tensor]:
             return [self.checked_thresholds(exit_thresholds(speeds, *limits))]
@@ -361,9 +368,15 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
             )
         return replace(policy, patience=int(patience))
 
-    def engine(self, inference: bool = False) -> TorchEngine:
-        """Return what runs the layers and the exits. Arguments as in [`TorchEngine`]."""
-        return TorchEngine(self.fastbert.backbone, self.exits, self.shared_pooler, inference)
+    def check_retention(self, retention: float | None) -> None:
+        """Raise a `ValueError` unless `retention` may be that of a call of this model."""
+        check_retention(retention, self.config.coarsening)
+
+    def engine(self, inference: bool = False, retention: float | None = None) -> TorchEngine:
+        """Return what runs the layers and the exits. Arguments as in [`TorchEngine`] and `forward`."""
+        self.check_retention(retention)
+        coarsening = Coarsening.of(self.config.coarsening, retention)
+        return TorchEngine(self.fastbert.backbone, self.exits, self.shared_pooler, inference, coarsening)
 
 
 __all__ = ["FastBertForSequenceClassification", "FastBertModel"]

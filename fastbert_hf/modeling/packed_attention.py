@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import AttentionInterface
@@ -35,23 +37,31 @@ def attend_within_texts(
         sliding_window (`int`, *optional*): Positions i and j see each other where |i - j| < `sliding_window`.
         first_token_only (`bool`): Whether only the first token of each text attends.
     """
-    groups, positions = packed_batch.groups, packed_batch.position_ids
-    attend, tensors = ATTENTION_KERNELS[packed_batch.attn_implementation], (query, key, value)
+    groups, tokens = packed_batch.groups, packed_batch.group_tokens
+    attend = ATTENTION_KERNELS[packed_batch.attn_implementation]
+    if packed_batch.received is not None and not first_token_only:
+        attend = partial(attend_and_note, packed_batch.received)
+    sizes = packed_batch.sizes if packed_batch.size_aware else None
+    columns = (query, key, value, packed_batch.position_ids, sizes)
     if len(groups) == 1:
-        return _attend_in_group(attend, groups[0], tensors, positions, sliding_window, dropout, scaling).unsqueeze(0)
+        return _attend_in_group(attend, groups[0], columns, sliding_window, dropout, scaling).unsqueeze(0)
     # torch.split: the backward of a slice would allocate the whole tensor for each group.
-    tokens = packed_batch.group_tokens
-    queries = query.split([texts for texts, _ in groups] if first_token_only else tokens, 2)
-    parts = zip(queries, key.split(tokens, 2), value.split(tokens, 2), strict=True)
+    of_queries = [texts for texts, _ in groups] if first_token_only else tokens
+    parts = [query.split(of_queries, 2), key.split(tokens, 2), value.split(tokens, 2)]
+    parts += [
+        packed_batch.position_ids.split(tokens, 1),
+        [None] * len(groups) if sizes is None else sizes.split(tokens, 1),
+    ]
     outputs = [
-        _attend_in_group(attend, group, part, own_positions, sliding_window, dropout, scaling)
-        for group, part, own_positions in zip(groups, parts, positions.split(tokens, 1), strict=True)
+        _attend_in_group(attend, group, own, sliding_window, dropout, scaling)
+        for group, own in zip(groups, zip(*parts, strict=True), strict=True)
     ]
     return torch.cat(outputs).unsqueeze(0)
 
 
-def _attend_in_group(attend, group, tensors, positions, sliding_window, dropout, scaling) -> torch.Tensor:
+def _attend_in_group(attend, group, columns, sliding_window, dropout, scaling) -> torch.Tensor:
     """Attend in equally long neighbours: from `[1, heads, texts * n, head_dim]` to `[texts * n, heads, head_dim]`."""
+    *tensors, positions, sizes = columns
     (texts, length), (_, heads, _, head_dim) = group, tensors[0].shape
     # To [texts, heads, n, head_dim], views of what the projections wrote.
     views = (tensor.view(heads, texts, -1, head_dim).transpose(0, 1) for tensor in tensors)
@@ -59,7 +69,41 @@ def _attend_in_group(attend, group, tensors, positions, sliding_window, dropout,
     if sliding_window is not None and length > sliding_window:
         places = positions.view(texts, 1, length)
         mask = (places.unsqueeze(-1) - places.unsqueeze(-2)).abs() < sliding_window  # [texts, 1, length, length]
+    if sizes is not None:
+        often = sizes.view(texts, 1, 1, length).to(tensors[0].dtype).log()
+        mask = often if mask is None else torch.where(mask, often, float("-inf"))
     return attend(*views, mask, dropout, scaling).transpose(1, 2).flatten(0, 1)
+
+
+# Attention maps of a layer that merges tokens are formed for so many texts at a time.
+MOST_NUMBERS_OF_MAPS = 1 << 23
+
+
+def attend_and_note(received: list[torch.Tensor], query, key, value, mask, dropout, scaling) -> torch.Tensor:
+    """
+    Attend, and note what each token received from the others of its text: attention probabilities, mean over heads
+    and summed over queries without its own, `[texts, n]`.
+    """
+    texts, heads, length, _ = query.shape
+    at_once = max(MOST_NUMBERS_OF_MAPS // (heads * length * length), 1)
+    outputs, noted = [], []
+    for start in range(0, texts, at_once):
+        own = slice(start, start + at_once)
+        own_mask = mask if mask is None or len(mask) == 1 else mask[own]
+        weights = attention_weights(query[own], key[own], own_mask, scaling)
+        outputs.append(nn.functional.dropout(weights.to(query.dtype), dropout) @ value[own])
+        maps = weights.mean(1)
+        noted.append(maps.sum(1) - maps.diagonal(dim1=1, dim2=2))
+    received.append(torch.cat(noted))
+    return torch.cat(outputs)
+
+
+def attention_weights(query, key, mask, scaling) -> torch.Tensor:
+    """Return attention probabilities, at least in float32. A mask is of what may be seen, or of what is added."""
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
+    return scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def _sdpa(query, key, value, mask, dropout, scaling):
@@ -67,10 +111,7 @@ def _sdpa(query, key, value, mask, dropout, scaling):
 
 
 def _eager(query, key, value, mask, dropout, scaling):
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = attention_weights(query, key, mask, scaling).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
 
 

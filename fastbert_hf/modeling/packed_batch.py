@@ -20,6 +20,15 @@ class PackedBatch:
         position_ids (`torch.Tensor` of shape `[1, total_tokens]`): Place of each token in its own text, from 0.
         attn_implementation (`str`): A key of `ATTENTION_KERNELS`.
         position_embeddings (`dict`, *optional*): Cosine and sine per attention type, for rotary families.
+        text_lengths (`torch.Tensor` of shape `[texts]`, CPU, *optional*):
+            Tokens of each text before some of them were merged; `None` where none were, as for all that follow.
+        sizes (`torch.Tensor` of shape `[1, total_tokens]`, *optional*): How many tokens each is made of.
+        size_aware (`bool`): Whether attention counts each token as often as its size says.
+        unit_of (`torch.Tensor` of shape `[1, sum(text_lengths)]`, *optional*):
+            For each token of the texts the place in its text of the one that it is a part of; -1 if it was dropped.
+        received (`list`, *optional*):
+            Where attention notes what each token received, `[texts, tokens]` for each of the groups, in a layer that
+            merges tokens by it.
     """
 
     rows: torch.Tensor
@@ -27,6 +36,11 @@ class PackedBatch:
     position_ids: torch.Tensor
     attn_implementation: str = "sdpa"
     position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    text_lengths: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+    size_aware: bool = False
+    unit_of: torch.Tensor | None = None
+    received: list[torch.Tensor] | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -67,7 +81,36 @@ class PackedBatch:
             position_ids=self.position_ids[:, tokens],
             position_embeddings=position_embeddings,
         )
+        if self.sizes is not None:
+            originals = kept.repeat_interleave(self.text_lengths).nonzero()[:, 0].to(self.position_ids.device)
+            smaller = replace(
+                smaller,
+                text_lengths=self.text_lengths[kept],
+                sizes=self.sizes[:, tokens],
+                unit_of=self.unit_of[:, originals],
+            )
         return smaller, hidden_states[:, tokens]
+
+    def follow(self, new_unit: torch.Tensor) -> torch.Tensor:
+        """Return `unit_of` after another merging, which makes each token of the batch a part of `new_unit`."""
+        if self.unit_of is None:
+            return new_unit.unsqueeze(0)
+        new = new_unit[self._places_of_units()]
+        return new.where(self.unit_of >= 0, self.unit_of)
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        Give each token of the texts the state of what it is a part of, zeros if it was dropped: from `[1,
+        total_tokens, ...]` to `[1, sum(text_lengths), ...]`.
+        """
+        if self.unit_of is None:
+            return states
+        dropped = (self.unit_of < 0).view(1, -1, *[1] * (states.dim() - 2))
+        return states[:, self._places_of_units()[0]].masked_fill(dropped, 0)
+
+    def _places_of_units(self) -> torch.Tensor:
+        first = self.first_tokens.cpu().repeat_interleave(self.text_lengths).to(self.unit_of.device)
+        return self.unit_of.clamp(min=0) + first
 
     @classmethod
     def join(cls, batches: list[PackedBatch]) -> PackedBatch:
@@ -86,6 +129,9 @@ class PackedBatch:
             lengths=torch.cat([batch.lengths for batch in batches]),
             position_ids=torch.cat([batch.position_ids for batch in batches], 1),
             position_embeddings=position_embeddings,
+            text_lengths=None if first.sizes is None else torch.cat([batch.text_lengths for batch in batches]),
+            sizes=None if first.sizes is None else torch.cat([batch.sizes for batch in batches], 1),
+            unit_of=None if first.sizes is None else torch.cat([batch.unit_of for batch in batches], 1),
         )
 
 

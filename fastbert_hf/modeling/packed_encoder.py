@@ -17,6 +17,7 @@ from .packed_attention import PACKED_ATTENTION
 from .packed_batch import PackedBatch, Padding, pack_padded
 from .pretrained_fastbert import FastBertPreTrainedModel
 from .scheduler import ActiveBatch, Trace, run_layers
+from .token_coarsening import Coarsening
 
 
 class FastBertModel(CompilesLayers, FastBertPreTrainedModel):
@@ -145,7 +146,8 @@ class FastBertModel(CompilesLayers, FastBertPreTrainedModel):
             task_type_ids=task_type_ids,
         )
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        engine, trace = TorchEngine(self.backbone), Trace(every_state=bool(keeps_states))
+        engine = TorchEngine(self.backbone, coarsening=Coarsening.of(self.config.coarsening))
+        trace = Trace(every_state=bool(keeps_states))
         hidden_states, packed_batch = engine.embed(packed_batch, inputs, padding)
         # No exit may answer, so every text runs through every layer.
         batch = ActiveBatch(hidden_states, packed_batch, torch.zeros(len(packed_batch.rows), engine.num_layers))

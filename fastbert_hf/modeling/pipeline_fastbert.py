@@ -52,8 +52,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
     """
     `TextClassificationPipeline` for a FastBERT model. Everything is as there, and beside it:
 
-    - `speed`, `min_exit_layer`, `max_layers`, `exit_policy` and `patience`, to `pipeline(...)` or to a call; without
-      them the model's config decides;
+    - `speed`, `min_exit_layer`, `max_layers`, `exit_policy`, `patience` and `retention`, to `pipeline(...)` or to a
+      call; without them the model's config decides;
     - every answer carries its `exit_layer`, the number of layers that the text ran through;
     - it needs no `batch_size` to be fast ([`FastBertForSequenceClassification.predict`]); one that is given is kept;
     - an empty list, a `datasets` data set or a column of one, a DataFrame or a Series, and any iterator are welcome;
@@ -112,6 +112,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         max_layers=None,
         exit_policy=None,
         patience=None,
+        retention=None,
         on_error=None,
         return_uncertainty=None,
         progress_bar=None,
@@ -138,6 +139,9 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             self.model.policy(policy.get("exit_policy", of_constructor.get("exit_policy")), patience)
             if exit_policy not in (None, "patience") and "patience" in of_constructor:
                 policy["patience"] = None  # it is for another policy
+        if retention is not None:
+            self.model.check_retention(retention)
+            policy["retention"] = retention
         if on_error is not None:
             check_on_error(on_error)
         answers = given(on_error=on_error, return_uncertainty=return_uncertainty, progress_bar=progress_bar)
@@ -179,6 +183,9 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             min_exit_layer (`int`, *optional*): No text leaves before this layer.
             max_layers (`int`, *optional*): Every text has answered after this many layers.
             exit_policy (`str`, *optional*), patience (`int`, *optional*): As in [`FastBertConfig`], for this call.
+            retention (`float`, *optional*):
+                For a model that makes texts shorter (`config.coarsening`): the share of a text's tokens that is left
+                in the end, in (0, 1]. 1 leaves all.
             batch_size (`int`, *optional*):
                 Reads and answers so many texts at a time. An iterator is read up to 16 batches ahead unless given;
                 1 answers each text before the next is read.

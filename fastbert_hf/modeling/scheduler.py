@@ -98,8 +98,9 @@ class Trace:
     exit_logits: list[torch.Tensor] = field(default_factory=list)  # [texts, num_labels] each
     hidden_states: list[torch.Tensor] = field(default_factory=list)  # [1, total_tokens, hidden_size] each
 
-    def keep_state(self, hidden_states: torch.Tensor) -> None:
-        """Note the embeddings or a layer's output."""
+    def keep_state(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> None:
+        """Note the embeddings or a layer's output, for each token of the texts."""
+        hidden_states = packed_batch.unpack(hidden_states)
         self.hidden_states = [*self.hidden_states, hidden_states] if self.every_state else [hidden_states]
 
 
@@ -175,7 +176,7 @@ def run_layers(
     """
     left: list[ExitOutput] = []
     if trace is not None:
-        trace.keep_state(batches[0].hidden_states)
+        trace.keep_state(batches[0].hidden_states, batches[0].packed_batch)
     for depth in range(1, exits[-1] + 1):
         active = []
         while batches:
@@ -183,7 +184,7 @@ def run_layers(
             hidden_states, packed_batch = engine.run_layer(depth, batch.hidden_states, batch.packed_batch)
             rest = ActiveBatch(hidden_states, packed_batch, batch.thresholds, batch.state)
             if trace is not None:
-                trace.keep_state(hidden_states)
+                trace.keep_state(hidden_states, packed_batch)
             if depth in exits or trace is not None:
                 output, rest = ask_exit(engine, policy, rest, depth, depth == exits[-1], trace)
                 left += [] if output is None else [output]

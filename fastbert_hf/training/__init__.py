@@ -19,6 +19,7 @@ from .stages import (
     StageSettings,
     run_stage,
 )
+from .token_coarsening_stage import TokenCoarsening, retention_schedule
 
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
     "StageSettings",
+    "TokenCoarsening",
     "Trained",
     "accuracy",
     "convert_feed_forward",
@@ -59,6 +61,7 @@ __all__ = [
     "difficulty_margin_loss",
     "hard_shares",
     "label_difficulty",
+    "retention_schedule",
     "run_stage",
     "student_divergences",
     "train",

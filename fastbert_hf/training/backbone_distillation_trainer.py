@@ -98,7 +98,7 @@ class BackboneDistillationTrainer(CheckedTrainer):
         loss = task_of(self.teacher.config).divergence(outputs.logits, wanted.logits).mean()
         errors = []
         for own, other in zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True):
-            is_token = other.any(-1)  # padding is zero in both
+            is_token = other.any(-1) & own.any(-1)  # not padding, nor what was dropped on the way
             other = other[is_token]
             errors.append((own[is_token] - other).square().mean() / other.var(0, correction=0).mean())
         loss = loss + self.args.hidden_states_weight * torch.stack(errors).mean()

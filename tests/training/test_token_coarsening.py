@@ -1,0 +1,76 @@
+"""The stage that makes texts shorter: its schedule, what distillation repairs, one call for everything, resuming."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from fastbert_hf.modeling.teacher_digest import teacher_digest
+from fastbert_hf.training import ExitTraining, TokenCoarsening, retention_schedule, train
+
+from ..common import spread_out, tiny_model, tiny_rows, tiny_text_config, tiny_tokenizer, training_settings
+
+
+TEXTS = ["a b c d e f", "f g h i j", "c a d", "j i h g f e d c"] * 40
+
+
+def test_the_schedule_leaves_what_was_asked_for():
+    for num_layers in (1, 4, 6, 12):
+        for target in (0.2, 0.5, 0.9, 1.0):
+            schedule = retention_schedule(num_layers, target)
+            assert schedule["layers"] == list(range(1, num_layers + 1))
+            assert sum(schedule["retention"]) / num_layers == pytest.approx(target, abs=1e-4)
+            assert schedule["retention"] == sorted(schedule["retention"], reverse=True)
+    for wrong in (0, 1.1, float("nan"), "half", True):
+        with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
+            retention_schedule(4, wrong)
+
+
+@pytest.mark.parametrize("merge", ["mean", "drop"])
+def test_distillation_repairs_what_shortening_lost(merge, tmp_path):
+    model = tiny_model()
+    before, rows = copy.deepcopy(model), tiny_rows(64, labels=False)
+    stage = TokenCoarsening(learning_rate=3e-3, target=0.5, merge=merge)
+    settings = training_settings(tmp_path, max_steps=60)
+    trainer = stage.make_trainer(settings.pop("output_dir"), model, rows, None, None, **settings)
+    assert trainer.model.config.coarsening["merge"] == merge and before.config.coarsening is None
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_one_call_shortens_distils_and_teaches_the_exits(tmp_path):
+    classifier = tmp_path / "classifier"
+    spread_out(AutoModelForSequenceClassification.from_config(tiny_text_config("bert"))).save_pretrained(classifier)
+    tiny_tokenizer().save_pretrained(classifier)
+    settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "output_dir": tmp_path / "short"}
+    stages = [TokenCoarsening(target=0.6, num_train_epochs=1), ExitTraining(num_train_epochs=1)]
+    trained = train(classifier, TEXTS, stages=stages, **settings)
+    assert trained.model.config.coarsening["retention"] == retention_schedule(4, 0.6)["retention"]
+    assert trained.model.config.distilled_for == teacher_digest(trained.model)
+    answers = trained.pipeline()(TEXTS[:4], speed=0.9)
+    again = train(classifier, TEXTS, stages=stages, **settings)  # finished
+    assert again.pipeline()(TEXTS[:4], speed=0.9) == answers
+    assert trained.pipeline(retention=1.0)(TEXTS[:4]) != trained.pipeline()(TEXTS[:4])
+    with pytest.raises(ValueError, match="other settings"):
+        train(classifier, TEXTS, stages=[TokenCoarsening(target=0.5), *stages[1:]], **settings)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    for arguments, message in (
+        ({"target": 0}, "target must be"),
+        ({"merge": "max"}, "one of mean, weighted, drop"),
+        ({"coarsening": {"layers": [1]}}, "layers and retention"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenCoarsening(**arguments)
+    model = tiny_model(coarsening={"layers": [1], "retention": [0.5]})
+    with pytest.raises(ValueError, match="become shorter already"):
+        TokenCoarsening().make_trainer(tmp_path, model, tiny_rows(8, labels=False), None, None, use_cpu=True)
+    stage = TokenCoarsening(coarsening={"layers": [9], "retention": [0.5]})
+    with pytest.raises(ValueError, match="from 1 to 4"):
+        stage.make_trainer(tmp_path, tiny_model(), tiny_rows(8, labels=False), None, None, use_cpu=True)
+    assert torch.is_grad_enabled()
