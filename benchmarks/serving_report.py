@@ -15,6 +15,8 @@ from fastbert_hf.evaluation.figures import COLOURS, MARKERS, STYLE, save_figure
 from fastbert_hf.files import write_whole
 
 
+# Different inputs in each turn of the comparisons of widths.
+INPUTS = 8
 # Name of the comparison, case within it, what it is, against what, target, and what the target is of.
 TARGETS = (
     ("stream_base", None, "speed 0, reviews, BERT-base", "stock pipeline at its best batch size", 1.8),
@@ -55,6 +57,9 @@ def write(docs_dir: Path) -> None:
         "targets": targets_table(results),
         "options": options_table(results),
         "settings": settings_of(results),
+        "width_layer": width_table(results, "width_layer"),
+        "width_encoder": width_table(results, "width_encoder"),
+        "width_settings": width_settings(results),
     }
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
@@ -122,6 +127,41 @@ def options_table(results: dict) -> str:
             spread = f"{result['least']:.2f} to {result['greatest']:.2f}{note}"
             lines.append(f"| {title} | {case} | {result['ratio']:.2f}x | {spread} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
+
+
+def width_table(results: dict, name: str) -> str:
+    """Return how many times faster each width is, with operators and without, by the tokens of a batch."""
+    rows = results.get(name, {}).get("result")
+    if rows is None:
+        return NOT_YET
+    tokens = sorted({row["tokens"] for row in rows})
+    by_case: dict[tuple[str, str], dict[tuple[int, str], float]] = {}
+    for row in rows:
+        by_case.setdefault((row["shape"], row["kind"]), {})[row["tokens"], row["how"]] = row["ratio"]
+    dense = {(row["shape"], row["tokens"]): row["dense_milliseconds"] for row in rows}
+    lines = [
+        f"| shape | neurons of a token | {' | '.join(f'{count:,} tokens' for count in tokens)} |",
+        "| --- " * (len(tokens) + 2) + "|",
+    ]
+    for (shape, kind), ratios in by_case.items():
+        cells = [f"{ratios[count, 'compiled']:.2f}x ({ratios[count, 'PyTorch']:.2f}x)" for count in tokens]
+        lines.append(
+            f"| {shape} | {kind.replace('.00%', ' %').replace('%', ' %').replace('  ', ' ')} | {' | '.join(cells)} |"
+        )
+    for shape in dict.fromkeys(shape for shape, _ in by_case):
+        cells = [f"{dense[shape, count] / INPUTS:.2f} ms" for count in tokens]
+        lines.append(f"| {shape} | all, dense: time | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def width_settings(results: dict) -> str:
+    """Return where the times of the widths were taken."""
+    settings = results.get("width_layer", {}).get("settings")
+    return (
+        NOT_YET
+        if settings is None
+        else f"{settings['threads']} threads, {settings['machine']}, torch {settings['torch']}"
+    )
 
 
 def settings_of(results: dict) -> str:

@@ -61,6 +61,8 @@ NAMES = {
     "layer_cost": "time of a layer for each token, by the tokens of its batch",
     "compiled": "speed 0, a stream, torch.compile of the layers",
     "growth": "seconds by the number of texts, their length, layers and classes",
+    "width_layer": "fast feed-forward layers against dense ones",
+    "width_encoder": "models with fast feed-forward layers against dense ones, speed 0",
     "memory": "peak memory of streams of 10,000 and 100,000 texts",
 }
 
@@ -121,6 +123,11 @@ def measure(name: str, arguments: Arguments) -> object:
             shape: runs.compiled_against_plain(shape, streams[shape][: arguments.texts // 2], repeats)
             for shape in runs.SHAPES
         }
+    if name in ("width_layer", "width_encoder"):
+        import width_speed
+
+        run = width_speed.feed_forward_alone if name == "width_layer" else width_speed.whole_encoder
+        return [row for shape in width_speed.SHAPES for row in run(shape, repeats)]
     if name == "growth":
         return runs.growth(texts["MiniLM"], repeats)
     return runs.memory_of_streams()

@@ -372,13 +372,14 @@ def ridge(inputs: torch.Tensor, wanted: torch.Tensor, centred: bool = True) -> t
 def tune_layer(
     layer: nn.Module, dense: DenseLayer, tokens: torch.Tensor, steps: int = 400, batch_tokens: int = 1024
 ) -> None:
-    """Train the blocks of a converted layer, not its nodes, to give what the dense one gives."""
+    """Train the neurons of a converted layer, not nodes that only decide, to give what the dense one gives."""
     if steps == 0:
         return
     with torch.no_grad():
         wanted = dense.outputs(tokens)
         spread = wanted.var(0).mean()
-    learns = [parameter for name, parameter in layer.named_parameters() if not name.startswith("node_")]
+    decides = ("node_weight", "node_bias")
+    learns = [parameter for name, parameter in layer.named_parameters() if name not in decides]
     optimizer = torch.optim.Adam(learns, lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)

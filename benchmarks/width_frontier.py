@@ -1,0 +1,138 @@
+"""Width times depth on sst2: exits on narrower backbones beside exits alone and narrower backbones alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import paper_runs
+import torch
+from serving_runs import in_turn, ratios
+
+from fastbert_hf import DEFAULT_MODEL_DIR, FastBertForSequenceClassification, train
+from fastbert_hf.commands.train_default_model import MARKUP, SENTENCE_END
+from fastbert_hf.data import load_rows
+from fastbert_hf.evaluation import record_exits, sweep_speeds
+from fastbert_hf.evaluation.speed_sweep import SPEEDS
+from fastbert_hf.files import write_whole
+from fastbert_hf.training import ExitTraining, FeedForwardConversion
+
+
+SHARES = (None, 0.25, 0.125)  # None is the dense model that comes with the package
+# Chosen on dev.
+STEPS = 500
+CONVERSION_RATE, EXIT_RATE = 5e-5, 1e-3
+LENGTHS = (40, 400)  # characters: whole sentences and long phrases, as dev and test have them
+LOST = (0.005, 0.01)
+COLUMNS = ("speed", "accuracy", "agreement", "mean_exit_layer", "executed_flops")
+
+
+def name_of(share: float | None) -> str:
+    return "dense" if share is None else f"{share:g}"
+
+
+def model_of(share: float | None, data_dir: Path, work_dir: Path) -> FastBertForSequenceClassification:
+    """Return the model of a share with its exits, trained unless it is there."""
+    folder = work_dir / f"frontier-{name_of(share)}"
+    if share is None:
+        folder = DEFAULT_MODEL_DIR
+    elif not (folder / "config.json").exists():
+        texts = texts_to_learn_from(data_dir)
+        stages = [FeedForwardConversion(CONVERSION_RATE, 1, share=share), ExitTraining(EXIT_RATE, 1)]
+        settings = {"max_steps": STEPS, "per_device_train_batch_size": 32, "seed": 1, "weight_decay": 0.01}
+        train(DEFAULT_MODEL_DIR, texts, stages=stages, output_dir=folder, report_to="none", use_cpu=True, **settings)
+    return FastBertForSequenceClassification.from_pretrained(folder).eval()
+
+
+def texts_to_learn_from(data_dir: Path) -> list[str]:
+    """Return the longer phrases of sst2, and as many sentences of film reviews, as the package's model learnt from."""
+    phrases = paper_runs.load_splits(data_dir / "en" / "sst2")["train"]["text_a"]
+    reviews = load_rows(data_dir / "en" / "imdb" / "train.tsv.gz")["text_a"]
+    sentences = [sentence for review in reviews for sentence in SENTENCE_END.split(MARKUP.sub(" ", review))]
+    longer = [[text for text in texts if LENGTHS[0] <= len(text) <= LENGTHS[1]] for texts in (phrases, sentences)]
+    for texts in longer:
+        random.Random(1).shuffle(texts)
+    return [*longer[0], *longer[1][: len(longer[0])]]
+
+
+def sweep(share: float | None, data_dir: Path, work_dir: Path) -> dict:
+    """Return what every speed gives and costs on dev and test."""
+    model, splits = model_of(share, data_dir, work_dir), paper_runs.load_splits(data_dir / "en" / "sst2")
+    tables = {}
+    for part in ("dev", "test"):
+        rows = splits[part].rename_columns({"text_a": "text"})
+        record = record_exits(model, rows, tokenizer=tokenizer(), progress=False)
+        table = sweep_speeds(model, record, SPEEDS)
+        tables[part] = {column: table[column].round(5).tolist() for column in COLUMNS}
+    return {"share": share, "steps": STEPS, **tables}
+
+
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEFAULT_MODEL_DIR)
+
+
+def chosen(results: dict[str, dict], name: str, lost: float) -> dict[str, float] | None:
+    """
+    Return the cheapest speed that loses at most so much on dev against the dense model at full depth, with its numbers
+    on test: accuracy, and how many times fewer FLOPs than that.
+    """
+    full = {part: pd.DataFrame(results["dense"][part]).iloc[0] for part in ("dev", "test")}
+    dev, test = (pd.DataFrame(results[name][part]) for part in ("dev", "test"))
+    allowed = dev[dev["accuracy"] >= full["dev"]["accuracy"] - lost - 1e-9]
+    if allowed.empty:
+        return None
+    row = test.loc[allowed["executed_flops"].idxmin()]
+    return {
+        "speed": row["speed"],
+        "dev_speed_up": full["dev"]["executed_flops"] / allowed["executed_flops"].min(),
+        "speed_up": full["test"]["executed_flops"] / row["executed_flops"],
+        "lost": full["test"]["accuracy"] - row["accuracy"],
+    }
+
+
+def times(results: dict[str, dict], data_dir: Path, work_dir: Path, repeats: int = 7) -> list[dict]:
+    """Time the test texts through `predict`, at full depth and at the speeds that were chosen on dev."""
+    texts = list(paper_runs.load_splits(data_dir / "en" / "sst2")["test"]["text_a"])
+    rows = [{"input_ids": ids} for ids in tokenizer()(texts)["input_ids"]]
+    models = {name: model_of(result["share"], data_dir, work_dir) for name, result in results.items()}
+
+    def answer(model: FastBertForSequenceClassification, speed: float) -> list:
+        return list(model.predict(rows, speed=speed))
+
+    sides: dict[str, Callable[[], object]] = {}
+    about = {}
+    for name, model in models.items():
+        sides[f"{name}, speed 0"] = partial(answer, model, 0.0)
+        about[f"{name}, speed 0"] = {"model": name, "speed": 0.0}
+        for lost in LOST:
+            point = chosen(results, name, lost)
+            if point is not None:
+                sides[f"{name}, {lost}"] = partial(answer, model, point["speed"])
+                about[f"{name}, {lost}"] = {"model": name, "allowed": lost, **point}
+    seconds = in_turn(sides, repeats, "width x depth")
+    full = seconds["dense, speed 0"]
+    return [{**about[side], **ratios(full, own), "seconds": median(own)} for side, own in seconds.items()]
+
+
+def run_all(data_dir: Path, work_dir: Path, results_dir: Path) -> None:
+    """Do what is not done."""
+    results = {}
+    for share in SHARES:
+        path = results_dir / f"frontier-{name_of(share)}.json"
+        if not path.exists():
+            print(f"\n{path.stem}", flush=True)
+            results_dir.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(sweep(share, data_dir, work_dir)) + "\n")
+        results[name_of(share)] = json.loads(path.read_text())
+    path = results_dir / "times.json"
+    if not path.exists():
+        found = {"rows": times(results, data_dir, work_dir), "threads": torch.get_num_threads()}
+        found["processor"] = torch.backends.cpu.get_cpu_capability()
+        write_whole(path, json.dumps(found, indent=1) + "\n")
