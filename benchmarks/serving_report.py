@@ -15,8 +15,6 @@ from fastbert_hf.evaluation.figures import COLOURS, MARKERS, STYLE, save_figure
 from fastbert_hf.files import write_whole
 
 
-# Different inputs in each turn of the comparisons of widths.
-INPUTS = 8
 # Name of the comparison, case within it, what it is, against what, target, and what the target is of.
 TARGETS = (
     ("stream_base", None, "speed 0, reviews, BERT-base", "stock pipeline at its best batch size", 1.8),
@@ -149,7 +147,7 @@ def width_table(results: dict, name: str) -> str:
             f"| {shape} | {kind.replace('.00%', ' %').replace('%', ' %').replace('  ', ' ')} | {' | '.join(cells)} |"
         )
     for shape in dict.fromkeys(shape for shape, _ in by_case):
-        cells = [f"{dense[shape, count] / INPUTS:.2f} ms" for count in tokens]
+        cells = [f"{dense[shape, count]:.2f} ms" for count in tokens]
         lines.append(f"| {shape} | all, dense: time | {' | '.join(cells)} |")
     return "\n".join(lines)
 

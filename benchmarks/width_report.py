@@ -67,7 +67,7 @@ def shares_table(results: dict[str, dict]) -> str:
             if None in values:
                 cells.append(NOT_YET)
             else:
-                cells.append(percent(1 - mean(values) if column == "agreement" else mean(values)))
+                cells.append(percent(1 - mean(values)) if column == "agreement" else _points(values))
         lines.append(cells)
     header = ["neurons", "kind", *width_runs.SETS, "lost after conversion", "lost after distillation", "agreement"]
     return markdown(header, lines)
@@ -86,26 +86,27 @@ def frontier_of(results: dict[str, dict]) -> dict[str, dict]:
 def frontier_table(results: dict[str, dict]) -> str:
     """Return what narrow layers, exits and both give where dev loses at most so much."""
     sweeps = frontier_of(results)
-    times = {(row["model"], row.get("allowed", 0)): row for row in results.get("times", {}).get("rows", [])}
-    full = {part: pd.DataFrame(sweeps["dense"][part]).iloc[0] for part in ("dev", "test")} if sweeps else {}
+    rows = results.get("times", {}).get("rows", [])
+    times = {(row["model"], row.get("part"), row.get("allowed")): row for row in rows}
+    full = pd.DataFrame(sweeps["dense"]["test"]).iloc[0] if sweeps else None
     lines = []
     for name, sweep in sweeps.items():
-        own = {part: pd.DataFrame(sweep[part]).iloc[0] for part in ("dev", "test")}
-        alone = times.get((name, 0))
+        own = pd.DataFrame(sweep["test"]).iloc[0]
         title = "all neurons" if name == "dense" else f"{100 * sweep['share']:g} % of the neurons"
-        cells = [title, percent(own["test"]["accuracy"])]
-        cells.append(cell(full["test"]["executed_flops"] / own["test"]["executed_flops"], alone))
-        for allowed in width_frontier.LOST:
-            point = width_frontier.chosen(sweeps, name, allowed)
-            cells += (
-                ["never on dev", ""]
-                if point is None
-                else [cell(point["speed_up"], times.get((name, allowed))), f"{100 * point['lost']:.1f}"]
-            )
+        cells = [title, percent(own["accuracy"])]
+        cells.append(cell(full["executed_flops"] / own["executed_flops"], times.get((name, None, None))))
+        for part in ("test", "dev"):
+            for allowed in width_frontier.LOST:
+                point = width_frontier.cheapest(sweeps, name, allowed, part)
+                if point is None:
+                    cells.append("none loses so little")
+                    continue
+                lost_there = "" if part == "test" else f", {_points([point['lost']])} lost"
+                cells.append(cell(point["speed_up"], times.get((name, part, allowed))) + lost_there)
         lines.append(cells)
-    header = ["", "accuracy", "speed-up at full depth"]
-    for allowed in width_frontier.LOST:
-        header += [f"with exits, {100 * allowed:g} points lost on dev", "lost on test"]
+    header = ["", "accuracy", "at full depth"]
+    header += [f"{100 * allowed:g} points lost on test" for allowed in width_frontier.LOST]
+    header += [f"chosen on dev for {100 * allowed:g} points lost" for allowed in width_frontier.LOST]
     return markdown(header, lines) if lines else NOT_YET
 
 
@@ -159,17 +160,22 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     found["frontier_steps"] = str(sweeps["0.25"]["steps"]) if "0.25" in sweeps else NOT_YET
     found["frontier_machine"] = NOT_YET if taken is None else f"{taken['threads']} threads, {taken['processor']}"
     allowed = width_frontier.LOST[0]
-    points = {name: width_frontier.chosen(sweeps, name, allowed) for name in sweeps}
+    points = {name: width_frontier.cheapest(sweeps, name, allowed, "test") for name in sweeps}
     for name in map(width_frontier.name_of, width_frontier.SHARES):
-        point = points.get(name)
-        found[f"frontier_{name}"] = NOT_YET if point is None else f"{point['speed_up']:.1f}x"
-        found[f"frontier_lost_{name}"] = NOT_YET if point is None else f"{100 * point['lost']:.1f}"
+        found[f"frontier_{name}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else NOT_YET
     best = max((point["speed_up"] for name, point in points.items() if point and name != "dense"), default=None)
     both = best is not None and points.get("dense") is not None
     found["frontier_gain"] = f"{best / points['dense']['speed_up']:.2f}" if both else NOT_YET
+    taken = {
+        row["model"]: row["ratio"]
+        for row in results.get("times", {}).get("rows", [])
+        if (row.get("part"), row.get("allowed")) == ("test", allowed)
+    }
+    for name in map(width_frontier.name_of, width_frontier.SHARES):
+        found[f"frontier_time_{name}"] = f"{taken[name]:.1f}x" if name in taken else NOT_YET
     return found
 
 
 def _points(values: list[float | None]) -> str:
     """Return the mean in points, where every set was run."""
-    return NOT_YET if None in values else f"{100 * mean(values):.1f}"
+    return NOT_YET if None in values else f"{round(100 * mean(values), 1) + 0.0:.1f}"  # never -0.0

@@ -7,7 +7,6 @@ from functools import partial
 from statistics import median
 
 import torch
-from serving_report import INPUTS
 from serving_runs import SHAPES as SERVING_SHAPES
 from serving_runs import in_turn, ratios
 from torch import nn
@@ -25,6 +24,11 @@ from fastbert_hf.training.feed_forward_conversion import default_depth, split_to
 SHAPES = {"MiniLM": (384, 1536, 6), "BERT-base": (768, 3072, 12)}
 TOKENS = (1, 32, 128, 1024)
 SHARES = (0.5, 0.25, 0.125, 0.0625)
+
+
+def inputs(count: int) -> int:
+    """Return how many different inputs of so many tokens a turn has."""
+    return max(2, min(8, 2048 // count))
 
 
 def make_trees(hidden_size: int, neurons: int) -> dict[str, Callable[[], nn.Module]]:
@@ -64,7 +68,8 @@ def rows_of(seconds: dict[str, list[float]], **about) -> list[dict]:
     for name, own in seconds.items():
         if not name.startswith("dense"):
             kind, _, how = name.rpartition(" ")
-            milliseconds = {"milliseconds": 1e3 * median(own), "dense_milliseconds": 1e3 * median(seconds[dense])}
+            each = 1e3 / inputs(about["tokens"])
+            milliseconds = {"milliseconds": each * median(own), "dense_milliseconds": each * median(seconds[dense])}
             rows.append({**about, "kind": kind, "how": how, **milliseconds, **ratios(seconds[dense], own)})
     return rows
 
@@ -80,7 +85,7 @@ def feed_forward_alone(shape: str, repeats: int) -> list[dict]:
     stacks = {name: [make().eval() for _ in range(number)] for name, make in make_trees(hidden_size, neurons).items()}
     dense, rows = [Dense(hidden_size, neurons).eval() for _ in range(number)], []
     for count in TOKENS:
-        given = [torch.randn(1, count, hidden_size) for _ in range(INPUTS)]
+        given = [torch.randn(1, count, hidden_size) for _ in range(inputs(count))]
 
         def run(stack: list[nn.Module], given: list[torch.Tensor] = given) -> None:
             for tokens in given:
@@ -144,7 +149,7 @@ def whole_encoder(shape: str, repeats: int) -> list[dict]:
         for hook in hooks:
             hook.remove()
     for count in TOKENS:
-        given = [texts(count) for _ in range(INPUTS)]
+        given = [texts(count) for _ in range(inputs(count))]
 
         def run(model: nn.Module, given: list = given) -> None:
             for batch in given:
