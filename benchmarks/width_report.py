@@ -92,8 +92,7 @@ def frontier_table(results: dict[str, dict]) -> str:
     lines = []
     for name, sweep in sweeps.items():
         own = pd.DataFrame(sweep["test"]).iloc[0]
-        title = "all neurons" if name == "dense" else f"{100 * sweep['share']:g} % of the neurons"
-        cells = [title, percent(own["accuracy"])]
+        cells = [title_of(sweep["share"]), percent(own["accuracy"])]
         cells.append(cell(full["executed_flops"] / own["executed_flops"], times.get((name, None, None))))
         for part in ("test", "dev"):
             for allowed in width_frontier.LOST:
@@ -110,6 +109,12 @@ def frontier_table(results: dict[str, dict]) -> str:
     return markdown(header, lines) if lines else NOT_YET
 
 
+def title_of(share: float | None) -> str:
+    if share is None:
+        return "exits alone"
+    return "exits alone, trained on" if share == 1 else f"{100 * share:g} % of the neurons, with exits"
+
+
 def cell(flops: float, measured: dict | None) -> str:
     """Return a speed-up in FLOPs, and in time where it was measured."""
     return f"{flops:.2f}x" + ("" if measured is None else f" ({measured['ratio']:.2f}x)")
@@ -124,11 +129,10 @@ def plot_frontier(results: dict[str, dict]) -> Figure | None:
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         full = pd.DataFrame(sweeps["dense"]["test"]).iloc[0]
-        for (name, sweep), colour, marker in zip(sweeps.items(), COLOURS, MARKERS, strict=False):
+        for sweep, colour, marker in zip(sweeps.values(), COLOURS, MARKERS, strict=False):
             table = pd.DataFrame(sweep["test"])
             speed_ups = full["executed_flops"] / table["executed_flops"]
-            title = "exits alone" if name == "dense" else f"{100 * sweep['share']:g} % of the neurons, with exits"
-            axes.plot(speed_ups, 100 * table["accuracy"], color=colour, label=title)
+            axes.plot(speed_ups, 100 * table["accuracy"], color=colour, label=title_of(sweep["share"]))
             axes.plot(speed_ups[:1], 100 * table["accuracy"][:1], marker, color=colour, markersize=8)
         axes.set(xscale="log", xlabel="times fewer FLOPs than all layers and neurons", ylabel="accuracy on test, %")
         axes.set_xticks([1, 2, 3, 4, 6, 8, 12, 16], ["1", "2", "3", "4", "6", "8", "12", "16"])
@@ -148,7 +152,7 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     found = {}
     for kind in ("tree", "dense", "random", "top_k"):
         for share in width_runs.SHARES:
-            found[f"lost_{kind}_{share:g}"] = _points(lost(results, kind, share, "distilled"))
+            found[f"lost_{kind}_{1 / share:g}"] = _points(lost(results, kind, share, "distilled"))
     found["lost_1x11"] = _points(lost(results, "1x11", width_runs.LONG_PATH, "distilled"))
     found["lost_12"] = _points(lost(results, "dense", width_runs.LONG_PATH, "distilled"))
     found["lost_deleted"] = _points(lost(results, "deleted", 0.0, "distilled"))
@@ -161,18 +165,23 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     found["frontier_machine"] = NOT_YET if taken is None else f"{taken['threads']} threads, {taken['processor']}"
     allowed = width_frontier.LOST[0]
     points = {name: width_frontier.cheapest(sweeps, name, allowed, "test") for name in sweeps}
-    for name in map(width_frontier.name_of, width_frontier.SHARES):
-        found[f"frontier_{name}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else NOT_YET
-    best = max((point["speed_up"] for name, point in points.items() if point and name != "dense"), default=None)
-    both = best is not None and points.get("dense") is not None
-    found["frontier_gain"] = f"{best / points['dense']['speed_up']:.2f}" if both else NOT_YET
+    names = {
+        width_frontier.name_of(share): "dense" if share is None else f"{1 / share:g}"
+        for share in width_frontier.SHARES
+    }
+    for name, part in names.items():
+        found[f"frontier_{part}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else NOT_YET
+    speed_ups = {name: point["speed_up"] for name, point in points.items() if point}
+    alone = [speed_ups[name] for name in speed_ups if name in ("dense", "1")]
+    both = [speed_ups[name] for name in speed_ups if name not in ("dense", "1")]
+    found["frontier_gain"] = f"{max(both) / max(alone):.2f}" if alone and both else NOT_YET
     taken = {
         row["model"]: row["ratio"]
         for row in results.get("times", {}).get("rows", [])
         if (row.get("part"), row.get("allowed")) == ("test", allowed)
     }
-    for name in map(width_frontier.name_of, width_frontier.SHARES):
-        found[f"frontier_time_{name}"] = f"{taken[name]:.1f}x" if name in taken else NOT_YET
+    for name, part in names.items():
+        found[f"frontier_time_{part}"] = f"{taken[name]:.1f}x" if name in taken else NOT_YET
     return found
 
 

@@ -87,7 +87,7 @@ def test_points_are_lost_against_the_full_model(report, runs):
     for name, full in zip(runs.SETS, (0.90, 0.96, 0.80, 0.90), strict=True):
         results[f"{name}-full"] = {"distilled": measured(full)}
         results[f"{name}-tree-0.25"] = {"converted": measured(full - 0.03), "distilled": measured(full - 0.004)}
-    assert report.numbers(results)["lost_tree_0.25"] == "0.4"
+    assert report.numbers(results)["lost_tree_4"] == "0.4"
     (line,) = (line for line in report.shares_table(results).splitlines() if line.startswith("| 25 % | **tree**"))
     assert "| 87.0 → 89.6 |" in line and line.endswith("| 3.0 | 0.4 | 100.0 |")
 
