@@ -33,6 +33,7 @@ OWN_FIELDS = {
     "min_exit_layer": 1,
     "max_layers": 2,
     "feed_forward": {"form": "leaves", "depth": 2, "leaf_size": 8, "layers": [1, 3]},
+    "coarsening": {"layers": [1, 3], "retention": [0.7, 0.5], "merge": "weighted", "clusters": 2, "size_aware": False},
     "distilled_for": "float32:0123456789abcdef",
 }
 LABELS = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
@@ -56,6 +57,7 @@ def test_defaults_are_the_papers_and_the_documented_ones():
         "min_exit_layer": None,
         "max_layers": None,
         "feed_forward": None,
+        "coarsening": None,
         "distilled_for": None,
     }
 
