@@ -26,7 +26,7 @@ class LeafUsage(TrainerCallback):
     by their number.
 
     [`CheckedTrainer`] and its subclasses add it by themselves to a model with trees; a stock `Trainer` takes it as
-    `callbacks=[LeafUsage()]`. It counts in the forward passes of the training, a few percent of their time.
+    `callbacks=[LeafUsage()]`. It counts in the forward passes of the training.
     """
 
     def __init__(self):
