@@ -11,6 +11,7 @@ from .feed_forward_conversion import convert_feed_forward
 from .feed_forward_stage import FeedForwardConversion
 from .leaf_usage import LeafUsage
 from .objectives import OBJECTIVES, Objective, depth_weights, difficulty_margin_loss, student_divergences
+from .retention_search import retention_schedule, search_retention
 from .stages import (
     DifficultyAwareFineTuning,
     Distillation,
@@ -19,7 +20,7 @@ from .stages import (
     StageSettings,
     run_stage,
 )
-from .token_coarsening_stage import TokenCoarsening, retention_schedule
+from .token_coarsening_stage import TokenCoarsening
 
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ __all__ = [
     "label_difficulty",
     "retention_schedule",
     "run_stage",
+    "search_retention",
     "student_divergences",
     "train",
 ]

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..files import write_whole
+from ..modeling.exit_policies import check_speed
 from ..modeling.token_coarsening import check_coarsening
 from .backbone_distillation_trainer import BackboneDistillationArguments, BackboneDistillationTrainer
-from .stages import Stage
+from .retention_search import check_target, retention_schedule, search_retention
+from .stages import FineTuning, Stage
+
+
+RETRAINING = ("distillation", "labels")
 
 
 @dataclass(frozen=True)
 class TokenCoarsening(Stage):
     """
-    Give a fine-tuned model a `config.coarsening`, and teach it to give again what it gave when it read every token in
-    every layer ([`BackboneDistillationTrainer`]). No labels are needed. The students come after it: [`ExitTraining`].
+    Give a fine-tuned model a `config.coarsening`, and teach it to answer with fewer tokens. The students come after
+    it: [`ExitTraining`].
 
     Args:
         learning_rate, num_train_epochs (`float`): As in every stage.
@@ -23,6 +33,12 @@ class TokenCoarsening(Stage):
             The part of all tokens of all layers that is left, in (0, 1], shared out by [`retention_schedule`].
         merge (`str`), clusters (`int`), size_aware (`bool`): As in [`Coarsening`].
         coarsening (`dict`, *optional*): The whole setting, in place of all these.
+        retraining (`str`):
+            `"distillation"`: to give again what it gave when it read every token in every layer
+            ([`BackboneDistillationTrainer`]), for which no labels are needed; `"labels"`: as in [`FineTuning`], which
+            is what PoWER-BERT and FCA-BERT do.
+        search (`bool`): Whether [`search_retention`] shares out the target.
+        speed (`float`): As in [`search_retention`].
 
     Example:
 
@@ -39,25 +55,67 @@ class TokenCoarsening(Stage):
     clusters: int = 1
     size_aware: bool = True
     coarsening: dict[str, Any] | None = None
+    retraining: str = "distillation"
+    search: bool = False
+    speed: float = 0.0
 
-    trainer_class = BackboneDistillationTrainer
-    arguments_class = BackboneDistillationArguments
     name = "token_coarsening"
-    metrics = "loss"
-    needs_labels = False
     needs_teacher = True
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.retraining == "labels"
+
+    @property
+    def metrics(self) -> str:
+        return FineTuning.metrics if self.needs_labels else "loss"
+
+    @property
+    def trainer_class(self) -> type:
+        return FineTuning.trainer_class if self.needs_labels else BackboneDistillationTrainer
+
+    @property
+    def arguments_class(self) -> type:
+        return FineTuning.arguments_class if self.needs_labels else BackboneDistillationArguments
 
     def __post_init__(self):
         super().__post_init__()
         check_target(self.target)
-        check_coarsening(self.settings_for(1), 1 if self.coarsening is None else 10_000)
+        check_speed(self.speed)
+        if self.retraining not in RETRAINING:
+            raise ValueError(f"retraining is one of {', '.join(RETRAINING)}, not {self.retraining!r:.40}.")
+        if self.search and self.coarsening is not None:
+            raise ValueError(
+                "search=True has nothing to search where coarsening gives the schedule: give one of them."
+            )
+        if self.speed > 0 and not self.search:
+            raise ValueError(f"speed={self.speed} is for the search alone: leave it out, or give search=True, too.")
+        check_coarsening(
+            self.settings_for(retention_schedule(1, self.target)), 1 if self.coarsening is None else 10_000
+        )
 
-    def settings_for(self, num_layers: int) -> dict[str, Any]:
-        """Return the `config.coarsening` of a model with so many layers."""
+    def settings_for(self, schedule: dict[str, list]) -> dict[str, Any]:
+        """Return the `config.coarsening` with these `layers` and `retention`."""
         if self.coarsening is not None:
             return copy.deepcopy(self.coarsening)
-        schedule = retention_schedule(num_layers, self.target)
         return {**schedule, "merge": self.merge, "clusters": self.clusters, "size_aware": self.size_aware}
+
+    def schedule_for(
+        self, model: PreTrainedModel, rows: Any, tokenizer: PreTrainedTokenizerBase, arguments: Any
+    ) -> dict[str, list]:
+        """Return `layers` and `retention`; what a search found stays beside the checkpoints, for resuming."""
+        if not self.search or self.coarsening is not None:
+            return retention_schedule(model.config.num_hidden_layers, self.target)
+        path, asked = Path(arguments.output_dir, "retention.json"), {**asdict(self), "seed": arguments.seed}
+        with arguments.main_process_first():
+            found = json.loads(path.read_text()) if path.exists() else {}
+            if found.get("asked") != asked:
+                shows = not arguments.disable_tqdm and arguments.process_index == 0
+                settings = {"target": self.target, "speed": self.speed, "seed": arguments.seed, "progress": shows}
+                found = {"asked": asked, "schedule": search_retention(model, rows, tokenizer, **settings)}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, json.dumps(found, indent=1))
+        return found["schedule"]
 
     def make_trainer(self, output_dir, model, train_dataset, eval_dataset, tokenizer, **training_arguments):
         arguments = self.make_arguments(output_dir, eval_dataset is not None, **training_arguments)
@@ -66,10 +124,14 @@ class TokenCoarsening(Stage):
                 f"the model's texts become shorter already (config.coarsening={model.config.coarsening}): load the "
                 "one that it was made of."
             )
-        settings = self.settings_for(model.config.num_hidden_layers)
+        settings = self.settings_for(self.schedule_for(model, train_dataset, tokenizer, arguments))
         check_coarsening(settings, model.config.num_hidden_layers)
-        unshortened = copy.deepcopy(model)
+        unshortened = None if self.needs_labels else copy.deepcopy(model)
         model.config.coarsening = settings
+        if unshortened is None:
+            return super().make_trainer(
+                output_dir, model, train_dataset, eval_dataset, tokenizer, **training_arguments
+            )
         return self.trainer_class(
             model,
             arguments,
@@ -78,31 +140,3 @@ class TokenCoarsening(Stage):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
         )
-
-
-def check_target(target: float) -> None:
-    """Raise a `ValueError` unless `target` may be the part of the tokens of all layers that is left."""
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
-        raise ValueError(
-            f"target must be in (0, 1], the part of all tokens of all layers that is left, got {target!r:.40}. "
-            "Example: target=0.5"
-        )
-
-
-def retention_schedule(num_layers: int, target: float) -> dict[str, list]:
-    """
-    Return `layers` and `retention` with which texts lose the same share of their tokens in every layer, so that the
-    mean retention over the layers is `target`.
-
-    Args:
-        num_layers (`int`): Layers of the model.
-        target (`float`): In (0, 1].
-    """
-    check_target(target)
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        share = (low + high) / 2
-        mean = sum(share**layer for layer in range(1, num_layers + 1)) / num_layers
-        low, high = (share, high) if mean < target else (low, share)
-    layers = list(range(1, num_layers + 1))
-    return {"layers": layers, "retention": [max(round(high**layer, 4), 1e-4) for layer in layers]}

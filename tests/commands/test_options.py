@@ -14,6 +14,7 @@ from fastbert_hf.commands.options import DataOptions, check_data_options, defaul
 
 COMMANDS = (
     "cascade",
+    "coarsening",
     "convert_feedforward",
     "evaluate_speeds",
     "label_difficulty",

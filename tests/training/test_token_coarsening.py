@@ -19,7 +19,8 @@ TEXTS = ["a b c d e f", "f g h i j", "c a d", "j i h g f e d c"] * 40
 
 def test_the_schedule_leaves_what_was_asked_for():
     for num_layers in (1, 4, 6, 12):
-        for target in (0.2, 0.5, 0.9, 1.0):
+        assert retention_schedule(num_layers, 1.0)["retention"] == [1.0]
+        for target in (0.2, 0.5, 0.9):
             schedule = retention_schedule(num_layers, target)
             assert schedule["layers"] == list(range(1, num_layers + 1))
             assert sum(schedule["retention"]) / num_layers == pytest.approx(target, abs=1e-4)

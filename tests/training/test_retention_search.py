@@ -1,0 +1,155 @@
+"""Which layers keep how many tokens: what a search finds, what it is worth, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from fastbert_hf.modeling.token_coarsening import check_coarsening
+from fastbert_hf.training import TokenCoarsening, retention_schedule, search_retention
+from fastbert_hf.training.retention_search import (
+    SoftRetention,
+    as_settings,
+    exit_logits,
+    reach_of_layers,
+    with_mean,
+    without_idle_layers,
+)
+
+from ..common import FAMILIES, tiny_model, tiny_rows, training_settings
+
+
+QUIET = {"progress": False, "steps": 3, "batch_size": 4}
+
+
+def expanded(schedule: dict, num_layers: int = 4) -> list[float]:
+    """Return the share of every layer."""
+    of = dict(zip(schedule["layers"], schedule["retention"], strict=True))
+    shares = [1.0]
+    for layer in range(1, num_layers + 1):
+        shares.append(of.get(layer, shares[-1]))
+    return shares[1:]
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.9, 1.0])
+def test_what_is_found_leaves_what_was_asked_for(target):
+    found = search_retention(tiny_model(), tiny_rows(16, labels=False), target=target, **QUIET)
+    check_coarsening(found, 4)
+    assert sum(expanded(found)) / 4 == pytest.approx(target, abs=1e-3)
+
+
+def test_a_layer_whose_tokens_are_needed_keeps_them():
+    """Only the attention of layer 3 adds anything, so tokens matter up to there and nowhere above."""
+    model = tiny_model(exit_type="linear")
+    for number, layer in enumerate(model.fastbert.layers(), start=1):
+        dense = layer.attention.output.dense
+        torch.nn.init.zeros_(dense.bias)
+        if number == 3:
+            torch.nn.init.normal_(dense.weight, std=1.0)
+        else:
+            torch.nn.init.zeros_(dense.weight)
+    rows = tiny_rows(64, labels=False)
+    found = expanded(search_retention(model, rows, target=0.6, steps=40, learning_rate=0.2, progress=False))
+    even = expanded(retention_schedule(4, 0.6))
+    assert found[1] > even[1] + 0.1 and found[3] < even[3] - 0.1, found
+
+
+def test_the_model_stays_as_it_was():
+    model = tiny_model().train()
+    model.fastbert.backbone.embeddings.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    learnt = [weight.requires_grad for weight in model.parameters()]
+    search_retention(model, tiny_rows(8, labels=False), **QUIET)
+    assert model.training and model.config.coarsening is None
+    assert [weight.requires_grad for weight in model.parameters()] == learnt
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_soft_weights_of_one_change_nothing(family):
+    from fastbert_hf.modeling.engine import TorchEngine
+
+    model = tiny_model(family)
+    soft = SoftRetention(torch.ones(4))
+    soft.logits.data.fill_(40.0)  # as good as everything; ranks are softened by a twentieth of a text
+    soft.shares = lambda: torch.full((4,), 3.0)
+    engine = TorchEngine(model.fastbert.backbone, model.exits, model.shared_pooler, coarsening=soft)
+    ids = torch.randint(5, 25, (3, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            exit_logits(engine, model, batch), exit_logits(model.engine(), model, batch), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_layers_that_few_texts_reach_cost_little():
+    """With texts that leave early, the schedule of the layers that they run through is what counts."""
+    reach = torch.tensor([1.0, 1.0, 0.1, 0.1])
+    shares = with_mean(torch.full((4,), 0.5).cumprod(0), 0.5, reach)
+    assert (shares * reach).sum() / reach.sum() == pytest.approx(0.5, abs=1e-6)
+    model = tiny_model()
+    from fastbert_hf.modeling.teacher_digest import teacher_digest
+
+    model.config.distilled_for = teacher_digest(model)
+    rows = tiny_rows(16, labels=False)
+    found = reach_of_layers(model, rows, 0.999, progress=False)
+    assert found[0] == 1 and (found.diff() <= 0).all()
+    schedule = search_retention(model, rows, target=0.5, speed=0.999, **QUIET)
+    kept = torch.tensor(expanded(schedule)) * found
+    assert kept.sum() / found.sum() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_layers_that_remove_nothing_are_left_out():
+    shares = without_idle_layers(torch.tensor([0.99, 0.6, 0.59, 0.3]))
+    assert shares.tolist() == pytest.approx([1.0, 0.6, 0.6, 0.3])
+    assert as_settings(shares) == {"layers": [2, 4], "retention": [0.6, 0.3]}
+    little = torch.tensor([0.999, 0.998, 0.997, 0.996])
+    assert torch.equal(without_idle_layers(little), little)
+
+
+def test_a_search_that_is_done_is_not_repeated(tmp_path, monkeypatch):
+    stage = TokenCoarsening(target=0.5, search=True)
+    settings = training_settings(tmp_path, max_steps=1)
+    folder = settings.pop("output_dir")
+    rows = tiny_rows(8, labels=False)
+    made = stage.make_trainer(folder, tiny_model(), rows, None, None, **settings)
+    found = json.loads((tmp_path / "retention.json").read_text())["schedule"]
+    assert {**found, "merge": "mean", "clusters": 1, "size_aware": True} == made.model.config.coarsening
+    calls = []
+    monkeypatch.setattr(
+        "fastbert_hf.training.token_coarsening_stage.search_retention",
+        lambda *args, **kwargs: calls.append(kwargs) or retention_schedule(4, 0.5),
+    )
+    again = stage.make_trainer(folder, tiny_model(), rows, None, None, **settings)
+    assert again.model.config.coarsening == made.model.config.coarsening and not calls
+    TokenCoarsening(target=0.4, search=True).make_trainer(folder, tiny_model(), rows, None, None, **settings)
+    assert [call["target"] for call in calls] == [0.4]
+
+
+def test_what_cannot_be_is_refused():
+    model, rows = tiny_model(), tiny_rows(8, labels=False)
+    for settings, message in (
+        ({"target": 0}, "target must be"),
+        ({"speed": 2}, "speed"),
+        ({"speed": 0.5}, "needs exits that are trained"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_retention(model, rows, progress=False, **settings)
+    with pytest.raises(ValueError, match="there are no rows"):
+        search_retention(model, [], progress=False)
+    model.config.coarsening = retention_schedule(4, 0.5)
+    with pytest.raises(ValueError, match="become shorter already"):
+        search_retention(model, rows, progress=False)
+    for arguments, message in (
+        ({"search": True, "coarsening": retention_schedule(4, 0.5)}, "nothing to search"),
+        ({"speed": 0.5}, "for the search alone"),
+        ({"retraining": "hope"}, "one of distillation, labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenCoarsening(**arguments)
