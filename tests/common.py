@@ -212,6 +212,14 @@ def student_names(model: torch.nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(students))}
 
 
+def expanded(schedule: dict, num_layers: int = NUM_LAYERS) -> list[float]:
+    """Return the share of a text's tokens in every layer, by the `layers` and `retention` of a `config.coarsening`."""
+    of, shares = dict(zip(schedule["layers"], schedule["retention"], strict=True)), [1.0]
+    for layer in range(1, num_layers + 1):
+        shares.append(of.get(layer, shares[-1]))
+    return shares[1:]
+
+
 def training_settings(output_dir: str | PathLike, **settings) -> dict:
     """Arguments of a short and quiet training on the CPU that writes no checkpoint."""
     return {

@@ -27,6 +27,9 @@ class CoarseningOptions(ConversionOptions):
 
     output_dir: str = field(default="outputs/coarsening", metadata={"help": "Folder of the finished model."})
     target: float = field(default=0.5, metadata={"help": "Part of the tokens of all layers that is left, in (0, 1]."})
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Those that make texts shorter, from 1; every second one unless given."}
+    )
     merge: str = field(default="mean", metadata={"help": "mean, weighted (by attention received) or drop."})
     clusters: int = field(default=1, metadata={"help": "Coarse tokens of a text."})
     search: bool = field(
@@ -43,7 +46,17 @@ class CoarseningOptions(ConversionOptions):
         """Return what changes the backbone."""
         from ..training import TokenCoarsening
 
-        names = ("learning_rate", "num_train_epochs", "target", "merge", "clusters", "search", "speed", "retraining")
+        names = (
+            "learning_rate",
+            "num_train_epochs",
+            "target",
+            "layers",
+            "merge",
+            "clusters",
+            "search",
+            "speed",
+            "retraining",
+        )
         return TokenCoarsening(**{name: getattr(self, name) for name in names})
 
 

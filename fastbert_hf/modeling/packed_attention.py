@@ -75,8 +75,10 @@ def _attend_in_group(attend, group, columns, sliding_window, dropout, scaling) -
     return attend(*views, mask, dropout, scaling).transpose(1, 2).flatten(0, 1)
 
 
-# Attention maps of a layer that merges tokens are formed for so many texts at a time.
-MOST_NUMBERS_OF_MAPS = 1 << 23
+# Numbers of attention maps that are formed at a time in a layer that merges tokens. On a CPU they then stay in a
+# core's own cache, which makes such a layer up to three times faster.
+NUMBERS_OF_MAPS = {"cpu": 1 << 19}
+NUMBERS_ELSEWHERE = 1 << 23
 
 
 def attend_and_note(received: list[torch.Tensor], query, key, value, mask, dropout, scaling) -> torch.Tensor:
@@ -85,15 +87,20 @@ def attend_and_note(received: list[torch.Tensor], query, key, value, mask, dropo
     and summed over queries without its own, `[texts, n]`.
     """
     texts, heads, length, _ = query.shape
-    at_once = max(MOST_NUMBERS_OF_MAPS // (heads * length * length), 1)
+    maps_at_once = max(NUMBERS_OF_MAPS.get(query.device.type, NUMBERS_ELSEWHERE) // length**2, 1)
+    texts_at_once, heads_at_once = max(maps_at_once // heads, 1), min(maps_at_once, heads)
     outputs, noted = [], []
-    for start in range(0, texts, at_once):
-        own = slice(start, start + at_once)
-        own_mask = mask if mask is None or len(mask) == 1 else mask[own]
-        weights = attention_weights(query[own], key[own], own_mask, scaling)
-        outputs.append(nn.functional.dropout(weights.to(query.dtype), dropout) @ value[own])
-        maps = weights.mean(1)
-        noted.append(maps.sum(1) - maps.diagonal(dim1=1, dim2=2))
+    for start in range(0, texts, texts_at_once):
+        of_texts = slice(start, start + texts_at_once)
+        own_mask = mask if mask is None or len(mask) == 1 else mask[of_texts]
+        of_heads, sums = [], 0
+        for first in range(0, heads, heads_at_once):
+            own = of_texts, slice(first, first + heads_at_once)
+            weights = attention_weights(query[own], key[own], own_mask, scaling)
+            of_heads.append(nn.functional.dropout(weights.to(query.dtype), dropout) @ value[own])
+            sums = sums + (weights.sum(2) - weights.diagonal(dim1=2, dim2=3)).sum(1)
+        outputs.append(of_heads[0] if len(of_heads) == 1 else torch.cat(of_heads, 1))
+        noted.append(sums / heads)
     received.append(torch.cat(noted))
     return torch.cat(outputs)
 

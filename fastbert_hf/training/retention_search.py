@@ -21,13 +21,12 @@ from ..modeling.families import max_text_tokens
 from ..modeling.packed_batch import PackedBatch
 from ..modeling.scheduler import ActiveBatch, Trace, run_layers
 from ..modeling.tasks import task_of
+from ..modeling.token_coarsening import check_coarsening
 from ..rows import PaddingCollator, encoded_rows
 
 
 # Rows on which the search sees how deep texts go.
 ROWS_OF_DEPTHS = 512
-# A layer that keeps more than this of what it gets had better not look: to score tokens costs time.
-KEEPS_ALL = 0.97
 # Of a text's ranks, over how many the weights of the search fall from one to zero.
 SOFTNESS = 0.05
 TARGET_WEIGHT = 100.0
@@ -42,17 +41,49 @@ def check_target(target: float) -> None:
         )
 
 
-def retention_schedule(num_layers: int, target: float) -> dict[str, list]:
+def retention_schedule(num_layers: int, target: float, layers: Sequence[int] | None = None) -> dict[str, list]:
     """
-    Return `layers` and `retention` with which texts lose the same share of their tokens in every layer, so that the
-    mean retention over the layers is `target`.
+    Return `layers` and `retention` of a `config.coarsening` in which every layer that makes texts shorter keeps the
+    same share of what it gets, so that the mean retention over all layers is `target`.
 
     Args:
         num_layers (`int`): Layers of the model.
         target (`float`): In (0, 1].
+        layers (sequence of `int`, *optional*):
+            Those that make texts shorter, from 1. Every second one unless given, as scores take time; all, where these
+            are too few.
     """
     check_target(target)
-    return as_settings(with_mean(torch.full((num_layers,), 0.5).cumprod(0), target))
+    chosen = chosen_layers(num_layers, target, layers)
+    return as_settings(with_mean(even_shares(num_layers, chosen), target), chosen)
+
+
+def chosen_layers(
+    num_layers: int, target: float, layers: Sequence[int] | None, reach: torch.Tensor | None = None
+) -> list[int]:
+    """Return the layers that make texts shorter, and raise a `ValueError` if that would be too late for the target."""
+    reach = torch.ones(num_layers) if reach is None else reach
+    if layers is None:
+        layers = list(range(2, num_layers, 2)) or [1]
+        if target < 0.05 + read_whole(layers, reach):
+            layers = list(range(1, num_layers + 1))
+    check_coarsening({"layers": layers, "retention": [1.0] * len(layers)}, num_layers)
+    if target <= read_whole(layers, reach):
+        raise ValueError(
+            f"target={target} cannot be reached, as texts run through {layers[0] - 1} of {num_layers} layers before "
+            f"the first of layers={list(layers)}. Example: layers={list(range(1, num_layers + 1))}"
+        )
+    return list(layers)
+
+
+def read_whole(layers: Sequence[int], reach: torch.Tensor) -> float:
+    """Return the part of all tokens that is met before texts become shorter."""
+    return (reach[: layers[0] - 1].sum() / reach.sum()).item()
+
+
+def even_shares(num_layers: int, layers: Sequence[int]) -> torch.Tensor:
+    """Return the share of the tokens in each layer, `[L]`, if some of them halve a text and the others keep it."""
+    return torch.tensor([0.5 if depth in layers else 1.0 for depth in range(1, num_layers + 1)]).cumprod(0)
 
 
 def search_retention(
@@ -61,6 +92,7 @@ def search_retention(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     target: float = 0.5,
+    layers: Sequence[int] | None = None,
     speed: float = 0.0,
     steps: int = 60,
     batch_size: int = 16,
@@ -83,7 +115,7 @@ def search_retention(
         model ([`FastBertForSequenceClassification`]): Fine-tuned.
         rows (rows): Some hundreds of texts like those that it will read, or their tokens.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed for texts.
-        target (`float`): In (0, 1].
+        target (`float`), layers (sequence of `int`, *optional*): As in [`retention_schedule`].
         speed (`float`):
             At which the model will be used. Above 0 its exits must be trained: a layer's length then counts as much as
             there are texts that reach it, and the answer of an exit as much as there are that leave there.
@@ -111,10 +143,11 @@ def search_retention(
         raise ValueError("there are no rows: give some hundreds of texts like those that the model will read.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     reach = reach_of_layers(model, [rows[row] for row in order[:ROWS_OF_DEPTHS]], speed, progress)
+    chosen = chosen_layers(len(reach), target, layers, reach)
     leaving = reach - torch.cat([reach[1:], torch.zeros(1)])
     was_training, learnt = model.training, [weight.requires_grad for weight in model.parameters()]
     model.eval().requires_grad_(False)
-    soft = SoftRetention(with_mean(torch.full((len(reach),), 0.5).cumprod(0), target, reach)).to(model.device)
+    soft = SoftRetention(with_mean(even_shares(len(reach), chosen), target, reach), chosen).to(model.device)
     optimizer = torch.optim.Adam(soft.parameters(), lr=learning_rate)
     engines = TorchEngine(model.fastbert.backbone, model.exits, model.shared_pooler, coarsening=soft), model.engine()
     collator, divergence, scale = PaddingCollator.of(model), task_of(model.config).divergence, None
@@ -140,7 +173,7 @@ def search_retention(
         model.train(was_training)
         for weight, learns in zip(model.parameters(), learnt, strict=True):
             weight.requires_grad_(learns)
-    return as_settings(with_mean(without_idle_layers(soft.shares().detach().cpu()), target, reach))
+    return as_settings(with_mean(soft.shares().detach().cpu(), target, reach), chosen)
 
 
 class SoftRetention(nn.Module):
@@ -149,20 +182,25 @@ class SoftRetention(nn.Module):
 
     Args:
         shares (`torch.Tensor` of shape `[L]`): To begin with, the part of a text's tokens that each layer keeps.
+        layers (sequence of `int`): Those that make texts shorter, from 1.
     """
 
-    def __init__(self, shares: torch.Tensor):
+    def __init__(self, shares: torch.Tensor, layers: Sequence[int]):
         super().__init__()
-        of_those_before = shares / torch.cat([torch.ones(1), shares[:-1]])
-        self.logits = nn.Parameter(of_those_before.clamp(1e-3, 1 - 1e-3).logit())
+        self.layers, self.num_layers = list(layers), len(shares)
+        of_those_before = shares.float() / torch.cat([torch.ones(1), shares[:-1].float()])
+        chosen = of_those_before[[depth - 1 for depth in self.layers]]
+        self.logits = nn.Parameter(chosen.clamp(1e-3, 1 - 1e-3).logit())
 
     def shares(self) -> torch.Tensor:
         """Return the part of a text's tokens that each layer keeps, `[L]`."""
-        return self.logits.sigmoid().cumprod(0)
+        places = torch.tensor(self.layers, device=self.logits.device) - 1
+        kept = torch.ones(self.num_layers, device=self.logits.device)
+        return kept.index_copy(0, places, self.logits.sigmoid()).cumprod(0)
 
-    def at(self, depth: int) -> Between:
+    def at(self, depth: int) -> Between | None:
         """Return what a layer does between attention and feed-forward."""
-        return partial(self.soften, depth)
+        return partial(self.soften, depth) if depth in self.layers else None
 
     def soften(self, depth: int, states: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, PackedBatch]:
         """Return the states as they are, and a batch in which they count by their ranks."""
@@ -216,22 +254,7 @@ def with_mean(shares: torch.Tensor, target: float, reach: torch.Tensor | None = 
     return shares.double() ** low
 
 
-def without_idle_layers(shares: torch.Tensor) -> torch.Tensor:
-    """Return falling shares, `[L]`, in which a layer that would remove next to nothing removes nothing."""
-    kept, before, result = 1.0, 1.0, []
-    for share in shares.tolist():
-        if share / before < KEEPS_ALL:
-            kept = share
-        before = kept
-        result.append(kept)
-    return torch.tensor(result) if kept < 1 else shares
-
-
-def as_settings(shares: torch.Tensor) -> dict[str, list]:
-    """Return `layers` and `retention` of a `config.coarsening` with these shares, without the layers that keep all."""
-    rounded, layers, retention, before = [max(round(share, 4), 1e-4) for share in shares.tolist()], [], [], 1.0
-    for depth, share in enumerate(rounded, start=1):
-        if share < before or (depth == len(rounded) and not layers):
-            layers.append(depth), retention.append(share)
-        before = share
-    return {"layers": layers, "retention": retention}
+def as_settings(shares: torch.Tensor, layers: Sequence[int]) -> dict[str, list]:
+    """Return `layers` and `retention` of a `config.coarsening` with these shares, `[L]`."""
+    retention = [max(round(share, 4), 1e-4) for share in shares.tolist()]
+    return {"layers": list(layers), "retention": [retention[depth - 1] for depth in layers]}

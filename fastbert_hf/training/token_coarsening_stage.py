@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class TokenCoarsening(Stage):
         learning_rate, num_train_epochs (`float`): As in every stage.
         target (`float`):
             The part of all tokens of all layers that is left, in (0, 1], shared out by [`retention_schedule`].
+        layers (sequence of `int`, *optional*): As in [`retention_schedule`].
         merge (`str`), clusters (`int`), size_aware (`bool`): As in [`Coarsening`].
         coarsening (`dict`, *optional*): The whole setting, in place of all these.
         retraining (`str`):
@@ -51,6 +52,7 @@ class TokenCoarsening(Stage):
     learning_rate: float = 5e-5
     num_train_epochs: float = 2.0
     target: float = 0.5
+    layers: tuple[int, ...] | None = None
     merge: str = "mean"
     clusters: int = 1
     size_aware: bool = True
@@ -105,17 +107,21 @@ class TokenCoarsening(Stage):
     ) -> dict[str, list]:
         """Return `layers` and `retention`; what a search found stays beside the checkpoints, for resuming."""
         if not self.search or self.coarsening is not None:
-            return retention_schedule(model.config.num_hidden_layers, self.target)
-        path, asked = Path(arguments.output_dir, "retention.json"), {**asdict(self), "seed": arguments.seed}
+            return retention_schedule(model.config.num_hidden_layers, self.target, self.layers)
+        path, asked = Path(arguments.output_dir, "retention.json"), {**self.settings(), "seed": arguments.seed}
         with arguments.main_process_first():
             found = json.loads(path.read_text()) if path.exists() else {}
             if found.get("asked") != asked:
                 shows = not arguments.disable_tqdm and arguments.process_index == 0
-                settings = {"target": self.target, "speed": self.speed, "seed": arguments.seed, "progress": shows}
-                found = {"asked": asked, "schedule": search_retention(model, rows, tokenizer, **settings)}
+                settings = {"target": self.target, "layers": self.layers, "speed": self.speed, "progress": shows}
+                schedule = search_retention(model, rows, tokenizer, seed=arguments.seed, **settings)
+                found = {"asked": asked, "schedule": schedule}
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, json.dumps(found, indent=1))
         return found["schedule"]
+
+    def settings(self) -> dict[str, Any]:
+        return json.loads(json.dumps(super().settings()))  # as files give them back: lists, no tuples
 
     def make_trainer(self, output_dir, model, train_dataset, eval_dataset, tokenizer, **training_arguments):
         arguments = self.make_arguments(output_dir, eval_dataset is not None, **training_arguments)

@@ -55,9 +55,9 @@ def test_texts_become_shorter_and_are_told_of(retraining, words, tmp_path, capsy
 
 
 def test_a_search_finds_where(words, tmp_path):
-    coarsening.main([*words, "--search", "--target", "0.5"])
+    coarsening.main([*words, *"--search --target 0.5 --layers 1 2 3".split()])
     short = FastBertForSequenceClassification.from_pretrained(tmp_path / "fast")
-    assert short.config.coarsening["retention"] != retention_schedule(4, 0.5)["retention"]
+    assert short.config.coarsening["retention"] != retention_schedule(4, 0.5, [1, 2, 3])["retention"]
 
 
 @pytest.mark.parametrize("main", [convert_feedforward.main, coarsening.main])

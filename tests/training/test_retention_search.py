@@ -12,26 +12,15 @@ from fastbert_hf.modeling.token_coarsening import check_coarsening
 from fastbert_hf.training import TokenCoarsening, retention_schedule, search_retention
 from fastbert_hf.training.retention_search import (
     SoftRetention,
-    as_settings,
     exit_logits,
     reach_of_layers,
     with_mean,
-    without_idle_layers,
 )
 
-from ..common import FAMILIES, tiny_model, tiny_rows, training_settings
+from ..common import FAMILIES, expanded, tiny_model, tiny_rows, training_settings
 
 
 QUIET = {"progress": False, "steps": 3, "batch_size": 4}
-
-
-def expanded(schedule: dict, num_layers: int = 4) -> list[float]:
-    """Return the share of every layer."""
-    of = dict(zip(schedule["layers"], schedule["retention"], strict=True))
-    shares = [1.0]
-    for layer in range(1, num_layers + 1):
-        shares.append(of.get(layer, shares[-1]))
-    return shares[1:]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.9, 1.0])
@@ -52,8 +41,9 @@ def test_a_layer_whose_tokens_are_needed_keeps_them():
         else:
             torch.nn.init.zeros_(dense.weight)
     rows = tiny_rows(64, labels=False)
-    found = expanded(search_retention(model, rows, target=0.6, steps=40, learning_rate=0.2, progress=False))
-    even = expanded(retention_schedule(4, 0.6))
+    settings = {"target": 0.6, "layers": [1, 2, 3, 4]}
+    found = expanded(search_retention(model, rows, **settings, steps=40, learning_rate=0.2, progress=False))
+    even = expanded(retention_schedule(4, **settings))
     assert found[1] > even[1] + 0.1 and found[3] < even[3] - 0.1, found
 
 
@@ -74,8 +64,7 @@ def test_soft_weights_of_one_change_nothing(family):
     from fastbert_hf.modeling.engine import TorchEngine
 
     model = tiny_model(family)
-    soft = SoftRetention(torch.ones(4))
-    soft.logits.data.fill_(40.0)  # as good as everything; ranks are softened by a twentieth of a text
+    soft = SoftRetention(torch.ones(4), [1, 2, 3, 4])
     soft.shares = lambda: torch.full((4,), 3.0)
     engine = TorchEngine(model.fastbert.backbone, model.exits, model.shared_pooler, coarsening=soft)
     ids = torch.randint(5, 25, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -98,17 +87,9 @@ def test_layers_that_few_texts_reach_cost_little():
     rows = tiny_rows(16, labels=False)
     found = reach_of_layers(model, rows, 0.999, progress=False)
     assert found[0] == 1 and (found.diff() <= 0).all()
-    schedule = search_retention(model, rows, target=0.5, speed=0.999, **QUIET)
+    schedule = search_retention(model, rows, target=0.5, layers=[1, 2, 4], speed=0.999, **QUIET)
     kept = torch.tensor(expanded(schedule)) * found
     assert kept.sum() / found.sum() == pytest.approx(0.5, abs=1e-3)
-
-
-def test_layers_that_remove_nothing_are_left_out():
-    shares = without_idle_layers(torch.tensor([0.99, 0.6, 0.59, 0.3]))
-    assert shares.tolist() == pytest.approx([1.0, 0.6, 0.6, 0.3])
-    assert as_settings(shares) == {"layers": [2, 4], "retention": [0.6, 0.3]}
-    little = torch.tensor([0.999, 0.998, 0.997, 0.996])
-    assert torch.equal(without_idle_layers(little), little)
 
 
 def test_a_search_that_is_done_is_not_repeated(tmp_path, monkeypatch):
@@ -136,6 +117,7 @@ def test_what_cannot_be_is_refused():
         ({"target": 0}, "target must be"),
         ({"speed": 2}, "speed"),
         ({"speed": 0.5}, "needs exits that are trained"),
+        ({"layers": [3]}, "cannot be reached, as texts run through 2 of 4 layers"),
         ({"steps": 0}, "steps must be a whole number"),
         ({"batch_size": 1.5}, "batch_size must be a whole number"),
     ):

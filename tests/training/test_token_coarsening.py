@@ -11,30 +11,42 @@ from transformers import AutoModelForSequenceClassification
 from fastbert_hf.modeling.teacher_digest import teacher_digest
 from fastbert_hf.training import ExitTraining, TokenCoarsening, retention_schedule, train
 
-from ..common import spread_out, tiny_model, tiny_rows, tiny_text_config, tiny_tokenizer, training_settings
+from ..common import expanded, spread_out, tiny_model, tiny_rows, tiny_text_config, tiny_tokenizer, training_settings
 
 
 TEXTS = ["a b c d e f", "f g h i j", "c a d", "j i h g f e d c"] * 40
 
 
 def test_the_schedule_leaves_what_was_asked_for():
-    for num_layers in (1, 4, 6, 12):
-        assert retention_schedule(num_layers, 1.0)["retention"] == [1.0]
-        for target in (0.2, 0.5, 0.9):
+    for num_layers in (1, 2, 4, 6, 12):
+        for target in (0.05, 0.2, 0.5, 0.9, 1.0):
             schedule = retention_schedule(num_layers, target)
-            assert schedule["layers"] == list(range(1, num_layers + 1))
-            assert sum(schedule["retention"]) / num_layers == pytest.approx(target, abs=1e-4)
+            shares = expanded(schedule, num_layers)
+            assert sum(shares) / num_layers == pytest.approx(target, abs=1e-3)
             assert schedule["retention"] == sorted(schedule["retention"], reverse=True)
+    assert [retention_schedule(n, 0.5)["layers"] for n in (1, 2, 4, 6, 12)] == [
+        [1],
+        [1],
+        [2],
+        [2, 4],
+        [2, 4, 6, 8, 10],
+    ]
+    assert retention_schedule(4, 0.1)["layers"] == [1, 2, 3, 4]  # every second one would be too late
+    assert retention_schedule(4, 0.75, layers=[3])["retention"] == [0.5]
     for wrong in (0, 1.1, float("nan"), "half", True):
         with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
             retention_schedule(4, wrong)
+    with pytest.raises(ValueError, match="cannot be reached, as texts run through 2 of 4 layers"):
+        retention_schedule(4, 0.5, layers=[3])
+    with pytest.raises(ValueError, match="numbers from 1 to 4 in rising order"):
+        retention_schedule(4, 0.5, layers=[2, 1])
 
 
 @pytest.mark.parametrize("merge", ["mean", "drop"])
 def test_distillation_repairs_what_shortening_lost(merge, tmp_path):
     model = tiny_model()
     before, rows = copy.deepcopy(model), tiny_rows(64, labels=False)
-    stage = TokenCoarsening(learning_rate=3e-3, target=0.5, merge=merge)
+    stage = TokenCoarsening(learning_rate=3e-3, target=0.5, layers=[1, 2, 3], merge=merge)
     settings = training_settings(tmp_path, max_steps=60)
     trainer = stage.make_trainer(settings.pop("output_dir"), model, rows, None, None, **settings)
     assert trainer.model.config.coarsening["merge"] == merge and before.config.coarsening is None
