@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 import cascade_report
+import length_report
 import pandas as pd
 import report_findings
 import torch
@@ -368,6 +369,9 @@ def draw(results: Results, figures_dir: Path) -> list[str]:
     width = width_report.plot_frontier(width_report.load(results.folder / "width"))
     if width is not None:
         save("figure_width", width)
+    length = length_report.plot_frontier(width_report.load(results.folder / "length"))
+    if length is not None:
+        save("figure_length", length)
     return drawn
 
 
@@ -378,6 +382,7 @@ CAPTIONS = {
     "figure_6": f"Figure 6: uncertainty of the texts that reach each layer at four speeds, {FIGURE_SET} test.",
     "figure_7": f"Figure 7: accuracy and FLOPs over fine-tuning and self-distillation, {FIGURE_SET} dev.",
     "figure_width": "Accuracy on test over executed FLOPs, sst2; the large mark is a model at full depth.",
+    "figure_length": "Accuracy on test over executed FLOPs, imdb; the large mark is a model at full depth.",
 }
 
 
@@ -396,6 +401,7 @@ def text_of(results: Results, drawn: list[str]) -> str:
         "cascade_times": cascade_report.times(results),
         "settings": settings_table(results),
         **width_report.parts(width_report.load(results.folder / "width")),
+        **length_report.parts(width_report.load(results.folder / "length")),
         **report_findings.numbers(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
         **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},

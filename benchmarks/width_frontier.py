@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from statistics import median
 
-import pandas as pd
 import paper_runs
-import torch
-from serving_runs import in_turn, ratios
+from frontier_times import take_times
 
 from fastbert_hf import DEFAULT_MODEL_DIR, FastBertForSequenceClassification, load_operators, train
 from fastbert_hf.commands.train_default_model import MARKUP, SENTENCE_END
@@ -29,7 +24,6 @@ STEPS = 500  # what time allowed
 # From trials on dev of sst2, and that of the package's own model.
 CONVERSION_RATE, EXIT_RATE = 5e-5, 1e-3
 LENGTHS = (40, 400)  # characters: whole sentences and long phrases, as dev and test have them
-LOST = (0.005, 0.01)
 COLUMNS = ("speed", "accuracy", "agreement", "mean_exit_layer", "executed_flops")
 
 
@@ -81,48 +75,6 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(DEFAULT_MODEL_DIR)
 
 
-def cheapest(results: dict[str, dict], name: str, lost: float, part: str = "dev") -> dict[str, float] | None:
-    """
-    Return the cheapest speed that loses at most so much on dev, or on test, against the dense model at full depth,
-    with its numbers on test: what it loses, and how many times fewer FLOPs it executes.
-    """
-    full = {of: pd.DataFrame(results["dense"][of]).iloc[0] for of in ("dev", "test")}
-    table, test = pd.DataFrame(results[name][part]), pd.DataFrame(results[name]["test"])
-    allowed = table[table["accuracy"] >= full[part]["accuracy"] - lost - 1e-9]
-    if allowed.empty:
-        return None
-    row = test.loc[allowed["executed_flops"].idxmin()]
-    speed_up = full["test"]["executed_flops"] / row["executed_flops"]
-    return {"speed": row["speed"], "speed_up": speed_up, "lost": full["test"]["accuracy"] - row["accuracy"]}
-
-
-def times(results: dict[str, dict], data_dir: Path, work_dir: Path, repeats: int = 5) -> list[dict]:
-    """Time the test texts through `predict`, at full depth and at the cheapest speeds that lose little."""
-    load_operators()
-    texts = list(paper_runs.load_splits(data_dir / "en" / "sst2")["test"]["text_a"])
-    rows = [{"input_ids": ids} for ids in tokenizer()(texts)["input_ids"]]
-    models = {name: model_of(result["share"], data_dir, work_dir) for name, result in results.items()}
-
-    def answer(model: FastBertForSequenceClassification, speed: float) -> list:
-        return list(model.predict(rows, speed=speed))
-
-    sides: dict[str, Callable[[], object]] = {}
-    about = {}
-    for name, model in models.items():
-        sides[f"{name}, speed 0"] = partial(answer, model, 0.0)
-        about[f"{name}, speed 0"] = {"model": name, "speed": 0.0}
-        for part in ("dev", "test"):
-            for lost in LOST:
-                point = cheapest(results, name, lost, part)
-                if point is not None:
-                    side = f"{name}, {lost} on {part}"
-                    sides[side] = partial(answer, model, point["speed"])
-                    about[side] = {"model": name, "allowed": lost, "part": part, **point}
-    seconds = in_turn(sides, repeats, "width x depth")
-    full = seconds["dense, speed 0"]
-    return [{**about[side], **ratios(full, own), "seconds": median(own)} for side, own in seconds.items()]
-
-
 def run_all(data_dir: Path, work_dir: Path, results_dir: Path) -> None:
     """Do what is not done."""
     results = {}
@@ -135,6 +87,8 @@ def run_all(data_dir: Path, work_dir: Path, results_dir: Path) -> None:
         results[name_of(share)] = json.loads(path.read_text())
     path = results_dir / "times.json"
     if not path.exists():
-        found = {"rows": times(results, data_dir, work_dir), "threads": torch.get_num_threads()}
-        found["processor"] = torch.backends.cpu.get_cpu_capability()
-        write_whole(path, json.dumps(found, indent=1) + "\n")
+        load_operators()
+        models = {name: model_of(result["share"], data_dir, work_dir) for name, result in results.items()}
+        texts = list(paper_runs.load_splits(data_dir / "en" / "sst2")["test"]["text_a"])
+        rows = [{"input_ids": ids} for ids in tokenizer()(texts)["input_ids"]]
+        write_whole(path, json.dumps(take_times(models, results, "dense", rows), indent=1) + "\n")

@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from statistics import mean
 
-import pandas as pd
+import frontiers
 import width_frontier
 import width_runs
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from report_cells import NOT_YET, markdown, percent
-
-from fastbert_hf.evaluation.figures import COLOURS, MARKERS, STYLE
 
 
 TITLES = {
@@ -86,27 +83,14 @@ def frontier_of(results: dict[str, dict]) -> dict[str, dict]:
 def frontier_table(results: dict[str, dict]) -> str:
     """Return what narrow layers, exits and both give where dev loses at most so much."""
     sweeps = frontier_of(results)
-    rows = results.get("times", {}).get("rows", [])
-    times = {(row["model"], row.get("part"), row.get("allowed")): row for row in rows}
-    full = pd.DataFrame(sweeps["dense"]["test"]).iloc[0] if sweeps else None
-    lines = []
-    for name, sweep in sweeps.items():
-        own = pd.DataFrame(sweep["test"]).iloc[0]
-        cells = [title_of(sweep["share"]), percent(own["accuracy"])]
-        cells.append(cell(full["executed_flops"] / own["executed_flops"], times.get((name, None, None))))
-        for part in ("test", "dev"):
-            for allowed in width_frontier.LOST:
-                point = width_frontier.cheapest(sweeps, name, allowed, part)
-                if point is None:
-                    cells.append("none loses so little")
-                    continue
-                lost_there = "" if part == "test" else f", {_points([point['lost']])} lost"
-                cells.append(cell(point["speed_up"], times.get((name, part, allowed))) + lost_there)
-        lines.append(cells)
-    header = ["", "accuracy", "at full depth"]
-    header += [f"{100 * allowed:g} points lost on test" for allowed in width_frontier.LOST]
-    header += [f"chosen on dev for {100 * allowed:g} points lost" for allowed in width_frontier.LOST]
-    return markdown(header, lines) if lines else NOT_YET
+    if not sweeps:
+        return NOT_YET
+    times = results.get("times", {}).get("rows", [])
+    return markdown(frontiers.header(), frontiers.rows(sweeps["dense"], sweeps, titles_of(sweeps), times))
+
+
+def titles_of(sweeps: dict[str, dict]) -> dict[str, str]:
+    return {name: title_of(sweep["share"]) for name, sweep in sweeps.items()}
 
 
 def title_of(share: float | None) -> str:
@@ -115,31 +99,12 @@ def title_of(share: float | None) -> str:
     return "exits alone, trained on" if share == 1 else f"{100 * share:g} % of the neurons, with exits"
 
 
-def cell(flops: float, measured: dict | None) -> str:
-    """Return a speed-up in FLOPs, and in time where it was measured."""
-    return f"{flops:.2f}x" + ("" if measured is None else f" ({measured['ratio']:.2f}x)")
-
-
 def plot_frontier(results: dict[str, dict]) -> Figure | None:
     """Draw accuracy on test over executed FLOPs, a line for each width."""
     sweeps = frontier_of(results)
     if not sweeps:
         return None
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        full = pd.DataFrame(sweeps["dense"]["test"]).iloc[0]
-        for sweep, colour, marker in zip(sweeps.values(), COLOURS, MARKERS, strict=False):
-            table = pd.DataFrame(sweep["test"])
-            speed_ups = full["executed_flops"] / table["executed_flops"]
-            axes.plot(speed_ups, 100 * table["accuracy"], color=colour, label=title_of(sweep["share"]))
-            axes.plot(speed_ups[:1], 100 * table["accuracy"][:1], marker, color=colour, markersize=8)
-        axes.set(xscale="log", xlabel="times fewer FLOPs than all layers and neurons", ylabel="accuracy on test, %")
-        axes.set_xticks([1, 2, 3, 4, 6, 8, 12, 16], ["1", "2", "3", "4", "6", "8", "12", "16"])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=100 * full["accuracy"] - 8)
-        axes.legend(loc="lower left")
-    return figure
+    return frontiers.plot(sweeps["dense"], sweeps, titles_of(sweeps), "all layers and neurons")
 
 
 def parts(results: dict[str, dict]) -> dict[str, str]:
@@ -163,18 +128,18 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     sweeps, taken = frontier_of(results), results.get("times")
     found["frontier_steps"] = str(sweeps["0.25"]["steps"]) if "0.25" in sweeps else NOT_YET
     found["frontier_machine"] = NOT_YET if taken is None else f"{taken['threads']} threads, {taken['processor']}"
-    allowed = width_frontier.LOST[0]
-    points = {name: width_frontier.cheapest(sweeps, name, allowed, "test") for name in sweeps}
+    allowed = frontiers.LOST[0]
+    points = {name: frontiers.cheapest(sweeps["dense"], sweeps[name], allowed, "test") for name in sweeps}
     names = {
         width_frontier.name_of(share): "dense" if share is None else f"{1 / share:g}"
         for share in width_frontier.SHARES
     }
     for name, part in names.items():
         found[f"frontier_{part}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else NOT_YET
-    speed_ups = {name: point["speed_up"] for name, point in points.items() if point}
-    alone = [speed_ups[name] for name in speed_ups if name in ("dense", "1")]
-    both = [speed_ups[name] for name in speed_ups if name not in ("dense", "1")]
-    found["frontier_gain"] = f"{max(both) / max(alone):.2f}" if alone and both else NOT_YET
+    alone = [sweeps[name] for name in sweeps if name in ("dense", "1")]
+    both = [sweeps[name] for name in sweeps if name not in ("dense", "1")]
+    gained = frontiers.gain(sweeps["dense"], alone, both, allowed) if sweeps else None
+    found["frontier_gain"] = NOT_YET if gained is None else f"{gained:.2f}"
     taken = {
         row["model"]: row["ratio"]
         for row in results.get("times", {}).get("rows", [])

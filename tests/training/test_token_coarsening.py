@@ -6,15 +6,37 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, default_data_collator
 
+from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.modeling.teacher_digest import teacher_digest
-from fastbert_hf.training import ExitTraining, TokenCoarsening, retention_schedule, train
+from fastbert_hf.training import ExitTraining, TokenCoarsening, retention_schedule, run_stage, train
 
-from ..common import expanded, spread_out, tiny_model, tiny_rows, tiny_text_config, tiny_tokenizer, training_settings
+from ..common import (
+    assert_close,
+    changed_parameters,
+    copied_state,
+    expanded,
+    spread_out,
+    tiny_model,
+    tiny_rows,
+    tiny_text_config,
+    tiny_tokenizer,
+    training_settings,
+)
+from .common import Interrupted, Stop
 
 
 TEXTS = ["a b c d e f", "f g h i j", "c a d", "j i h g f e d c"] * 40
+
+
+def classifier_of(tmp_path):
+    """Return the folder of a stock classifier with its tokenizer."""
+    folder = tmp_path / "classifier"
+    spread_out(AutoModelForSequenceClassification.from_config(tiny_text_config("bert"))).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def test_the_schedule_leaves_what_was_asked_for():
@@ -56,9 +78,7 @@ def test_distillation_repairs_what_shortening_lost(merge, tmp_path):
 
 
 def test_one_call_shortens_distils_and_teaches_the_exits(tmp_path):
-    classifier = tmp_path / "classifier"
-    spread_out(AutoModelForSequenceClassification.from_config(tiny_text_config("bert"))).save_pretrained(classifier)
-    tiny_tokenizer().save_pretrained(classifier)
+    classifier = classifier_of(tmp_path)
     settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "output_dir": tmp_path / "short"}
     stages = [TokenCoarsening(target=0.6, num_train_epochs=1), ExitTraining(num_train_epochs=1)]
     trained = train(classifier, TEXTS, stages=stages, **settings)
@@ -87,3 +107,54 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="from 1 to 4"):
         stage.make_trainer(tmp_path, tiny_model(), tiny_rows(8, labels=False), None, None, use_cpu=True)
     assert torch.is_grad_enabled()
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(tmp_path):
+    def run(folder, *callbacks) -> dict[str, torch.Tensor]:
+        def make_trainer(output_dir: str):
+            settings = training_settings(output_dir, max_steps=6, save_strategy="steps", save_steps=2)
+            settings.pop("output_dir")
+            stage = TokenCoarsening(target=0.5, layers=[1, 2, 3], search=True)
+            trainer = stage.make_trainer(output_dir, tiny_model(), tiny_rows(24, labels=False), None, None, **settings)
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            return trainer
+
+        path = run_stage(folder, {}, make_trainer)
+        return FastBertForSequenceClassification.from_pretrained(path).state_dict()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", Stop(5))
+    assert (tmp_path / "parts" / "checkpoint-4").exists() and (tmp_path / "parts" / "retention.json").exists()
+    resumed = run(tmp_path / "parts")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_labels_may_teach_it_instead(tmp_path):
+    model, stage = tiny_model(), TokenCoarsening(target=0.5, retraining="labels", learning_rate=1e-3)
+    before = copied_state(model)
+    settings = training_settings(tmp_path, max_steps=2)
+    trainer = stage.make_trainer(settings.pop("output_dir"), model, tiny_rows(16), tiny_rows(8), None, **settings)
+    trainer.train()
+    moved = changed_parameters(model, before)
+    assert any(name.startswith("exits.3.") for name in moved) and not any("exits.0." in name for name in moved)
+    assert "eval_accuracy" in trainer.evaluate()
+    with pytest.raises(ValueError, match="label"):
+        train(classifier_of(tmp_path), TEXTS, stages=[stage], output_dir=tmp_path / "labels", use_cpu=True)
+
+
+def test_an_adapter_learns_on_a_model_that_shortens(tmp_path):
+    model = tiny_model(coarsening={"layers": [1, 2], "retention": [0.7, 0.4]})
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["exits.3"]))
+    before = copied_state(adapted)
+    settings = training_settings(tmp_path, max_steps=3, learning_rate=1e-2)
+    Trainer(adapted, TrainingArguments(**settings), train_dataset=tiny_rows(16)).train()
+    moved = changed_parameters(adapted, before)
+    assert moved and all("lora" in name or "modules_to_save" in name for name in moved)
+    batch = default_data_collator(tiny_rows(8, labels=False, seed=1))
+    with torch.no_grad():
+        expected = adapted.eval()(**batch, speed=0.5)
+        actual = adapted.merge_and_unload()(**batch, speed=0.5)
+    assert_close(actual.logits, expected.logits)
+    assert torch.equal(actual.exit_layer, expected.exit_layer) and model.config.coarsening
