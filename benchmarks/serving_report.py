@@ -58,6 +58,7 @@ def write(docs_dir: Path) -> None:
         "width_layer": width_table(results, "width_layer"),
         "width_encoder": width_table(results, "width_encoder"),
         "width_settings": width_settings(results),
+        "length": length_table(results),
     }
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
@@ -125,6 +126,23 @@ def options_table(results: dict) -> str:
             spread = f"{result['least']:.2f} to {result['greatest']:.2f}{note}"
             lines.append(f"| {title} | {case} | {result['ratio']:.2f}x | {spread} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
+
+
+def length_table(results: dict) -> str:
+    """Return how many times faster shorter texts are answered, beside the FLOPs that they save."""
+    rows = results.get("length", {}).get("result")
+    if rows is None:
+        return NOT_YET
+    lines = [
+        "| shape | tokens of a text | the others are | fewer FLOPs | faster by | of the ideal | range |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        spread = f"{row['least']:.2f} to {row['greatest']:.2f}"
+        cells = [row["shape"], f"{3 * row['tokens'] // 4} to {row['tokens']}", row["kind"], f"{row['flops']:.2f}x"]
+        cells += [f"{row['time']['ratio']:.2f}x", f"{row['ratio']:.2f}", spread]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def width_table(results: dict, name: str) -> str:

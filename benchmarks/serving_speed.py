@@ -63,6 +63,7 @@ NAMES = {
     "growth": "seconds by the number of texts, their length, layers and classes",
     "width_layer": "fast feed-forward layers against dense ones",
     "width_encoder": "models with fast feed-forward layers against dense ones, speed 0",
+    "length": "models whose texts become shorter against all tokens, speed 0, against the executed FLOPs",
     "memory": "peak memory of streams of 10,000 and 100,000 texts",
 }
 
@@ -128,6 +129,10 @@ def measure(name: str, arguments: Arguments) -> object:
 
         run = width_speed.feed_forward_alone if name == "width_layer" else width_speed.whole_encoder
         return [row for shape in width_speed.SHAPES for row in run(shape, repeats)]
+    if name == "length":
+        import length_speed
+
+        return [row for shape in runs.SHAPES for row in length_speed.against_all_tokens(shape, repeats)]
     if name == "growth":
         return runs.growth(texts["MiniLM"], repeats)
     return runs.memory_of_streams()

@@ -99,7 +99,20 @@ class BackboneDistillationTrainer(CheckedTrainer):
         errors = []
         for own, other in zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True):
             is_token = other.any(-1) & own.any(-1)  # not padding, nor what was dropped on the way
-            other = other[is_token]
-            errors.append((own[is_token] - other).square().mean() / other.var(0, correction=0).mean())
+            weights = shares_of_units(own)[is_token]
+            own, other = own[is_token], other[is_token]
+            error = ((own - other).square().mean(-1) * weights).sum() / weights.sum()
+            errors.append(error / other.var(0, correction=0).mean())
         loss = loss + self.args.hidden_states_weight * torch.stack(errors).mean()
         return (loss, outputs) if return_outputs else loss
+
+
+@torch.no_grad()
+def shares_of_units(states: torch.Tensor) -> torch.Tensor:
+    """
+    Return the part that each token is of what it was merged into, `[batch_size, sequence_length]`: 1 where it stands
+    for itself. Merged tokens have the same states, `[batch_size, sequence_length, hidden_size]`; what many of them
+    share would otherwise count as often in a loss.
+    """
+    keys = states.double().sum(-1)
+    return 1 / (keys.unsqueeze(1) == keys.unsqueeze(2)).sum(-1)

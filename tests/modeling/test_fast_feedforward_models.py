@@ -128,8 +128,8 @@ def test_adapters_learn_beside_them():
         get_peft_model(tiny_model(feed_forward=LEAVES), LoraConfig(target_modules=["output.dense"]))
 
 
-def test_code_beside_weights_has_them(tmp_path):
-    model = tiny_model(feed_forward=LEAVES)
+def test_code_beside_weights_has_them_and_coarsening(tmp_path):
+    model = tiny_model(feed_forward=LEAVES, coarsening={"layers": [1, 2], "retention": [0.7, 0.4]})
     save_with_code(model, tmp_path)
     script = f"""
 import sys
@@ -137,11 +137,11 @@ sys.modules["fastbert_hf"] = None
 import torch
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
-print(model(torch.tensor([[7, 8, 9]])).logits.tolist())
+print(model(torch.tensor([[7, 8, 9, 10, 11]])).logits.tolist())
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     logits = torch.tensor(eval(run.stdout.splitlines()[-1]))
-    assert_close(logits, model(torch.tensor([[7, 8, 9]])).logits, 1e-5)
+    assert_close(logits, model(torch.tensor([[7, 8, 9, 10, 11]])).logits, 1e-5)
 
 
 @pytest.mark.parametrize(

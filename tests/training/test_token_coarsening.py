@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.modeling.teacher_digest import teacher_digest
 from fastbert_hf.training import ExitTraining, TokenCoarsening, retention_schedule, run_stage, train
+from fastbert_hf.training.backbone_distillation_trainer import shares_of_units
 
 from ..common import (
     assert_close,
@@ -90,6 +91,16 @@ def test_one_call_shortens_distils_and_teaches_the_exits(tmp_path):
     assert trained.pipeline(retention=1.0)(TEXTS[:4]) != trained.pipeline()(TEXTS[:4])
     with pytest.raises(ValueError, match="other settings"):
         train(classifier, TEXTS, stages=[TokenCoarsening(target=0.5), *stages[1:]], **settings)
+
+
+def test_a_coarse_token_counts_once_in_the_loss():
+    model = tiny_model(coarsening={"layers": [1], "retention": [0.5], "clusters": 2})
+    ids = torch.arange(5, 17).unsqueeze(0)
+    with torch.no_grad():
+        before, after, *_ = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(shares_of_units(before), torch.ones(1, 12))
+    shares = shares_of_units(after)[0]
+    assert sorted(shares.tolist()) == pytest.approx([0.25] * 8 + [1.0] * 4) and shares.sum() == pytest.approx(6)
 
 
 def test_what_cannot_be_is_refused(tmp_path):
