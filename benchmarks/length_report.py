@@ -13,6 +13,7 @@ TITLES = {
     "drop": "**dropped** (PoWER-BERT)",
     "mean": "**one coarse token**, mean (FCA)",
     "weighted": "one coarse token, by attention (FCA)",
+    "searched": "dropped, schedule searched for",
     "random": "random ones kept",
     "first": "the first ones kept",
     "truncate": "the text is cut",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastbert_hf.evaluation import executed_flops
 from fastbert_hf.modeling.engine import TorchEngine
 from fastbert_hf.modeling.packed_batch import PackedBatch
 from fastbert_hf.modeling.token_coarsening import Coarsening
-from fastbert_hf.training import retention_schedule
+from fastbert_hf.training import retention_schedule, search_retention
 
 
 # The data set behind each name, and to how many tokens its texts are cut.
@@ -29,7 +30,7 @@ SETS = {
     "sst2": ("sst2", 128),
 }
 RATIOS = (1.5, 2.0, 3.0)
-KINDS = ("drop", "mean", "truncate", "weighted", "first", "random")
+KINDS = ("drop", "mean", "truncate", "weighted", "searched", "first", "random")
 # What is asked at every ratio; the others at 2x alone.
 AT_EVERY_RATIO = KINDS[:3]
 LEARNING_RATE = 1e-4  # of 5e-5 and 1e-4 on dev of imdb, 150 steps
@@ -105,11 +106,26 @@ class Truncation(Coarsening):
         return self.shorten(0, states, replace(batch, received=received))
 
 
-def make_shorter(model: FastBertForSequenceClassification, kind: str, dial: float) -> int | None:
+def make_shorter(
+    model: FastBertForSequenceClassification, kind: str, dial: float, searched: dict | None = None
+) -> int | None:
     """
     Set a model, in place, to read texts shorter in one of the ways, and return to how many tokens they are cut first,
-    if they are. `dial` is the target of the schedule, or this number of tokens.
+    if they are.
+
+    Args:
+        model ([`FastBertForSequenceClassification`]): With no schedule of its own.
+        kind (`str`): One of `KINDS`.
+        dial (`float`): The target of the schedule; of a searched one what it keeps in the end; to how many tokens
+            texts are cut.
+        searched (`dict`, *optional*): From [`search_retention`].
     """
+    if kind == "searched":
+        shares = Coarsening.of({**searched, "merge": "drop"}, dial).retention
+        shares = {depth: max(share, 1e-4) for depth, share in shares.items()}
+        settings = {"layers": list(shares), "retention": list(shares.values())}
+        model.config.coarsening = {**settings, "merge": "drop"}
+        return None
     if kind == "truncate":
         truncation = Truncation({}, merge="drop", most_tokens=round(dial))
         answer_by(model, lambda engine: cut_first(engine, truncation))
@@ -148,19 +164,25 @@ def cut_first(engine: TorchEngine, truncation: Truncation) -> None:
     engine.embed = embed_and_cut
 
 
-def dial_of(model: FastBertForSequenceClassification, kind: str, ratio: float, lengths: torch.Tensor) -> float:
+def dial_of(
+    model: FastBertForSequenceClassification,
+    kind: str,
+    ratio: float,
+    lengths: torch.Tensor,
+    searched: dict | None = None,
+) -> float:
     """Return the dial with which texts of these lengths execute `ratio` times fewer FLOPs."""
     depth = torch.full_like(lengths, model.config.num_hidden_layers)
 
     def flops(dial: float | None) -> float:
         changed = copy.copy(model)
         changed.config = copy.deepcopy(model.config)
-        most = None if dial is None else make_shorter(changed, kind, dial)
+        most = None if dial is None else make_shorter(changed, kind, dial, searched)
         own = lengths if most is None else lengths.clamp(max=most)
         return executed_flops(changed, depth, own, students=False).double().mean().item()
 
     wanted = flops(None) / ratio
-    low, high = (3.0, float(lengths.max())) if kind == "truncate" else (0.05, 1.0)
+    low, high = (3.0, float(lengths.max())) if kind == "truncate" else (0.02, 1.0)
     for _ in range(12):
         middle = (low + high) / 2
         low, high = (low, middle) if flops(middle) > wanted else (middle, high)
@@ -176,6 +198,12 @@ class LengthBench(Bench):
         super().__init__(set_name, data_dir, work_dir, max_length, longest)
         self.work_dir = work_dir
         self.lengths = torch.tensor([len(row) for row in self.splits["dev"]["input_ids"]])
+
+    @cached_property
+    def searched(self) -> dict:
+        """Return what a search finds where every layer may make texts shorter."""
+        layers = range(1, self.full.config.num_hidden_layers + 1)
+        return search_retention(self.full, self.texts, self.tokenizer, layers=list(layers), seed=SEED, progress=False)
 
     def execute(self, run: LengthRun, parts: tuple[str, ...] = ("dev", "test"), **settings) -> dict:
         """Make texts shorter, distil, and return the numbers of a run."""
@@ -193,8 +221,9 @@ class LengthBench(Bench):
             result["tokens"] = {part: sum(own) / len(own) for part, own in lengths.items()}
             return result | {"distilled": {part: self.measure(self.full, part) for part in parts}}
         model = copy.deepcopy(self.full)
-        dial = dial_of(model, run.kind, run.ratio, self.lengths)
-        most_tokens = make_shorter(model, run.kind, dial)
+        searched = self.searched if run.kind == "searched" else None
+        dial = dial_of(model, run.kind, run.ratio, self.lengths, searched)
+        most_tokens = make_shorter(model, run.kind, dial, searched)
         result |= {"dial": dial, "coarsening": model.config.coarsening}
         result["converted"] = {"dev": self.measure(model, "dev", most_tokens)}
         result["log"] = self.distill(model, **used)
