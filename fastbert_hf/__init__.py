@@ -18,6 +18,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .calibration import calibrate
     from .evaluation.speed_choice import choose_speed
     from .operators import load_operators
     from .training import SelfDistillationArguments, SelfDistillationTrainer, train
@@ -52,6 +53,7 @@ del push_to_hub, pushed
 _LATER = {
     "SelfDistillationArguments": "training",
     "SelfDistillationTrainer": "training",
+    "calibrate": "calibration",
     "choose_speed": "evaluation.speed_choice",
     "load_operators": "operators",
     "train": "training",
@@ -81,6 +83,7 @@ __all__ = [
     "SelfDistillationArguments",
     "SelfDistillationTrainer",
     "__version__",
+    "calibrate",
     "choose_speed",
     "load_operators",
     "save_with_code",

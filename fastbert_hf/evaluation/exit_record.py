@@ -175,10 +175,13 @@ def record_exits(
 
 
 def as_record(
-    model: PreTrainedModel, rows: Any, tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None
+    model: PreTrainedModel,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
+    **settings: Any,
 ) -> ExitRecord:
-    """Return a record as it is, and that of texts or rows, which [`record_exits`] makes."""
-    return rows if isinstance(rows, ExitRecord) else record_exits(model, rows, tokenizer=tokenizer)
+    """Return a record as it is, and that of texts or rows, which [`record_exits`] makes with these settings."""
+    return rows if isinstance(rows, ExitRecord) else record_exits(model, rows, tokenizer=tokenizer, **settings)
 
 
 def _datasets_of_members(number: int, dataset: Any, tokenizers: Sequence[Any], data_collator: Any) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -159,3 +160,56 @@ def exit_uncertainties(record: ExitRecord, policy: ExitPolicy, may_answer: torch
             uncertainty, state = policy.uncertainty(record.exit_logits[:, column], state, asked)
             columns.append(uncertainty)
     return torch.stack(columns, 1)
+
+
+def replay_every_speed(record: ExitRecord, config: PreTrainedConfig) -> tuple[torch.Tensor, list[Replay]]:
+    """
+    Return all that happens at speeds above 0: a text changes its exit where the speed passes one of its own
+    uncertainties, and only there.
+
+    Args:
+        record ([`ExitRecord`]): From [`record_exits`].
+        config ([`FastBertConfig`] or [`CascadeConfig`]): Of the model of the record, with its policy and limits.
+
+    Returns:
+        `tuple` of `torch.Tensor` of shape `[rows, L]`, the uncertainties of each text in rising order, and `list` of L
+        + 1 [`Replay`]: up to the first of them, between each two, and at speed 1.
+
+    Raises:
+        ValueError: If the logits of a row are not finite.
+    """
+    policy, thresholds = ExitPolicy.of(config), speed_thresholds(record, config, 1.0)
+    uncertainties = exit_uncertainties(record, policy, thresholds > 0)
+    broken = (uncertainties.isnan() & (thresholds > 0)).any(1)
+    if broken.any():
+        raise ValueError(
+            f"the logits of rows {broken.nonzero()[:, 0].tolist()} are not finite, so there is no answer: check the "
+            "model's weights and inputs for NaN and infinity."
+        )
+    steps = uncertainties.where(thresholds > 0, 1.0).sort(1).values
+    speeds = torch.cat([steps, torch.ones(len(steps), 1)], 1).clamp(min=torch.finfo(steps.dtype).tiny)
+    replays = [
+        replay(record, speed_thresholds(record, config, of_rows), policy, uncertainties)
+        for of_rows in speeds.unbind(1)
+    ]
+    return steps, replays
+
+
+def add_up(
+    steps: torch.Tensor, layers: torch.Tensor, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the speeds at which a text changes its exit, in rising order from 0, `[intervals]`, and the sums over the
+    texts above each of them, up to the next, `[intervals, ...]`.
+
+    Args:
+        steps (`torch.Tensor` of shape `[rows, L]`): From [`replay_every_speed`].
+        layers (`torch.Tensor` of shape `[rows, L + 1]`): The exit layers of its replays.
+        value (`Callable`): From rows and the numbers of their replays, `[n]` each, to what is added up, `[n, ...]`.
+    """
+    rows, before = (layers[:, 1:] != layers[:, :-1]).nonzero(as_tuple=True)  # [changes] of all texts
+    lower, places = torch.cat([torch.zeros(1), steps[rows, before]]).unique(return_inverse=True)
+    changes = value(rows, before + 1) - value(rows, before)
+    by_place = changes.new_zeros(len(lower), *changes.shape[1:]).index_add_(0, places[1:], changes)
+    every_row = torch.arange(len(layers))
+    return lower, value(every_row, torch.zeros_like(every_row)).sum(0) + by_place.cumsum(0)

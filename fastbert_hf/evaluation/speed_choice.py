@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling.exit_policies import ExitPolicy, config_thresholds
+from ..modeling.exit_policies import config_thresholds
 from ..modeling.processing_cascade import CascadeProcessor
 from ..modeling.tasks import task_of
 from .exit_record import ExitRecord, record_exits
-from .replay import Replay, exit_uncertainties, replay, replay_at_speed, speed_thresholds
+from .replay import Replay, add_up, replay_at_speed, replay_every_speed
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _fastest(record: ExitRecord, config: PreTrainedConfig, metric: str, max_loss
     if allowed.any():
         fastest = allowed & (costs == costs[allowed].min())
         best = scores.where(fastest, -math.inf).argmax()
-        speed = _between(lower[best].item(), upper[best].item())
+        speed = between(lower[best].item(), upper[best].item())
 
     chosen = replay_at_speed(record, config, speed)
     score = data.score(data.answers(chosen))
@@ -214,38 +214,14 @@ def _every_speed(data: _Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     Return the intervals (lower, upper] of the speeds above 0, in each of which no text changes its exit, and what all
     texts together cost there and score: `[intervals]` each.
     """
-    policy, thresholds = ExitPolicy.of(data.config), speed_thresholds(data.record, data.config, 1.0)
-    uncertainties = exit_uncertainties(data.record, policy, thresholds > 0)
-    broken = (uncertainties.isnan() & (thresholds > 0)).any(1)
-    if broken.any():
-        raise ValueError(
-            f"the logits of rows {broken.nonzero()[:, 0].tolist()} are not finite, so there is no answer: check the "
-            "model's weights and inputs for NaN and infinity."
-        )
-    # A text changes its exit where the speed passes one of its own uncertainties, and only there. So it is replayed
-    # once between each two of them: the first time just above 0, the last time at speed 1.
-    steps = uncertainties.where(thresholds > 0, 1.0).sort(1).values  # [rows, L]
-    speeds = torch.cat([steps, torch.ones(len(steps), 1)], 1).clamp(min=torch.finfo(steps.dtype).tiny)
-    replays = [
-        replay(data.record, speed_thresholds(data.record, data.config, of_rows), policy, uncertainties)
-        for of_rows in speeds.unbind(1)
-    ]
+    steps, replays = replay_every_speed(data.record, data.config)
     layers, answers, costs = (  # [rows, L + 1] each
         torch.stack([part(replayed) for replayed in replays], 1)
         for part in (lambda replayed: replayed.exit_layer, data.answers, _costs)
     )
-    rows, before = (layers[:, 1:] != layers[:, :-1]).nonzero(as_tuple=True)  # [changes] of all texts
-    after = before + 1
-    lower, places = torch.cat([torch.zeros(1), steps[rows, before]]).unique(return_inverse=True)
-
-    def totals(at_first: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
-        by_place = changes.new_zeros(len(lower), *changes.shape[1:]).index_add_(0, places[1:], changes)
-        return at_first.sum(0) + by_place.cumsum(0)
-
-    changed = data.counts(answers[rows, after], rows) - data.counts(answers[rows, before], rows)
-    scores = data.scores(totals(data.counts(answers[:, 0]), changed))
-    costs = totals(costs[:, 0], costs[rows, after] - costs[rows, before])
-    return lower, torch.cat([lower[1:], torch.ones(1)]), costs, scores
+    lower, costs_there = add_up(steps, layers, lambda rows, places: costs[rows, places])
+    _, counts = add_up(steps, layers, lambda rows, places: data.counts(answers[rows, places], rows))
+    return lower, torch.cat([lower[1:], torch.ones(1)]), costs_there, data.scores(counts)
 
 
 def _costs(replayed: Replay) -> torch.Tensor:
@@ -253,7 +229,7 @@ def _costs(replayed: Replay) -> torch.Tensor:
     return replayed.exit_layer if replayed.flops is None else replayed.flops
 
 
-def _between(lower: float, upper: float) -> float:
+def between(lower: float, upper: float) -> float:
     """Return a speed in (lower, upper] with as few decimals as possible, away from both edges. 1 is no edge."""
     margin = (upper - lower) / 4
     for decimals in range(1, 10):

@@ -9,6 +9,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoint_checks import check_raw_cascade, explained, read_config, shortened
 from .configuration_fastbert import CODE_FIELDS, FastBertConfig
+from .dials import check_calibration
 from .exit_policies import check_speed
 
 
@@ -36,6 +37,8 @@ class CascadeConfig(PreTrainedConfig):
             \text{speed} \cdot (N - 1) / N \\) for N labels.
         speed (`float`, *optional*, defaults to 0.5):
             The speed that the pipeline uses when the call names none. The model itself asks the last member then.
+        calibration (`dict`, *optional*):
+            What speeds cost on a user's own texts, as [`calibrate`] writes it, so that a call may give a `speedup`.
 
     Example:
 
@@ -53,6 +56,7 @@ class CascadeConfig(PreTrainedConfig):
     own_tokenizers: bool = False
     exit_policy: str = "confidence"
     speed: float | int = 0.5
+    calibration: dict | None = None
 
     def __post_init__(self, **kwargs):
         # The members write their attention into their configs, so they must not be the caller's.
@@ -66,6 +70,8 @@ class CascadeConfig(PreTrainedConfig):
         if self.members:
             self._check_members()
         check_speed(self.speed)
+        self.calibration = copy.deepcopy(self.calibration)
+        check_calibration(self.calibration)
         self.exit_policy, self.dtype = self.exit_policy, self.dtype  # they reach the members
 
     def __setattr__(self, key, value):

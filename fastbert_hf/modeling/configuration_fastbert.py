@@ -11,6 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoint_checks import check_labels, check_raw_config, explained, read_config, shortened
+from .dials import check_calibration
 from .exit_classifiers import EXIT_TYPES
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 from .families import get_encoder_family
@@ -88,6 +89,8 @@ class FastBertConfig(PreTrainedConfig):
         distilled_for (`str`, *optional*):
             Digest of the backbone and teacher that the students were distilled from, `"float32:0123456789abcdef"`,
             as the trainer writes it. `None` says nothing of them.
+        calibration (`dict`, *optional*):
+            What speeds cost on a user's own texts, as [`calibrate`] writes it, so that a call may give a `speedup`.
 
     Example:
 
@@ -122,6 +125,7 @@ class FastBertConfig(PreTrainedConfig):
     feed_forward: dict | None = None
     coarsening: dict | None = None
     distilled_for: str | None = None
+    calibration: dict | None = None
 
     def __post_init__(self, **kwargs):
         # The model writes its attention into the backbone's config, so it must not be the caller's.
@@ -155,6 +159,8 @@ class FastBertConfig(PreTrainedConfig):
         self.coarsening = copy.deepcopy(self.coarsening)
         check_coarsening(self.coarsening, self.num_hidden_layers)
         check_speed(self.speed)
+        self.calibration = copy.deepcopy(self.calibration)
+        check_calibration(self.calibration)
         exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
 
     @classmethod

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_cascade import CASCADE_POLICIES, CascadeConfig
 from .configuration_fastbert import FastBertConfig
+from .dials import speed_of_call
 from .encoded_texts import check_on_error, checked_speeds, read_texts
 from .engine import TorchEngine
 from .exit_policies import ExitPolicy, config_thresholds, exit_range, row_speeds
@@ -156,6 +157,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         speed: float | list[float] | torch.Tensor | None = None,
         exit_policy: str | None = None,
         retention: float | None = None,
+        speedup: float | list[float] | torch.Tensor | None = None,
         member_inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -172,6 +174,8 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
                 and all without a speed, are answered by the last member, and no other runs on them.
             exit_policy (`str`, *optional*): As in [`CascadeConfig`], whose own is used unless given.
             retention (`float`, *optional*): As in a FastBERT model, for those members that make texts shorter.
+            speedup (`float`, sequence or tensor of `batch_size` numbers, *optional*):
+                As in a FastBERT model: how many times less than with the last member alone a row shall cost.
             member_inputs (sequence of `dict`, *optional*):
                 In place of `input_ids` and the others where every member has its own tokenizer: what each gave.
             output_hidden_states, output_attentions (`bool`, *optional*): Not available; a member may return the first.
@@ -185,6 +189,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         given = dict(zip(names, (input_ids, attention_mask, token_type_ids, task_type_ids), strict=True))
         inputs = inputs_of_members(given, member_inputs, self.config)
         num_rows = len(inputs[0]["input_ids"])
+        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, retention=retention)
         thresholds = self.thresholds_at(row_speeds(speed, num_rows))
         policy = self.policy(exit_policy)
         members = [
@@ -210,6 +215,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         speed: float | Iterable[float] | None = None,
         exit_policy: str | None = None,
         retention: float | None = None,
+        speedup: float | Iterable[float] | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
@@ -221,6 +227,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         """
         check_on_error(on_error)
         policy = self.policy(exit_policy)
+        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, retention=retention)
         text_configs = [member.text_config for member in self.config.members]
         texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers, on_error)
         return answer_texts(

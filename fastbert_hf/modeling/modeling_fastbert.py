@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_fastbert import FastBertConfig
+from .dials import speed_of_call
 from .encoded_texts import check_on_error, checked_speeds, read_texts
 from .engine import TorchEngine
 from .exit_classifiers import ExitClassifier, build_exits
@@ -218,6 +219,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         exit_policy: str | None = None,
         patience: int | None = None,
         retention: float | None = None,
+        speedup: float | list[float] | torch.Tensor | None = None,
         output_exit_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -240,6 +242,9 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
             retention (`float`, *optional*):
                 In (0, 1], for a model with `config.coarsening`: the share of a text's tokens that is left in the end,
                 in place of the config's own. 1 leaves all.
+            speedup (`float`, sequence or tensor of `batch_size` numbers, *optional*):
+                In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less a row shall
+                cost than with every layer, on average over many texts.
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
             output_hidden_states (`bool`, *optional*): Whether to return the output of every layer. Speed 0 only.
 
@@ -250,7 +255,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         if labels is not None and self.training and max_layers is None:
             self._refuse_random_teacher()
         if labels is not None and torch.is_grad_enabled():
-            self._teacher_digest = None  # a training without train() may follow
+            self._teacher_digest = self._weights_digest = None  # a training without train() may follow
         packed_batch, inputs, padding = self.fastbert.pack(
             input_ids,
             attention_mask,
@@ -259,6 +264,8 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
             token_type_ids=token_type_ids,
             task_type_ids=task_type_ids,
         )
+        asked = {"min_exit_layer": min_exit_layer, "max_layers": max_layers, "retention": retention}
+        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, patience=patience, **asked)
         speeds = row_speeds(speed, padding.shape[0])
         limits = (self.config.num_hidden_layers, min_exit_layer, max_layers)
         thresholds = self.checked_thresholds(exit_thresholds(speeds, *limits))
@@ -301,6 +308,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         exit_policy: str | None = None,
         patience: int | None = None,
         retention: float | None = None,
+        speedup: float | Iterable[float] | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
@@ -317,6 +325,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
                 up to 16 batches ahead. An exception among them is why there is no such text.
             speed (`float` or iterable of `float`, *optional*): In [0, 1], for all or one for each; 0 unless given.
             min_exit_layer, max_layers, exit_policy, patience, retention (*optional*): As in `forward`.
+            speedup (`float` or iterable of `float`, *optional*): As in `forward`, for all or one for each.
             batch_size (`int`, *optional*):
                 Reads and answers so many texts at a time, 1 for each as it comes. By the number of tokens unless
                 given, which is faster.
@@ -346,6 +355,8 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         check_on_error(on_error)
         self.check_retention(retention)
         policy = self.policy(exit_policy, patience)
+        asked = {"min_exit_layer": min_exit_layer, "max_layers": max_layers, "retention": retention}
+        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, patience=patience, **asked)
         texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config], on_error=on_error)
         engines = [self.engine(inference=True, retention=retention)]
 

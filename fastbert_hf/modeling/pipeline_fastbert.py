@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pipelines.text_classification import ClassificationFunction
 from transformers.utils.logging import tqdm
 
+from .dials import check_speedup
 from .encoded_texts import check_on_error, checked_speeds, read_blocks
 from .exit_policies import check_speed, exit_range
 from .pipeline_inputs import checked_texts, encode_block, texts_of
@@ -52,8 +53,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
     """
     `TextClassificationPipeline` for a FastBERT model. Everything is as there, and beside it:
 
-    - `speed`, `min_exit_layer`, `max_layers`, `exit_policy`, `patience` and `retention`, to `pipeline(...)` or to a
-      call; without them the model's config decides;
+    - `speed` or `speedup`, `min_exit_layer`, `max_layers`, `exit_policy`, `patience` and `retention`, to
+      `pipeline(...)` or to a call; without them the model's config decides;
     - every answer carries its `exit_layer`, the number of layers that the text ran through;
     - it needs no `batch_size` to be fast ([`FastBertForSequenceClassification.predict`]); one that is given is kept;
     - an empty list, a `datasets` data set or a column of one, a DataFrame or a Series, and any iterator are welcome;
@@ -113,6 +114,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         exit_policy=None,
         patience=None,
         retention=None,
+        speedup=None,
         on_error=None,
         return_uncertainty=None,
         progress_bar=None,
@@ -142,10 +144,16 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         if retention is not None:
             self.model.check_retention(retention)
             policy["retention"] = retention
+        dial = given(speed=checked_speeds(speed), speedup=speedup)
+        check_speedup(self.model.config, speedup)
+        if speedup is not None and speed is None:
+            dial["speed"] = None  # also where the constructor or the config has one
+        elif speed is not None and speedup is None:
+            dial["speedup"] = None
         if on_error is not None:
             check_on_error(on_error)
         answers = given(on_error=on_error, return_uncertainty=return_uncertainty, progress_bar=progress_bar)
-        return preprocess, {**given(speed=checked_speeds(speed)), **limits, **policy, **answers}, postprocess
+        return preprocess, {**dial, **limits, **policy, **answers}, postprocess
 
     def _refuse_unknown(self, arguments: dict[str, Any]) -> None:
         """Raise an error if an argument is neither the pipeline's nor the tokenizer's, which would ignore it."""
@@ -183,6 +191,9 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             min_exit_layer (`int`, *optional*): No text leaves before this layer.
             max_layers (`int`, *optional*): Every text has answered after this many layers.
             exit_policy (`str`, *optional*), patience (`int`, *optional*): As in [`FastBertConfig`], for this call.
+            speedup (`float` or iterable of `float`, *optional*):
+                In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less a text shall
+                cost than with every layer, on average over many texts.
             retention (`float`, *optional*):
                 For a model that makes texts shorter (`config.coarsening`): the share of a text's tokens that is left
                 in the end, in (0, 1]. 1 leaves all.
@@ -234,7 +245,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         on_error = arguments.pop("on_error", "raise")
         arguments["on_error"] = "return" if on_error == "skip" else on_error
         total = len(inputs) if isinstance(inputs, Sized) else None
-        for name, value in (("speeds", arguments["speed"]), ("text_pairs", preprocess_params.get("text_pair"))):
+        many = {"speeds": arguments["speed"], "speedups": arguments.get("speedup")}
+        for name, value in {**many, "text_pairs": preprocess_params.get("text_pair")}.items():
             if total is not None and isinstance(value, Sized) and not isinstance(value, str) and len(value) != total:
                 raise ValueError(f"got {len(value)} {name} for {total} texts: give one for all, or one for each.")
         if isinstance(inputs, Dataset) and total is not None:

@@ -39,10 +39,15 @@ def teacher_digest(model: PreTrainedModel) -> str | None:
         its weights lie elsewhere.
     """
     parts = [model.fastbert, model.teacher]
-    if any(not type(module).__module__.startswith(PLAIN_MODULES) for part in parts for module in part.modules()):
-        return None
     if model.teacher.pooler is None:
         parts.append(model.shared_pooler)
+    return digest_of_modules(parts)
+
+
+def digest_of_modules(parts: list[nn.Module]) -> str | None:
+    """Return a digest of the weights of some modules, as [`teacher_digest`] describes it."""
+    if any(not type(module).__module__.startswith(PLAIN_MODULES) for part in parts for module in part.modules()):
+        return None
     weights = [weight for part in parts for weight in part.parameters()]
     is_here = (type(weight) is nn.Parameter and not weight.is_meta and weight.numel() > 0 for weight in weights)
     if not weights or not all(is_here):  # replicas of DataParallel have none
@@ -88,6 +93,16 @@ class ChecksStudents:
     """
 
     _teacher_digest: str | None = None
+    _weights_digest: str | None = None
+
+    def weights_digest(self) -> str:
+        """Return a digest of all weights, made as that of the teacher is; empty where there is none."""
+        found = self._weights_digest
+        if found is None:
+            found = digest_of_modules([self.fastbert, *self.exits, *filter(None, [self.shared_pooler])]) or ""
+        if not self.training:
+            self._weights_digest = found
+        return found
 
     def checked_thresholds(self, thresholds: torch.Tensor) -> torch.Tensor:
         """
@@ -115,9 +130,9 @@ class ChecksStudents:
         return thresholds
 
     def train(self, mode: bool = True):  # also eval(), which those call who put adapters on a model
-        self._teacher_digest = None
+        self._teacher_digest = self._weights_digest = None
         return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs):  # also as a part of another module
-        self._teacher_digest = None
+        self._teacher_digest = self._weights_digest = None
         return super()._load_from_state_dict(*args, **kwargs)

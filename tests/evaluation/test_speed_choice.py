@@ -25,7 +25,7 @@ from fastbert_hf.evaluation import (
     replay_at_speed,
     sweep_speeds,
 )
-from fastbert_hf.evaluation.speed_choice import METRICS, _between
+from fastbert_hf.evaluation.speed_choice import METRICS, between
 from fastbert_hf.evaluation.speed_sweep import TASK_METRICS
 from fastbert_hf.modeling.exit_policies import ExitPolicy
 
@@ -195,10 +195,10 @@ def test_the_speed_has_no_more_decimals_than_it_needs_and_keeps_off_the_edges():
 
 @settings(max_examples=200, deadline=None)
 @given(edges=st.lists(st.floats(0, 1, width=32), min_size=2, max_size=2, unique=True), near=st.booleans())
-def test_a_speed_between_two_edges_lies_between_them_as_the_model_compares(edges, near):
+def test_a_speedbetween_two_edges_liesbetween_them_as_the_model_compares(edges, near):
     lower, upper = sorted(edges)
     upper = float(np.nextafter(np.float32(lower), np.float32(1))) if near else upper
-    assert lower < float(np.float32(_between(lower, upper))) <= upper
+    assert lower < float(np.float32(between(lower, upper))) <= upper
 
 
 def test_a_text_that_is_sure_of_itself_leaves_at_any_speed_above_0():

@@ -1,0 +1,145 @@
+"""`calibrate`: what every speed costs on a user's own texts, so that a call may ask for a speed-up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..evaluation.exit_record import ExitRecord, as_record
+from ..evaluation.replay import Replay, add_up, replay_at_speed, replay_every_speed
+from ..evaluation.speed_choice import between
+from ..modeling.dials import ASKED, UNITS, check_calibration, speed_for
+from ..modeling.exit_policies import config_thresholds
+from ..modeling.processing_cascade import CascadeProcessor
+
+
+LEAST_ROWS = 100
+# Points of a curve that are kept, at speed-ups whose ratios are equal: less than a percent apart.
+POINTS = 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    What [`calibrate`] found.
+
+    Args:
+        rows (`int`): Number of texts.
+        unit (`str`): What a speed-up counts: `"flops"` or `"layers"`.
+        greatest (`float`): The greatest speed-up, at speed 1.
+        speeds (`dict[float, float]`): The speeds at which 1.5, 2, 3 and 4 times less is spent, as far as they exist.
+    """
+
+    rows: int
+    unit: str
+    greatest: float
+    speeds: dict[float, float]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    texts_or_rows: Any,
+    tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
+    *,
+    unit: str = "flops",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Calibration:
+    """
+    Measure what every speed costs on texts like those that the model will answer, and write it into
+    `model.config.calibration`, with which it is saved and pushed. A call may then ask for a `speedup`: how many times
+    less shall be spent than with every layer, on average over many such texts. No labels are needed.
+
+    The exit policy and the limits `min_exit_layer` and `max_layers` are the config's; a call with others is refused.
+    What a single text costs is still decided by how sure the exits are of it.
+
+    Args:
+        model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): Put into eval mode.
+        texts_or_rows ([`ExitRecord`], `datasets.Dataset`, or sequence of `dict` or `str`):
+            At least 100 texts, some hundreds better, as [`record_exits`] takes them, or its record.
+        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*): Needed for texts.
+        unit (`str`):
+            What a speed-up counts: `"flops"`, what the packed forward really computes, exits included, or `"layers"`.
+        batch_size (`int`): Rows in a batch.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        [`Calibration`]
+
+    Raises:
+        ValueError: If there are too few texts, the record is of another model, or the students learnt from weights
+            that changed since.
+
+    Example:
+
+    ```python
+    >>> fastbert_hf.calibrate(model, texts, tokenizer).greatest
+    5.87
+    >>> model.save_pretrained("outputs/calibrated")
+    >>> pipeline("fast-text-classification", model=model, tokenizer=tokenizer)(texts, speedup=3.0)
+    ```
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r:.40}.")
+    members = getattr(model, "members", [model])
+    for member, thresholds in zip(members, config_thresholds(model.config, torch.ones(1)), strict=True):
+        member.checked_thresholds(thresholds)  # the students of another teacher are refused before all work
+    if not isinstance(texts_or_rows, ExitRecord) and hasattr(texts_or_rows, "__len__"):
+        check_number(len(texts_or_rows))
+    record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
+    check_number(len(record.exit_logits))
+    if unit == "flops" and (record.layer_flops is None or record.exit_flops is None):
+        raise ValueError('the record has no FLOPs: make it with record_exits(model, texts), or give unit="layers".')
+    speeds, speed_ups = curve_of(record, model.config, unit)
+    model.eval()
+    calibration = {
+        "rows": len(record.exit_logits),
+        "unit": unit,
+        "speeds": speeds,
+        "speed_ups": speed_ups,
+        "asked": {name: getattr(model.config, name, None) for name in ASKED},
+        "weights": [member.weights_digest() or None for member in members],
+    }
+    check_calibration(calibration)
+    model.config.calibration = calibration
+    found = {speedup: speed_for(calibration, speedup) for speedup in (1.5, 2.0, 3.0, 4.0) if speedup <= speed_ups[-1]}
+    return Calibration(len(record.exit_logits), unit, speed_ups[-1], found)
+
+
+def check_number(rows: int) -> None:
+    """Raise a `ValueError` unless so many texts are enough."""
+    if rows < LEAST_ROWS:
+        raise ValueError(f"there are {rows} texts, and at least {LEAST_ROWS} are needed; some hundreds are better.")
+
+
+def curve_of(record: ExitRecord, config: Any, unit: str) -> tuple[list[float], list[float]]:
+    """Return speeds in rising order, and how many times less each of them costs than speed 0."""
+
+    def cost(replayed: Replay) -> torch.Tensor:
+        return replayed.flops if unit == "flops" else replayed.exit_layer
+
+    full = cost(replay_at_speed(record, config, 0.0)).sum().item()
+    steps, replays = replay_every_speed(record, config)
+    layers, costs = (torch.stack([of(replayed) for replayed in replays], 1) for of in (exit_layer_of, cost))
+    lower, totals = add_up(steps, layers, lambda rows, places: costs[rows, places])
+    upper = torch.cat([lower[1:], torch.ones(1)]).tolist()
+    points = [(0.0, 1.0)]
+    # Close to 0, exits are evaluated at which hardly a text leaves: that may cost more than it saves.
+    for below, above, total in zip(lower.tolist(), upper, totals.tolist(), strict=True):
+        if full / total > points[-1][1]:
+            points.append((between(below, above), full / total))
+    if len(points) > POINTS:
+        wanted = [points[-1][1] ** (number / (POINTS - 1)) for number in range(POINTS)]
+        found = torch.tensor([speed_up for _, speed_up in points])
+        nearest = {int((found - speed_up).abs().argmin()) for speed_up in wanted}
+        points = [points[place] for place in sorted(nearest)]
+    speeds, speed_ups = zip(*points, strict=True)
+    return list(speeds), [math.floor(1e6 * speed_up) / 1e6 for speed_up in speed_ups]
+
+
+def exit_layer_of(replayed: Replay) -> torch.Tensor:
+    return replayed.exit_layer
