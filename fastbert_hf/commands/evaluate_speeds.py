@@ -8,6 +8,7 @@ shorter.
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .options import ColumnOptions, check_at_least_one, check_choice, fail, one_
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
     from ..evaluation import ExitRecord
     from ..modeling.configuration_fastbert import FastBertConfig
@@ -41,6 +43,12 @@ class EvaluateSpeedsOptions(ColumnOptions):
         default_factory=lambda: [step / 10 for step in range(11)], metadata={"help": "Speeds of the printed table."}
     )
     time_speeds: list[float] = field(default_factory=list, metadata={"help": "Speeds whose wall-clock is measured."})
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Write what the speeds cost on these texts into the model's config, for calls with speedup=."
+        },
+    )
     output: str | None = field(default=None, metadata={"help": "File for all speeds, .csv or .json."})
     figures_dir: str | None = field(default=None, metadata={"help": "Folder for Figures 3 to 6, as PNG and SVG."})
 
@@ -59,6 +67,8 @@ def check_evaluate_speeds_options(options: EvaluateSpeedsOptions) -> None:
     if unknown:
         fail(f"--policies must be some of {', '.join(EXIT_POLICIES)}, got {', '.join(unknown)}")
     check_choice("metric", options.metric, TASK_METRICS)
+    if options.calibrate and not Path(options.model_name_or_path, "config.json").is_file():
+        fail(f"--calibrate writes into the folder of a model, and {options.model_name_or_path} is none: save it first")
     if options.output and Path(options.output).suffix not in (".csv", ".json"):
         fail(f"--output must end with .csv or .json, got {options.output}")
     check_at_least_one(options, "batch_size", "max_samples")
@@ -113,11 +123,28 @@ def main(arguments: list[str] | None = None) -> None:
         print(times.to_string(index=False, float_format="{:.2f}".format))
         table.attrs["times"] = times.to_dict("records")
     print()
+    if options.calibrate:
+        write_calibration(model, record, options.model_name_or_path)
     if options.output:
         save_table(table, options.output)
         print(f"All speeds are in {options.output}.")
     if options.figures_dir:
         draw_figures(Path(options.figures_dir), model.config, record, table)
+
+
+def write_calibration(model: PreTrainedModel, record: ExitRecord, folder: str) -> None:
+    """Calibrate a model, write that into its config, and tell which speed-ups it may be asked for."""
+    from ..calibration import calibrate
+    from ..files import write_whole
+
+    with one_line_errors():
+        found = calibrate(model, record)
+    path = Path(folder, "config.json")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved["calibration"] = model.config.calibration
+    write_whole(path, json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    speeds = ", ".join(f"{speedup:g}x is speed {speed:g}" for speedup, speed in found.speeds.items())
+    print(f"Calls of {folder} may ask for a speedup up to {found.greatest:.2f}{f': {speeds}' if speeds else ''}.")
 
 
 def draw_figures(folder: Path, config: FastBertConfig, record: ExitRecord, table: pd.DataFrame) -> None:

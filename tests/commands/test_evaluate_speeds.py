@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.evaluation import load_table
 
 from ..common import tiny_model, tiny_texts, tiny_tokenizer
@@ -42,6 +44,22 @@ def test_the_table_is_printed_and_all_speeds_are_kept(run, tmp_path, model_dir, 
     assert float(lines[0][2]) == pytest.approx(table["accuracy"][0], abs=1e-3)
     if suffix == ".json":
         assert json.loads(output.read_text())["settings"]["rows"] == 40
+
+
+def test_a_model_learns_what_its_speeds_cost(run, error_of, tmp_path, model_dir, data_file):
+    folder, texts = tmp_path / "calibrated", tmp_path / "texts.tsv"
+    shutil.copytree(model_dir, folder)
+    texts.write_text("\n".join(["text", *tiny_texts(120)]) + "\n")
+    before = json.loads((folder / "config.json").read_text())
+    printed = run("--model_name_or_path", folder, "--data_file", texts, "--calibrate")
+    after = json.loads((folder / "config.json").read_text())
+    greatest = after.pop("calibration")["speed_ups"][-1]
+    before.pop("calibration")
+    assert after == before and f"may ask for a speedup up to {greatest:.2f}" in printed
+    model = FastBertForSequenceClassification.from_pretrained(folder)
+    assert list(model.predict([{"input_ids": [5, 6, 7]}], speedup=greatest))
+    arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--calibrate")
+    assert "there are 40 texts, and at least 100 are needed" in error_of(*arguments)
 
 
 def test_figures_and_times_are_made_on_request(run, tmp_path, model_dir, data_file):

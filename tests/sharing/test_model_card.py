@@ -18,6 +18,7 @@ from fastbert_hf import (
     Measured,
     SelfDistillationArguments,
     SelfDistillationTrainer,
+    calibrate,
     write_model_card,
 )
 from fastbert_hf.evaluation import record_exits, replay_at_speed, sweep_speeds
@@ -221,6 +222,14 @@ def test_a_card_says_what_kind_of_exits_there_are(tmp_path, config):
     text = write_model_card(tmp_path, tiny_model(**config)).text
     ((name, value),) = config.items()
     assert f"`{name}={value}`" in text
+
+
+def test_a_card_tells_which_speed_ups_may_be_asked_for(tmp_path):
+    model = tiny_model()
+    assert "speedup" not in write_model_card(tmp_path, model).text
+    told = calibrate(model, tiny_texts(120), tiny_tokenizer(), progress=False)
+    text = " ".join(write_model_card(tmp_path, model).text.split())
+    assert f"times fewer executed FLOPs on average, at most {told.greatest:.2f} (calibrated on 120 texts)." in text
 
 
 def tiny_cascade(small: str = "", large: str = "") -> CascadeForSequenceClassification:
