@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.exit_record import ExitRecord, as_record
 from ..evaluation.replay import Replay, add_up, replay_at_speed, replay_every_speed
-from ..evaluation.speed_choice import between
-from ..modeling.dials import ASKED, UNITS, check_calibration, speed_for
-from ..modeling.exit_policies import config_thresholds
+from ..evaluation.speed_choice import between, members_with_students
+from ..modeling.dials import UNITS, asked_by, check_calibration, speed_for
 from ..modeling.processing_cascade import CascadeProcessor
 
 
@@ -52,7 +52,8 @@ def calibrate(
     """
     Measure what every speed costs on texts like those that the model will answer, and write it into
     `model.config.calibration`, with which it is saved and pushed. A call may then ask for a `speedup`: how many times
-    less shall be spent than with every layer, on average over many such texts. No labels are needed.
+    less shall be spent than at speed 0, on average over many such texts, or as nearly as the model can: with the
+    policy `"patience"` there are few steps. No labels are needed.
 
     The exit policy and the limits `min_exit_layer` and `max_layers` are the config's; a call with others is refused.
     What a single text costs is still decided by how sure the exits are of it.
@@ -71,24 +72,22 @@ def calibrate(
         [`Calibration`]
 
     Raises:
-        ValueError: If there are too few texts, the record is of another model, or the students learnt from weights
-            that changed since.
+        ValueError: If there are too few texts, the record is of a model with other layers, or the students learnt from
+            weights that changed since. That a record was made with these weights is for the caller to see to.
 
     Example:
 
     ```python
     >>> fastbert_hf.calibrate(model, texts, tokenizer).greatest
-    5.87
+    5.775773
     >>> model.save_pretrained("outputs/calibrated")
     >>> pipeline("fast-text-classification", model=model, tokenizer=tokenizer)(texts, speedup=3.0)
     ```
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r:.40}.")
-    members = getattr(model, "members", [model])
-    for member, thresholds in zip(members, config_thresholds(model.config, torch.ones(1)), strict=True):
-        member.checked_thresholds(thresholds)  # the students of another teacher are refused before all work
-    if not isinstance(texts_or_rows, ExitRecord) and hasattr(texts_or_rows, "__len__"):
+    members = members_with_students(model)
+    if isinstance(texts_or_rows, (list, tuple)) and all(isinstance(row, (str, Mapping)) for row in texts_or_rows[:1]):
         check_number(len(texts_or_rows))
     record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
     check_number(len(record.exit_logits))
@@ -101,13 +100,18 @@ def calibrate(
         "unit": unit,
         "speeds": speeds,
         "speed_ups": speed_ups,
-        "asked": {name: getattr(model.config, name, None) for name in ASKED},
+        "asked": asked_by(model.config, **own_limits(model.config)),
         "weights": [member.weights_digest() or None for member in members],
     }
-    check_calibration(calibration)
+    check_calibration(calibration, len(members))
     model.config.calibration = calibration
     found = {speedup: speed_for(calibration, speedup) for speedup in (1.5, 2.0, 3.0, 4.0) if speedup <= speed_ups[-1]}
     return Calibration(len(record.exit_logits), unit, speed_ups[-1], found)
+
+
+def own_limits(config: PreTrainedConfig) -> dict[str, int | None]:
+    """Return the limits of a single model's config, within which its pipeline answers; a cascade has none itself."""
+    return {name: getattr(config, name, None) for name in ("min_exit_layer", "max_layers")}
 
 
 def check_number(rows: int) -> None:
@@ -116,7 +120,7 @@ def check_number(rows: int) -> None:
         raise ValueError(f"there are {rows} texts, and at least {LEAST_ROWS} are needed; some hundreds are better.")
 
 
-def curve_of(record: ExitRecord, config: Any, unit: str) -> tuple[list[float], list[float]]:
+def curve_of(record: ExitRecord, config: PreTrainedConfig, unit: str) -> tuple[list[float], list[float]]:
     """Return speeds in rising order, and how many times less each of them costs than speed 0."""
 
     def cost(replayed: Replay) -> torch.Tensor:

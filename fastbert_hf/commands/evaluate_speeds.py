@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    from ..calibration.dial import check_number
     from ..data import check_rows, encode, load_rows, sample
     from ..evaluation import record_exits, save_table, sweep_speeds, time_speeds
     from ..evaluation.speed_sweep import SPEEDS
@@ -105,6 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         rows = encode(rows, tokenizer, label2id, "evaluation", **columns, max_length=options.max_length)
 
+    if options.calibrate:
+        with one_line_errors():
+            check_number(len(rows))
     record = record_exits(model, rows, batch_size=options.batch_size)
     with warnings.catch_warnings():
         if not has_labels:
@@ -123,19 +127,20 @@ def main(arguments: list[str] | None = None) -> None:
         print(times.to_string(index=False, float_format="{:.2f}".format))
         table.attrs["times"] = times.to_dict("records")
     print()
-    if options.calibrate:
-        write_calibration(model, record, options.model_name_or_path)
     if options.output:
         save_table(table, options.output)
         print(f"All speeds are in {options.output}.")
     if options.figures_dir:
         draw_figures(Path(options.figures_dir), model.config, record, table)
+    if options.calibrate:
+        write_calibration(model, record, options.model_name_or_path)
 
 
 def write_calibration(model: PreTrainedModel, record: ExitRecord, folder: str) -> None:
     """Calibrate a model, write that into its config, and tell which speed-ups it may be asked for."""
     from ..calibration import calibrate
     from ..files import write_whole
+    from ..modeling.dials import greatest_speedup
 
     with one_line_errors():
         found = calibrate(model, record)
@@ -143,8 +148,9 @@ def write_calibration(model: PreTrainedModel, record: ExitRecord, folder: str) -
     saved = json.loads(path.read_text(encoding="utf-8"))
     saved["calibration"] = model.config.calibration
     write_whole(path, json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    greatest = greatest_speedup(model.config.calibration)
     speeds = ", ".join(f"{speedup:g}x is speed {speed:g}" for speedup, speed in found.speeds.items())
-    print(f"Calls of {folder} may ask for a speedup up to {found.greatest:.2f}{f': {speeds}' if speeds else ''}.")
+    print(f"Calls of {folder} may ask for a speedup up to {greatest:g}{f': {speeds}' if speeds else ''}.")
 
 
 def draw_figures(folder: Path, config: FastBertConfig, record: ExitRecord, table: pd.DataFrame) -> None:

@@ -96,14 +96,7 @@ def choose_speed(
         raise ValueError(f"max_loss must be a number of points, at least 0, got {max_loss!r}. Example: max_loss=0.5")
     if metric is not None and metric not in METRICS:
         raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(METRICS)}.")
-    members = getattr(model, "members", [model])
-    if not all(hasattr(member, "exits") for member in members):
-        raise TypeError(
-            f"model must be one with exits, got {type(model).__name__}. Wrap yours and distil it: "
-            "FastBertForSequenceClassification.from_classifier(name)"
-        )
-    for member, thresholds in zip(members, config_thresholds(model.config, torch.ones(1)), strict=True):
-        member.checked_thresholds(thresholds)  # the students of another teacher are refused before all work
+    members_with_students(model)  # refused before all work
     record = texts_or_rows
     if not isinstance(record, ExitRecord):
         record = record_exits(model, texts_or_rows, batch_size=batch_size, progress=progress, tokenizer=tokenizer)
@@ -112,6 +105,19 @@ def choose_speed(
     choice = _fastest(record, model.config, metric or ("agreement" if record.labels is None else "accuracy"), max_loss)
     model.config.speed = choice.speed
     return choice
+
+
+def members_with_students(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Return the members of a cascade, or a model alone, and raise unless their students may answer."""
+    members = list(getattr(model, "members", [model]))
+    if not all(hasattr(member, "exits") for member in members):
+        raise TypeError(
+            f"model must be one with exits, got {type(model).__name__}. Wrap yours and distil it: "
+            "FastBertForSequenceClassification.from_classifier(name)"
+        )
+    for member, thresholds in zip(members, config_thresholds(model.config, torch.ones(1)), strict=True):
+        member.checked_thresholds(thresholds)
+    return members
 
 
 def _right(answers: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:

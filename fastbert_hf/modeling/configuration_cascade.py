@@ -71,7 +71,7 @@ class CascadeConfig(PreTrainedConfig):
             self._check_members()
         check_speed(self.speed)
         self.calibration = copy.deepcopy(self.calibration)
-        check_calibration(self.calibration)
+        check_calibration(self.calibration, len(self.members))
         self.exit_policy, self.dtype = self.exit_policy, self.dtype  # they reach the members
 
     def __setattr__(self, key, value):

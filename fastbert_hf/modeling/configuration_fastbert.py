@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: it would switch off the type checks of a strict config.
 import copy
-import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -16,6 +15,7 @@ from .exit_classifiers import EXIT_TYPES
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 from .families import get_encoder_family
 from .feed_forward_settings import check_feed_forward
+from .teacher_digest import is_digest
 from .token_coarsening import check_coarsening
 
 
@@ -149,7 +149,7 @@ class FastBertConfig(PreTrainedConfig):
             )
         if not 0 <= self.exit_dropout < 1:
             raise ValueError(f"exit_dropout must be in [0, 1), got {self.exit_dropout}.")
-        if self.distilled_for is not None and not re.fullmatch("[a-z0-9]+:[0-9a-f]{16}", self.distilled_for):
+        if self.distilled_for is not None and not is_digest(self.distilled_for):
             raise ValueError(
                 f"distilled_for must be None or a dtype and 16 digits, as in 'float32:0123456789abcdef', got "
                 f"{shortened(self.distilled_for)}: leave it to the trainer, or set it to None."

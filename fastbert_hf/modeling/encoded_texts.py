@@ -138,6 +138,8 @@ def read_text(
 ) -> EncodedText:
     """Return a text of a call of `predict`, checked. Raise a `ValueError` that names its position."""
     try:
+        if isinstance(speed, ValueError):
+            raise speed
         check_speed(speed)
     except ValueError as error:
         raise ValueError(f"text {position}: {error}") from None

@@ -189,6 +189,9 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         given = dict(zip(names, (input_ids, attention_mask, token_type_ids, task_type_ids), strict=True))
         inputs = inputs_of_members(given, member_inputs, self.config)
         num_rows = len(inputs[0]["input_ids"])
+        if labels is not None and torch.is_grad_enabled():  # a training without train() may follow
+            for member in self.members:
+                member._teacher_digest = member._weights_digest = None
         speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, retention=retention)
         thresholds = self.thresholds_at(row_speeds(speed, num_rows))
         policy = self.policy(exit_policy)
@@ -227,7 +230,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         """
         check_on_error(on_error)
         policy = self.policy(exit_policy)
-        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, retention=retention)
+        speed = speed_of_call(self, speed, speedup, streams=True, exit_policy=exit_policy, retention=retention)
         text_configs = [member.text_config for member in self.config.members]
         texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers, on_error)
         return answer_texts(

@@ -243,8 +243,8 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
                 In (0, 1], for a model with `config.coarsening`: the share of a text's tokens that is left in the end,
                 in place of the config's own. 1 leaves all.
             speedup (`float`, sequence or tensor of `batch_size` numbers, *optional*):
-                In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less a row shall
-                cost than with every layer, on average over many texts.
+                In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less than at speed
+                0 a row shall cost, on average over many texts.
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
             output_hidden_states (`bool`, *optional*): Whether to return the output of every layer. Speed 0 only.
 
@@ -356,7 +356,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         self.check_retention(retention)
         policy = self.policy(exit_policy, patience)
         asked = {"min_exit_layer": min_exit_layer, "max_layers": max_layers, "retention": retention}
-        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, patience=patience, **asked)
+        speed = speed_of_call(self, speed, speedup, True, exit_policy=exit_policy, patience=patience, **asked)
         texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config], on_error=on_error)
         engines = [self.engine(inference=True, retention=retention)]
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pipelines.text_classification import ClassificationFunction
 from transformers.utils.logging import tqdm
 
-from .dials import check_speedup
+from .dials import check_speedup, is_one
 from .encoded_texts import check_on_error, checked_speeds, read_blocks
 from .exit_policies import check_speed, exit_range
 from .pipeline_inputs import checked_texts, encode_block, texts_of
@@ -99,8 +99,15 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             # Another one was chosen by the caller, and is refused.
             tokenizer = found if tokenizer is None or fingerprint(tokenizer) == fingerprint(first) else tokenizer
         check_tokenizer(model, tokenizer)
+        # One for each text is for a call.
         if kwargs.get("speed") is not None:
-            check_speed(kwargs["speed"])  # one for each text is for a call
+            check_speed(kwargs["speed"])
+        if kwargs.get("speedup") is not None:
+            if kwargs.get("speed") is not None:
+                raise ValueError(f"give speed={kwargs['speed']!r} or speedup={kwargs['speedup']!r:.40}, not both.")
+            check_speedup(model.config, kwargs["speedup"])
+            if not is_one(kwargs["speedup"]):
+                raise ValueError(f"speedup={kwargs['speedup']!r:.40} is for a call: give the pipeline one number.")
         kwargs.pop("local_files_only", None)  # read by `pipeline()`, and left there
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         # A model that comes straight from its training would answer with dropout.
@@ -144,6 +151,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         if retention is not None:
             self.model.check_retention(retention)
             policy["retention"] = retention
+        if hasattr(speedup, "tolist"):
+            speedup = speedup.tolist()
         dial = given(speed=checked_speeds(speed), speedup=speedup)
         check_speedup(self.model.config, speedup)
         if speedup is not None and speed is None:
@@ -192,8 +201,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             max_layers (`int`, *optional*): Every text has answered after this many layers.
             exit_policy (`str`, *optional*), patience (`int`, *optional*): As in [`FastBertConfig`], for this call.
             speedup (`float` or iterable of `float`, *optional*):
-                In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less a text shall
-                cost than with every layer, on average over many texts.
+                In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less than at speed
+                0 a text shall cost, on average over many.
             retention (`float`, *optional*):
                 For a model that makes texts shorter (`config.coarsening`): the share of a text's tokens that is left
                 in the end, in (0, 1]. 1 leaves all.

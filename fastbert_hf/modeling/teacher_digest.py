@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from hashlib import sha256
 
 import torch
@@ -59,6 +60,11 @@ def digest_of_modules(parts: list[nn.Module]) -> str | None:
     # Neither names nor order count, which change between versions of Transformers.
     digests = sorted({sha256(sample.numpy().astype("<f8").tobytes()).digest() for sample in samples})
     return f"{dtype}:{sha256(b''.join(digests)).hexdigest()[:16]}"
+
+
+def is_digest(value: object) -> bool:
+    """Tell whether this is written as a digest is."""
+    return isinstance(value, str) and re.fullmatch("[a-z0-9]+:[0-9a-f]{16}", value) is not None
 
 
 def tells_of_training(found: str, wanted: str) -> bool:

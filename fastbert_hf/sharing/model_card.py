@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..escapes import as_markdown, as_python, printable
 from ..files import write_whole
+from ..modeling.dials import greatest_speedup
 
 
 logger = logging.get_logger(__name__)
@@ -173,6 +174,7 @@ def write_model_card(
         members=None if members is None else describe_members(config),
         num_layers=num_layers,
         config=config,
+        greatest_speedup=None if config.calibration is None else greatest_speedup(config.calibration),
         example=as_python(example),
         labels=", ".join(map(as_markdown, config.id2label.values())),
         with_code=has_code(folder),

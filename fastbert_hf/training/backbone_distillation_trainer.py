@@ -114,5 +114,7 @@ def shares_of_units(states: torch.Tensor) -> torch.Tensor:
     for itself. Merged tokens have the same states, `[batch_size, sequence_length, hidden_size]`; what many of them
     share would otherwise count as often in a loss.
     """
-    keys = states.double().sum(-1)
+    # Their plain sum would not do: norms bring it close to the same number for all tokens.
+    directions = torch.arange(states.shape[-1], dtype=torch.float64, device=states.device).cos()
+    keys = states.double() @ directions
     return 1 / (keys.unsqueeze(1) == keys.unsqueeze(2)).sum(-1)

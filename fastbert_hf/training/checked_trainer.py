@@ -27,6 +27,7 @@ class CheckedTrainer(Trainer):
     - A training whose weights become NaN or infinite ends with an error: at a log that shows it, at the next save, or
       at its end. Such weights are never saved.
     - Logs tell how the trees of fast feed-forward layers are used ([`LeafUsage`]).
+    - What was calibrated of the weights before ([`calibrate`]) is taken out of the config.
     - A checkpoint to resume from must hold every weight of the model, finite and in its shape, and no others.
 
     Args:
@@ -68,6 +69,9 @@ class CheckedTrainer(Trainer):
         return super().get_test_dataloader(self._encoded(test_dataset))
 
     def train(self, *args, **kwargs):
+        config = base_model(self.model).config
+        if getattr(config, "calibration", None) is not None:
+            config.calibration = None  # of the weights before
         output = super().train(*args, **kwargs)
         check_finite_weights(self.model)
         return output

@@ -134,6 +134,13 @@ def search_retention(
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.40}.")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate must be above 0, got {learning_rate!r:.40}. The default is 0.05.")
+    if not hasattr(model, "exits"):
+        raise TypeError(
+            f"model must be one with exits, got {type(model).__name__}. Wrap yours: "
+            "FastBertForSequenceClassification.from_classifier(name)"
+        )
     if model.config.coarsening is not None:
         raise ValueError("the model's texts become shorter already: load the one that it was made of.")
     limit = max_text_tokens(model.config.text_config)
@@ -145,13 +152,13 @@ def search_retention(
     reach = reach_of_layers(model, [rows[row] for row in order[:ROWS_OF_DEPTHS]], speed, progress)
     chosen = chosen_layers(len(reach), target, layers, reach)
     leaving = reach - torch.cat([reach[1:], torch.zeros(1)])
-    was_training, learnt = model.training, [weight.requires_grad for weight in model.parameters()]
-    model.eval().requires_grad_(False)
     soft = SoftRetention(with_mean(even_shares(len(reach), chosen), target, reach), chosen).to(model.device)
     optimizer = torch.optim.Adam(soft.parameters(), lr=learning_rate)
-    engines = TorchEngine(model.fastbert.backbone, model.exits, model.shared_pooler, coarsening=soft), model.engine()
     collator, divergence, scale = PaddingCollator.of(model), task_of(model.config).divergence, None
+    was_training, learnt = model.training, [weight.requires_grad for weight in model.parameters()]
     try:
+        model.eval().requires_grad_(False)
+        engine = TorchEngine(model.fastbert.backbone, model.exits, model.shared_pooler, coarsening=soft)
         with torch.enable_grad(), tqdm(total=steps, desc="Searching retention", disable=not progress) as bar:
             for step in range(steps):
                 places = [(step * batch_size + place) % len(order) for place in range(min(batch_size, len(order)))]
@@ -159,12 +166,17 @@ def search_retention(
                 batch.pop("labels", None)
                 batch = {name: value.to(model.device) for name, value in batch.items()}
                 with torch.no_grad():
-                    wanted = exit_logits(engines[1], model, batch)
-                errors = divergence(exit_logits(engines[0], model, batch), wanted).mean(1).cpu()  # [L]
+                    wanted = exit_logits(model.engine(), model, batch)
+                errors = divergence(exit_logits(engine, model, batch), wanted).mean(1).cpu()  # [L]
                 length = (soft.shares().cpu() * reach).sum() / reach.sum()
                 error = (errors * leaving).sum()
                 scale = max(error.item(), 1e-12) if scale is None else scale  # so that no unit of answers matters
                 loss = error / scale + TARGET_WEIGHT * (length / target - 1).square()
+                if not loss.isfinite():
+                    raise ValueError(
+                        f"the loss of the search is {loss.item()} at step {step + 1}: check the model's weights for "
+                        f"NaN and infinity, or lower learning_rate={learning_rate}."
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -173,7 +185,10 @@ def search_retention(
         model.train(was_training)
         for weight, learns in zip(model.parameters(), learnt, strict=True):
             weight.requires_grad_(learns)
-    return as_settings(with_mean(soft.shares().detach().cpu(), target, reach), chosen)
+    shares = with_mean(soft.shares().detach().cpu(), target, reach)
+    if abs((shares * reach).sum() / reach.sum() - target) > 0.01:
+        raise ValueError(f"the search went astray with learning_rate={learning_rate}: lower it, or give more steps.")
+    return as_settings(shares, chosen)
 
 
 class SoftRetention(nn.Module):

@@ -12,9 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import write_whole
 from ..modeling.exit_policies import check_speed
+from ..modeling.families import max_text_tokens
 from ..modeling.token_coarsening import check_coarsening
+from ..rows import encoded_rows
 from .backbone_distillation_trainer import BackboneDistillationArguments, BackboneDistillationTrainer
 from .retention_search import check_target, retention_schedule, search_retention
+from .settings_files import digest_of, digest_of_weights
 from .stages import FineTuning, Stage
 
 
@@ -92,9 +95,12 @@ class TokenCoarsening(Stage):
             )
         if self.speed > 0 and not self.search:
             raise ValueError(f"speed={self.speed} is for the search alone: leave it out, or give search=True, too.")
-        check_coarsening(
-            self.settings_for(retention_schedule(1, self.target)), 1 if self.coarsening is None else 10_000
-        )
+        if self.layers is not None:
+            layers = list(self.layers)
+            check_coarsening({"layers": layers, "retention": [1.0] * len(layers)}, 10_000)
+            object.__setattr__(self, "layers", tuple(layers))
+        any_schedule = retention_schedule(1, self.target)
+        check_coarsening(self.settings_for(any_schedule), 1 if self.coarsening is None else 10_000)
 
     def settings_for(self, schedule: dict[str, list]) -> dict[str, Any]:
         """Return the `config.coarsening` with these `layers` and `retention`."""
@@ -109,12 +115,16 @@ class TokenCoarsening(Stage):
         if not self.search or self.coarsening is not None:
             return retention_schedule(model.config.num_hidden_layers, self.target, self.layers)
         path, asked = Path(arguments.output_dir, "retention.json"), {**self.settings(), "seed": arguments.seed}
-        with arguments.main_process_first():
+        limit = max_text_tokens(model.config.text_config)
+        limit = limit if tokenizer is None else min(limit, tokenizer.model_max_length)
+        rows = encoded_rows(rows, tokenizer, limit, model.config.label2id)
+        asked |= {"model": digest_of_weights(model), "rows": digest_of(rows)}
+        with arguments.main_process_first(local=False):
             found = json.loads(path.read_text()) if path.exists() else {}
             if found.get("asked") != asked:
                 shows = not arguments.disable_tqdm and arguments.process_index == 0
                 settings = {"target": self.target, "layers": self.layers, "speed": self.speed, "progress": shows}
-                schedule = search_retention(model, rows, tokenizer, seed=arguments.seed, **settings)
+                schedule = search_retention(model.to(arguments.device), rows, seed=arguments.seed, **settings)
                 found = {"asked": asked, "schedule": schedule}
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, json.dumps(found, indent=1))

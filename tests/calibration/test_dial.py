@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, pipeline
 
 from fastbert_hf import (
     CascadeForSequenceClassification,
     FastBertConfig,
     FastBertForSequenceClassification,
+    SelfDistillationArguments,
+    SelfDistillationTrainer,
     calibrate,
 )
 from fastbert_hf.evaluation import ExitRecord, record_exits, replay_at_speed
-from fastbert_hf.modeling.dials import speed_for
+from fastbert_hf.modeling.dials import greatest_speedup, speed_for
 
-from ..common import spread_out, tiny_model, tiny_rows, tiny_text_config, tiny_texts, tiny_tokenizer
+from ..common import (
+    spread_out,
+    stock,
+    tiny_model,
+    tiny_rows,
+    tiny_text_config,
+    tiny_texts,
+    tiny_tokenizer,
+    training_settings,
+)
 
 
 def rows_of(number: int = 160) -> list[dict[str, list[int]]]:
@@ -96,6 +109,35 @@ def test_the_pipeline_takes_the_last_word(calibrated):
         plain(texts, speed=0.5, speedup=1.3)
     with pytest.raises(ValueError, match="got 2 speedups for 12 texts"):
         plain(texts, speedup=[1.3, 1.3])
+    assert layers(plain, speedup=torch.tensor(1.3)) == layers(plain, speedup=np.array(1.3)) == expected
+    for arguments, message in (
+        ({"speedup": [1.3] * 12}, "is for a call"),
+        ({"speed": 0.5, "speedup": 1.3}, "not both"),
+        ({"speedup": 99}, "must be a number from 1 to"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline("fast-text-classification", model=model, tokenizer=tokenizer, **arguments)
+
+
+def test_what_is_wrong_with_one_of_many_costs_no_other_answer(calibrated):
+    model, _, _ = calibrated
+    rows = rows_of(3)
+    for speedup in ([1.3, 99, 1.0], iter([1.3, 99, 1.0])):
+        answers = list(model.predict(rows, speedup=speedup, on_error="return"))
+        assert [answer.error is None for answer in answers] == [True, False, True]
+        assert "text 1: speedup must be a number from 1 to" in str(answers[1].error)
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="speedup must be one number, or a list with one for each row"):
+        model(ids, speedup=iter([1.3]))
+    with pytest.raises(ValueError, match="speedup must be a number from 1 to"):
+        model(ids, speedup=[99])
+
+
+def test_what_is_advertised_may_be_asked_for(calibrated):
+    model, _, told = calibrated
+    rows = rows_of(8)
+    for speedup in (told.greatest, torch.full((8,), told.greatest), greatest_speedup(model.config.calibration)):
+        assert len(list(model.predict(rows, speedup=speedup))) == 8
 
 
 def test_it_is_saved_and_travels(calibrated, tmp_path):
@@ -134,12 +176,13 @@ def test_a_call_that_asks_for_something_else_is_refused(calibrated):
     rows = rows_of(4)
     for call, message in (
         ({"exit_policy": "margin"}, "calibrated with exit_policy='entropy', and this call has exit_policy='margin'"),
-        ({"min_exit_layer": 2}, "calibrated with min_exit_layer=None"),
-        ({"max_layers": 3}, "calibrated with max_layers=None"),
+        ({"min_exit_layer": 2}, r"calibrated with exits=\[\[1, 4\]\], and this call has exits=\[\[2, 4\]\]"),
+        ({"max_layers": 3}, r"this call has exits=\[\[1, 3\]\] \(first and last, by min_exit_layer and max_layers\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model.predict(rows, speedup=1.3, **call)
-    assert list(model.predict(rows, speedup=1.3, exit_policy="entropy"))
+    same = {"exit_policy": "entropy", "min_exit_layer": 1, "max_layers": 4, "retention": 1.0}
+    assert list(model.predict(rows, speedup=1.3, **same))
     for speedup in (0.9, 1000, math.nan, "fast", True, None, [1.3, 0.5, 1.3, 1.3]):
         if speedup is not None:
             with pytest.raises(ValueError, match=r"speedup must be a number from 1 to 1\.\d+, which this model"):
@@ -152,6 +195,59 @@ def test_a_call_that_asks_for_something_else_is_refused(calibrated):
         tiny_model().predict(rows, speedup=2.0)
     with pytest.raises(ValueError, match="needs a model that knows its speeds"):
         pipeline("fast-text-classification", model=tiny_model(), tokenizer=tiny_tokenizer(), speedup=2.0)
+
+
+def test_a_config_whose_texts_cost_something_else_is_refused(calibrated, tmp_path):
+    model, _, _ = calibrated
+    model.save_pretrained(tmp_path)
+    coarsening = {"layers": [1], "retention": [0.2]}
+    shorter = FastBertForSequenceClassification.from_pretrained(tmp_path, coarsening=coarsening)
+    with pytest.raises(ValueError, match="calibrated with coarsening"):
+        shorter.predict(rows_of(4), speedup=1.2)
+    cascade = CascadeForSequenceClassification.from_members([small_model(), tiny_model()])
+    calibrate(cascade, rows_of(), progress=False)
+    cascade.config.members[0].min_exit_layer = 2
+    with pytest.raises(ValueError, match=r"calibrated with exits=\[\[1, 2\], \[1, 4\]\]"):
+        cascade.predict(rows_of(4), speedup=1.1)
+
+
+def test_a_config_with_limits_is_asked_with_them():
+    model = tiny_model(max_layers=3)
+    calibrate(model, rows_of(), unit="layers", progress=False)
+    with pytest.raises(ValueError, match=r"calibrated with exits=\[\[1, 3\]\], and this call has exits=\[\[1, 4\]\]"):
+        model.predict(rows_of(4), speedup=1.1)
+    assert list(model.predict(rows_of(4), speedup=1.1, max_layers=3))
+    classifier = pipeline("fast-text-classification", model=model, tokenizer=tiny_tokenizer())
+    assert classifier(tiny_texts(4), speedup=1.1)
+
+
+def test_training_takes_the_calibration_out(tmp_path):
+    model = tiny_model()
+    calibrate(model, rows_of(), progress=False)
+    arguments = SelfDistillationArguments(**training_settings(tmp_path, max_steps=1))
+    SelfDistillationTrainer(model, arguments, train_dataset=tiny_rows(8)).train()
+    assert model.config.calibration is None
+
+
+def test_adapters_and_a_cascade_that_learns_are_refused():
+    model = tiny_model()
+    calibrate(model, rows_of(), progress=False)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=model.exit_names()))
+    assert list(model.predict(rows_of(4), speedup=1.2))  # they change nothing yet
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data += 0.1
+    adapted.train().eval()  # as a training does
+    with pytest.raises(ValueError, match="weights of this model have changed"):
+        model.predict(rows_of(4), speedup=1.2)
+    cascade = CascadeForSequenceClassification.from_members([small_model(), tiny_model()])
+    calibrate(cascade, rows_of(), progress=False)
+    ids = torch.tensor([[5, 6, 7]])
+    assert cascade(ids, speedup=1.1)
+    cascade(ids, labels=torch.tensor([0])).loss.backward()
+    cascade.members[0].exits[0].out_proj.weight.data += 1.0
+    with pytest.raises(ValueError, match="weights of this model have changed"):
+        cascade(ids, speedup=1.1)
 
 
 def test_other_weights_are_refused():
@@ -180,7 +276,17 @@ def test_too_few_texts_and_other_records_are_refused(calibrated):
     broken.exit_logits[3, 1] = math.nan
     with pytest.raises(ValueError, match=r"the logits of rows \[3\] are not finite"):
         calibrate(model, broken)
+    with pytest.raises(TypeError, match="model must be one with exits, got BertForSequenceClassification"):
+        calibrate(stock(), rows_of())
     assert model.config.calibration is before
+
+
+def test_a_cascade_with_tokenizers_of_its_own_is_calibrated_on_their_tokens():
+    cascade = CascadeForSequenceClassification.from_members(
+        [small_model(), tiny_model()], tokenizers=[tiny_tokenizer(), tiny_tokenizer()]
+    )
+    cascade.config.own_tokenizers = True
+    assert calibrate(cascade, [rows_of(), rows_of()], progress=False).rows == 160
 
 
 HOSTILE = (
@@ -193,8 +299,10 @@ HOSTILE = (
     {"speeds": [0.0] * 5000, "speed_ups": [1.0] * 5000},
     {"speed_ups": [1.0]},
     {"speed_ups": [1.0, math.inf]},
-    {"asked": {"exit_policy": "entropy"}},
+    {"asked": "everything"},
     {"weights": "abc"},
+    {"weights": ["abc"]},
+    {"weights": [None, None]},
 )
 
 

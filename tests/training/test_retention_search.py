@@ -17,7 +17,7 @@ from fastbert_hf.training.retention_search import (
     with_mean,
 )
 
-from ..common import FAMILIES, expanded, tiny_model, tiny_rows, training_settings
+from ..common import FAMILIES, expanded, stock, tiny_model, tiny_rows, training_settings
 
 
 QUIET = {"progress": False, "steps": 3, "batch_size": 4}
@@ -108,7 +108,25 @@ def test_a_search_that_is_done_is_not_repeated(tmp_path, monkeypatch):
     again = stage.make_trainer(folder, tiny_model(), rows, None, None, **settings)
     assert again.model.config.coarsening == made.model.config.coarsening and not calls
     TokenCoarsening(target=0.4, search=True).make_trainer(folder, tiny_model(), rows, None, None, **settings)
-    assert [call["target"] for call in calls] == [0.4]
+    for model, own in ((tiny_model(seed=1), rows), (tiny_model(), tiny_rows(9, labels=False))):
+        stage.make_trainer(folder, model, own, None, None, **settings)
+    assert [call["target"] for call in calls] == [0.4, 0.5, 0.5]
+
+
+def test_a_search_that_goes_astray_says_so_and_leaves_the_model_as_it_was():
+    rows = tiny_rows(8, labels=False)
+    broken = tiny_model()
+    learnt = [weight.requires_grad for weight in broken.parameters()]
+    broken.exits[3].out_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the loss of the search is nan at step 1"):
+        search_retention(broken, rows, **QUIET)
+    model = tiny_model()
+    for learning_rate in (-1, 0, float("inf")):
+        with pytest.raises(ValueError, match="learning_rate must be above 0"):
+            search_retention(model, rows, learning_rate=learning_rate, **QUIET)
+    assert all([weight.requires_grad for weight in of.parameters()] == learnt for of in (broken, model))
+    with pytest.raises(TypeError, match="model must be one with exits"):
+        search_retention(stock(), rows, progress=False)
 
 
 def test_what_cannot_be_is_refused():
@@ -131,6 +149,8 @@ def test_what_cannot_be_is_refused():
     for arguments, message in (
         ({"search": True, "coarsening": retention_schedule(4, 0.5)}, "nothing to search"),
         ({"speed": 0.5}, "for the search alone"),
+        ({"layers": [0]}, "layers of coarsening must be numbers from 1"),
+        ({"layers": "ab"}, "layers of coarsening must be numbers from 1"),
         ({"retraining": "hope"}, "one of distillation, labels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -99,6 +99,9 @@ def test_a_coarse_token_counts_once_in_the_loss():
     with torch.no_grad():
         before, after, *_ = model(ids, output_hidden_states=True).hidden_states
     assert torch.equal(shares_of_units(before), torch.ones(1, 12))
+    # As norms without weights leave them: all sums are nearly equal.
+    plain = torch.nn.functional.layer_norm(torch.randn(4, 512, 32), (32,))
+    assert torch.equal(shares_of_units(plain), torch.ones(4, 512))
     shares = shares_of_units(after)[0]
     assert sorted(shares.tolist()) == pytest.approx([0.25] * 8 + [1.0] * 4) and shares.sum() == pytest.approx(6)
 
