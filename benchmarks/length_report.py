@@ -97,6 +97,12 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
             for ratio in length_runs.RATIOS:
                 part = f"{ratio:g}".replace(".", "_")
                 found[f"lost_{short}_{kind}_{part}"] = points(lost(results, length_runs.LengthRun(name, kind, ratio)))
+    for part, name in (("length_steps", "imdb-512"), ("length_other_steps", "sst2")):
+        run = results.get(length_runs.LengthRun(name, "drop", 2.0).name)
+        found[part] = NOT_YET if run is None else str(run["settings"]["steps"])
+    longer = length_runs.LengthRun("imdb-512", *length_runs.LONGER[0], steps=length_runs.LONGER_STEPS)
+    more = f", and {length_runs.LONGER_STEPS} steps, with which dropping loses {points(lost(results, longer))}"
+    found["length_longer"] = more if longer.name in results else ""
     sweeps, taken = frontier_of(results), results.get("times")
     allowed = frontiers.LOST[0]
     for name in length_frontier.MODELS:

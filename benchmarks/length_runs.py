@@ -36,6 +36,9 @@ AT_EVERY_RATIO = KINDS[:3]
 LEARNING_RATE = 1e-4  # of 5e-5 and 1e-4 on dev of imdb, 150 steps
 STEPS = {"imdb-512": 300}
 OTHER_STEPS = 200  # what time allowed
+# Runs that were trained three times as long, and the models that are kept for length times depth.
+LONGER, LONGER_STEPS = (("drop", 2.0),), 900
+KEPT = ("imdb-512-drop-2x",)
 BATCH_SIZE = {"imdb-512": 8, "imdb-256": 8}
 OTHER_BATCH_SIZE = 16
 
@@ -49,15 +52,18 @@ class LengthRun:
         set (`str`): A key of `SETS`.
         kind (`str`): One of `KINDS`, or `"full"` for the model that is made faster.
         ratio (`float`): How many times fewer FLOPs are executed than with all tokens, on dev at full depth.
+        steps (`int`): Of the distillation; as many as every run of the set unless given.
     """
 
     set: str
     kind: str
     ratio: float = 0.0
+    steps: int = 0
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, [self.set, self.kind, self.ratio and f"{self.ratio:g}x"]))
+        parts = [self.set, self.kind, self.ratio and f"{self.ratio:g}x", self.steps and f"{self.steps}-steps"]
+        return "-".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ class LengthBench(Bench):
     def execute(self, run: LengthRun, parts: tuple[str, ...] = ("dev", "test"), **settings) -> dict:
         """Make texts shorter, distil, and return the numbers of a run."""
         used = {
-            "steps": STEPS.get(run.set, OTHER_STEPS),
+            "steps": run.steps or STEPS.get(run.set, OTHER_STEPS),
             "learning_rate": LEARNING_RATE,
             "batch_size": BATCH_SIZE.get(run.set, OTHER_BATCH_SIZE),
             "bf16": True,
@@ -227,7 +233,7 @@ class LengthBench(Bench):
         result |= {"dial": dial, "coarsening": model.config.coarsening}
         result["converted"] = {"dev": self.measure(model, "dev", most_tokens)}
         result["log"] = self.distill(model, **used)
-        if run.set == "imdb-512" and run.kind == "drop":  # for length times depth
+        if run.name in KEPT:
             model.save_pretrained(self.work_dir / run.name)
         result["distilled"] = {part: self.measure(model, part, most_tokens) for part in parts}
         return result
@@ -237,7 +243,8 @@ def runs_of(name: str) -> list[LengthRun]:
     """Return the runs of a set, the most telling ones first."""
     runs = [LengthRun(name, kind, 2.0) for kind in KINDS]
     runs[3:3] = [LengthRun(name, kind, ratio) for ratio in (3.0, 1.5) for kind in AT_EVERY_RATIO]
-    return [LengthRun(name, "full"), *runs]
+    longer = [LengthRun(name, *of, steps=LONGER_STEPS) for of in LONGER if name == "imdb-512"]
+    return [LengthRun(name, "full"), *runs, *longer]
 
 
 def run_all(sets: Sequence[str], data_dir: Path, work_dir: Path, results_dir: Path) -> None:

@@ -51,9 +51,6 @@ def shares_table(results: dict[str, dict]) -> str:
     of_full = [NOT_YET if of is None else percent(of["distilled"]["test"]["accuracy"]) for of in full]
     lines = [["100 %", "the dense model", *of_full, "", "", ""]]
     for share, kind in rows_of_shares():
-        # Beyond an eighth of the neurons, where all are near the full model, some controls may be left out.
-        if share > 0.125 and kind in width_runs.KINDS[2:] and None in lost(results, kind, share, "distilled"):
-            continue
         cells = [f"{100 * share:.3g} %", TITLES[kind]]
         for name in width_runs.SETS:
             result = results.get(width_runs.WidthRun(name, kind, share).name)

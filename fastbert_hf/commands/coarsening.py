@@ -26,6 +26,7 @@ class CoarseningOptions(ConversionOptions):
     """Which model on which texts, and how."""
 
     output_dir: str = field(default="outputs/coarsening", metadata={"help": "Folder of the finished model."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of the repair of the layers."})
     target: float = field(default=0.5, metadata={"help": "Part of the tokens of all layers that is left, in (0, 1]."})
     layers: list[int] | None = field(
         default=None, metadata={"help": "Those that make texts shorter, from 1; every second one unless given."}

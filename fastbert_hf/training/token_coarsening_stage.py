@@ -52,7 +52,7 @@ class TokenCoarsening(Stage):
     ```
     """
 
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     num_train_epochs: float = 2.0
     target: float = 0.5
     layers: tuple[int, ...] | None = None

@@ -35,6 +35,14 @@ OWN_FIELDS = {
     "feed_forward": {"form": "leaves", "depth": 2, "leaf_size": 8, "layers": [1, 3]},
     "coarsening": {"layers": [1, 3], "retention": [0.7, 0.5], "merge": "weighted", "clusters": 2, "size_aware": False},
     "distilled_for": "float32:0123456789abcdef",
+    "calibration": {
+        "rows": 200,
+        "unit": "layers",
+        "speeds": [0.0, 0.5, 1.0],
+        "speed_ups": [1.0, 1.5, 2.0],
+        "asked": {"exit_policy": "patience", "patience": 3, "exits": [[1, 2]], "coarsening": [None]},
+        "weights": ["float32:0123456789abcdef"],
+    },
 }
 LABELS = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
 
@@ -59,6 +67,7 @@ def test_defaults_are_the_papers_and_the_documented_ones():
         "feed_forward": None,
         "coarsening": None,
         "distilled_for": None,
+        "calibration": None,
     }
 
 
