@@ -69,9 +69,10 @@ class CheckedTrainer(Trainer):
         return super().get_test_dataloader(self._encoded(test_dataset))
 
     def train(self, *args, **kwargs):
-        config = base_model(self.model).config
+        # What was calibrated is of the weights before. With `model_init` there is no model yet.
+        config = None if self.model is None else base_model(self.model).config
         if getattr(config, "calibration", None) is not None:
-            config.calibration = None  # of the weights before
+            config.calibration = None
         output = super().train(*args, **kwargs)
         check_finite_weights(self.model)
         return output
