@@ -128,7 +128,8 @@ def curve_of(record: ExitRecord, config: PreTrainedConfig, unit: str) -> tuple[l
 
     full = cost(replay_at_speed(record, config, 0.0)).sum().item()
     steps, replays = replay_every_speed(record, config)
-    layers, costs = (torch.stack([of(replayed) for replayed in replays], 1) for of in (exit_layer_of, cost))
+    layers = torch.stack([replayed.exit_layer for replayed in replays], 1)
+    costs = torch.stack(list(map(cost, replays)), 1)
     lower, totals = add_up(steps, layers, lambda rows, places: costs[rows, places])
     upper = torch.cat([lower[1:], torch.ones(1)]).tolist()
     points = [(0.0, 1.0)]
@@ -143,7 +144,3 @@ def curve_of(record: ExitRecord, config: PreTrainedConfig, unit: str) -> tuple[l
         points = [points[place] for place in sorted(nearest)]
     speeds, speed_ups = zip(*points, strict=True)
     return list(speeds), [math.floor(1e6 * speed_up) / 1e6 for speed_up in speed_ups]
-
-
-def exit_layer_of(replayed: Replay) -> torch.Tensor:
-    return replayed.exit_layer

@@ -12,6 +12,7 @@ from fastbert_hf import CascadeForSequenceClassification, FastBertConfig, FastBe
 from fastbert_hf.evaluation import record_exits
 from fastbert_hf.evaluation.flops import executed_flops
 from fastbert_hf.evaluation.replay import replay_at_speed
+from fastbert_hf.modeling import packed_attention
 from fastbert_hf.modeling.packed_attention import attend_within_texts
 from fastbert_hf.modeling.packed_batch import PackedBatch, pack_lists
 from fastbert_hf.modeling.token_coarsening import Coarsening, take
@@ -275,3 +276,15 @@ def test_bad_retention_is_refused():
 def test_take_reads_the_places_of_each_text():
     states = torch.arange(12.0).view(2, 3, 2)
     assert take(states, torch.tensor([[2], [0]])).tolist() == [[[4.0, 5.0]], [[6.0, 7.0]]]
+
+
+@pytest.mark.parametrize("numbers", [1, 200, 900, 4000])
+def test_maps_in_pieces_say_what_whole_ones_say(numbers, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(5, 4, 9, 8, generator=generator) for _ in range(3))
+    mask = torch.rand(5, 1, 1, 9, generator=generator).log()
+    whole, pieces = [], []
+    expected = packed_attention.attend_and_note(whole, query, key, value, mask, 0.0, None)
+    monkeypatch.setitem(packed_attention.NUMBERS_OF_MAPS, "cpu", numbers)
+    assert_close(packed_attention.attend_and_note(pieces, query, key, value, mask, 0.0, None), expected)
+    assert_close(pieces[0], whole[0])
