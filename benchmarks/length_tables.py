@@ -1,7 +1,7 @@
 """
 Shorter texts beside their controls, and with exits: writes the part "Length" of docs/results.md.
 
-    python benchmarks/length_tables.py --data_dir $FASTBERT_DATA   # everything: about five hours on two cores
+    python benchmarks/length_tables.py --data_dir $FASTBERT_DATA   # everything: many hours on two cores
     python benchmarks/length_tables.py --data_dir $FASTBERT_DATA --sets rte --only ratios
     python benchmarks/length_tables.py --write_only  # from the numbers that are there
 

@@ -1,7 +1,7 @@
 """
 Narrower feed-forward layers beside their controls, and with exits: writes the part "Width" of docs/results.md.
 
-    python benchmarks/width_tables.py --data_dir $FASTBERT_DATA   # everything: about four hours on two cores
+    python benchmarks/width_tables.py --data_dir $FASTBERT_DATA   # everything: some hours on two cores
     python benchmarks/width_tables.py --data_dir $FASTBERT_DATA --sets trec --only shares
     python benchmarks/width_tables.py --write_only  # from the numbers that are there
 
