@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
+from fastbert_hf.modeling.exit_gates import FEATURES
 
 
 # The start of a script whose process then reaches no network; what it tried is in `reached`.
@@ -134,6 +135,12 @@ def tiny_model(
     text_config = tiny_text_config(family)
     model = FastBertForSequenceClassification(FastBertConfig(text_config=text_config, num_labels=num_labels, **config))
     return spread_out(model, seed)
+
+
+def random_gates(seed: int, num_exits: int) -> list[list[float]]:
+    """Return gates whose probabilities are spread over [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_exits, len(FEATURES) + 1, generator=generator).tolist()
 
 
 def ragged_batch(

@@ -1,25 +1,29 @@
-"""`calibrate`: what every speed costs on a user's own texts, so that a call may ask for a speed-up."""
+"""`calibrate`: what every speed costs and gives on a user's own texts, so that a call may ask for what it wants."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.exit_record import ExitRecord, as_record
-from ..evaluation.replay import Replay, add_up, replay_at_speed, replay_every_speed
-from ..evaluation.speed_choice import between, members_with_students
-from ..modeling.dials import UNITS, asked_by, check_calibration, speed_for
+from ..evaluation.speed_choice import members_with_students
+from ..modeling.dial_checks import UNITS, asked_by, check_calibration, own_limits
+from ..modeling.dials import speed_for
 from ..modeling.processing_cascade import CascadeProcessor
+from .certificates import certification_of, read_certificate
+from .curves import curve_of, points_of
+from .policy_report import best_of, compare_policies, fitted_gates, halves, with_fields
+from .texts import digest_of, limit_of, own_tokenizer
 
 
 LEAST_ROWS = 100
-# Points of a curve that are kept, at speed-ups whose ratios are equal: less than a percent apart.
-POINTS = 512
+# Points of a curve that are kept, at speed-ups whose ratios are equal: less than two percent apart.
+POINTS = 256
+SPEED_UPS = (1.5, 2.0, 3.0, 4.0)
+RISKS = (0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,22 @@ class Calibration:
         unit (`str`): What a speed-up counts: `"flops"` or `"layers"`.
         greatest (`float`): The greatest speed-up, at speed 1.
         speeds (`dict[float, float]`): The speeds at which 1.5, 2, 3 and 4 times less is spent, as far as they exist.
+        certified (`dict[float, float]`):
+            By how many answers may differ, 0.01, 0.02 and 0.05 of them, the speed-up that is certified with a
+            confidence of 0.9, as far as there is one.
+        agreements (`dict[str, dict[float, float]]`):
+            Of each exit policy, by the speed-up, the share of the answers that are the full model's. Of the policy
+            `"learned"` on texts to which its gates were not fitted.
+        best_policy (`str`): The exit policy that agrees most, on average over these speed-ups.
     """
 
     rows: int
     unit: str
     greatest: float
     speeds: dict[float, float]
+    certified: dict[float, float] = field(default_factory=dict)
+    agreements: dict[str, dict[float, float]] = field(default_factory=dict)
+    best_policy: str = ""
 
 
 def calibrate(
@@ -45,26 +59,39 @@ def calibrate(
     texts_or_rows: Any,
     tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
     *,
+    exit_policy: str | None = None,
     unit: str = "flops",
+    linear: bool = False,
+    max_length: int | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Calibration:
     """
-    Measure what every speed costs on texts like those that the model will answer, and write it into
-    `model.config.calibration`, with which it is saved and pushed. A call may then ask for a `speedup`: how many times
-    less shall be spent than at speed 0, on average over many such texts, or as nearly as the model can: with the
-    policy `"patience"` there are few steps. No labels are needed.
+    Measure what every speed costs and gives on texts like those that the model will answer, and write it into the
+    model's config, with which it is saved and pushed. A call may then ask for a `speedup`: how many times less shall
+    be spent than at speed 0, on average over many such texts, or as nearly as the model can: with the policy
+    `"patience"` there are few steps. Or for `max_disagreement`: the share of the answers that may differ from the full
+    model's, with a certificate ([`certify`]). No labels are needed.
 
-    The exit policy and the limits `min_exit_layer` and `max_layers` are the config's; a call with others is refused.
-    What a single text costs is still decided by how sure the exits are of it.
+    The limits `min_exit_layer` and `max_layers` are the config's; a call with others is refused. What a single text
+    costs is still decided by how sure the exits are of it.
 
     Args:
         model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): Put into eval mode.
         texts_or_rows ([`ExitRecord`], `datasets.Dataset`, or sequence of `dict` or `str`):
-            At least 100 texts, some hundreds better, as [`record_exits`] takes them, or its record.
-        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*): Needed for texts.
+            At least 100 texts, some hundreds better, as [`record_exits`] takes them, or its record. A certificate for
+            0.01 needs at least 230.
+        tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*):
+            The model's own, if it knows one, unless given.
+        exit_policy (`str`, *optional*):
+            Written into the config; the config's own unless given. `"learned"` fits a gate to each exit, on one half
+            of the texts; certificates are of the other half.
         unit (`str`):
             What a speed-up counts: `"flops"`, what the packed forward really computes, exits included, or `"layers"`.
+        linear (`bool`):
+            Whether `speed` shall be linear in what it costs from now on: the share 1 - speed (1 - c), where c is the
+            share that speed 1 costs.
+        max_length (`int`, *optional*): To how many tokens the texts were cut, where rows are given that are tokenized.
         batch_size (`int`): Rows in a batch.
         progress (`bool`): Whether to show a progress bar.
 
@@ -86,32 +113,55 @@ def calibrate(
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r:.40}.")
-    members = members_with_students(model)
+    members, config = members_with_students(model), model.config
+    if exit_policy is not None and exit_policy not in config.exit_policies:
+        raise ValueError(
+            f"exit policy {exit_policy!r:.40} is not known for this model; choose one of "
+            f"{', '.join(config.exit_policies)}."
+        )
     if isinstance(texts_or_rows, (list, tuple)) and all(isinstance(row, (str, Mapping)) for row in texts_or_rows[:1]):
         check_number(len(texts_or_rows))
+    tokenizer = own_tokenizer(model, texts_or_rows, tokenizer)
+    max_length = limit_of(model, texts_or_rows, tokenizer, max_length)
     record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
     check_number(len(record.exit_logits))
     if unit == "flops" and (record.layer_flops is None or record.exit_flops is None):
         raise ValueError('the record has no FLOPs: make it with record_exits(model, texts), or give unit="layers".')
-    speeds, speed_ups = curve_of(record, model.config, unit)
+    check_finite(record)
     model.eval()
+    own_policy = config.exit_policy if exit_policy is None else exit_policy
+    agreements = compare_policies(record, config, config.exit_policies, unit, SPEED_UPS)
+    gates, held_out = config.gates, record
+    if own_policy == "learned":
+        fitted, held_out = halves(record)
+        gates = fitted_gates(fitted, config)
+    # All is made before any of it is written.
+    changed = with_fields(config, gates=gates, exit_policy=own_policy, calibration=None)
+    speeds, speed_ups = points_of(curve_of(record, changed, unit), POINTS)
     calibration = {
         "rows": len(record.exit_logits),
         "unit": unit,
         "speeds": speeds,
         "speed_ups": speed_ups,
-        "asked": asked_by(model.config, **own_limits(model.config)),
+        "asked": asked_by(changed, **own_limits(changed)),
         "weights": [member.weights_digest() or None for member in members],
+        "texts": digest_of(record),
+        "linear": bool(linear),
     }
     check_calibration(calibration, len(members))
-    model.config.calibration = calibration
-    found = {speedup: speed_for(calibration, speedup) for speedup in (1.5, 2.0, 3.0, 4.0) if speedup <= speed_ups[-1]}
-    return Calibration(len(record.exit_logits), unit, speed_ups[-1], found)
-
-
-def own_limits(config: PreTrainedConfig) -> dict[str, int | None]:
-    """Return the limits of a single model's config, within which its pipeline answers; a cascade has none itself."""
-    return {name: getattr(config, name, None) for name in ("min_exit_layer", "max_layers")}
+    certification = certification_of(model, changed, held_out, unit, tokenizer, max_length)
+    config.gates, config.exit_policy = gates, own_policy
+    config.calibration, config.certification = calibration, certification
+    certificates = {risk: read_certificate(certification, risk) for risk in RISKS}
+    return Calibration(
+        rows=len(record.exit_logits),
+        unit=unit,
+        greatest=speed_ups[-1],
+        speeds={wanted: speed_for(calibration, wanted) for wanted in SPEED_UPS if wanted <= speed_ups[-1]},
+        certified={risk: found.speed_up for risk, found in certificates.items() if found is not None},
+        agreements=agreements,
+        best_policy=best_of(agreements),
+    )
 
 
 def check_number(rows: int) -> None:
@@ -120,27 +170,11 @@ def check_number(rows: int) -> None:
         raise ValueError(f"there are {rows} texts, and at least {LEAST_ROWS} are needed; some hundreds are better.")
 
 
-def curve_of(record: ExitRecord, config: PreTrainedConfig, unit: str) -> tuple[list[float], list[float]]:
-    """Return speeds in rising order, and how many times less each of them costs than speed 0."""
-
-    def cost(replayed: Replay) -> torch.Tensor:
-        return replayed.flops if unit == "flops" else replayed.exit_layer
-
-    full = cost(replay_at_speed(record, config, 0.0)).sum().item()
-    steps, replays = replay_every_speed(record, config)
-    layers = torch.stack([replayed.exit_layer for replayed in replays], 1)
-    costs = torch.stack(list(map(cost, replays)), 1)
-    lower, totals = add_up(steps, layers, lambda rows, places: costs[rows, places])
-    upper = torch.cat([lower[1:], torch.ones(1)]).tolist()
-    points = [(0.0, 1.0)]
-    # Close to 0, exits are evaluated at which hardly a text leaves: that may cost more than it saves.
-    for below, above, total in zip(lower.tolist(), upper, totals.tolist(), strict=True):
-        if full / total > points[-1][1]:
-            points.append((between(below, above), full / total))
-    if len(points) > POINTS:
-        wanted = [points[-1][1] ** (number / (POINTS - 1)) for number in range(POINTS)]
-        found = torch.tensor([speed_up for _, speed_up in points])
-        nearest = {int((found - speed_up).abs().argmin()) for speed_up in wanted}
-        points = [points[place] for place in sorted(nearest)]
-    speeds, speed_ups = zip(*points, strict=True)
-    return list(speeds), [math.floor(1e6 * speed_up) / 1e6 for speed_up in speed_ups]
+def check_finite(record: ExitRecord) -> None:
+    """Raise a `ValueError` if an exit says NaN or infinity of a text."""
+    broken = ~record.exit_logits.isfinite().flatten(1).all(1)
+    if broken.any():
+        raise ValueError(
+            f"the logits of rows {broken.nonzero()[:, 0].tolist()} are not finite, so there is nothing to learn of "
+            "them: check the model's weights and inputs for NaN and infinity."
+        )

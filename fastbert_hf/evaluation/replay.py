@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from ..modeling.dials import thresholds_of_speeds
 from ..modeling.exit_policies import ExitPolicy, config_thresholds, leaves, row_speeds
 from .exit_record import ExitRecord
 
@@ -129,6 +130,11 @@ def speed_thresholds(record: ExitRecord, config: PreTrainedConfig, speed: float 
     Returns:
         `torch.Tensor`: float32 of shape `[rows, L]`; the members of a cascade are one behind the other.
     """
+    return raw_thresholds(record, config, thresholds_of_speeds(config, row_speeds(speed, len(record.exit_logits))))
+
+
+def raw_thresholds(record: ExitRecord, config: PreTrainedConfig, threshold: float | torch.Tensor) -> torch.Tensor:
+    """As [`speed_thresholds`], from what uncertainties are compared with, where speeds are linear in their costs."""
     layers = tuple(member.num_hidden_layers for member in getattr(config, "members", None) or [config])
     if record.member_layers != layers:
         raise ValueError(
@@ -136,7 +142,7 @@ def speed_thresholds(record: ExitRecord, config: PreTrainedConfig, speed: float 
             f"{' + '.join(map(str, layers))}: give the model that made it, or record it anew with "
             "record_exits(model, dataset)."
         )
-    return torch.cat(config_thresholds(config, row_speeds(speed, len(record.exit_logits))), 1)
+    return torch.cat(config_thresholds(config, row_speeds(threshold, len(record.exit_logits))), 1)
 
 
 def exit_uncertainties(record: ExitRecord, policy: ExitPolicy, may_answer: torch.Tensor | None = None) -> torch.Tensor:
@@ -157,7 +163,7 @@ def exit_uncertainties(record: ExitRecord, policy: ExitPolicy, may_answer: torch
         state = policy.start(len(record.exit_logits))
         for column in range(record.num_exits)[part]:
             asked = None if may_answer is None else may_answer[:, column]
-            uncertainty, state = policy.uncertainty(record.exit_logits[:, column], state, asked)
+            uncertainty, state = policy.uncertainty(record.exit_logits[:, column], state, asked, column + 1)
             columns.append(uncertainty)
     return torch.stack(columns, 1)
 
@@ -165,7 +171,7 @@ def exit_uncertainties(record: ExitRecord, policy: ExitPolicy, may_answer: torch
 def replay_every_speed(record: ExitRecord, config: PreTrainedConfig) -> tuple[torch.Tensor, list[Replay]]:
     """
     Return all that happens at speeds above 0: a text changes its exit where the speed passes one of its own
-    uncertainties, and only there.
+    uncertainties, and only there. Speeds are thresholds here, also of a model whose own are linear in their costs.
 
     Args:
         record ([`ExitRecord`]): From [`record_exits`].
@@ -178,7 +184,7 @@ def replay_every_speed(record: ExitRecord, config: PreTrainedConfig) -> tuple[to
     Raises:
         ValueError: If the logits of a row are not finite.
     """
-    policy, thresholds = ExitPolicy.of(config), speed_thresholds(record, config, 1.0)
+    policy, thresholds = ExitPolicy.of(config), raw_thresholds(record, config, 1.0)
     uncertainties = exit_uncertainties(record, policy, thresholds > 0)
     broken = (uncertainties.isnan() & (thresholds > 0)).any(1)
     if broken.any():
@@ -189,8 +195,7 @@ def replay_every_speed(record: ExitRecord, config: PreTrainedConfig) -> tuple[to
     steps = uncertainties.where(thresholds > 0, 1.0).sort(1).values
     speeds = torch.cat([steps, torch.ones(len(steps), 1)], 1).clamp(min=torch.finfo(steps.dtype).tiny)
     replays = [
-        replay(record, speed_thresholds(record, config, of_rows), policy, uncertainties)
-        for of_rows in speeds.unbind(1)
+        replay(record, raw_thresholds(record, config, of_rows), policy, uncertainties) for of_rows in speeds.unbind(1)
     ]
     return steps, replays
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..modeling.dials import speed_of_threshold
 from ..modeling.exit_policies import config_thresholds
 from ..modeling.processing_cascade import CascadeProcessor
 from ..modeling.tasks import task_of
@@ -196,7 +197,7 @@ def _fastest(record: ExitRecord, config: PreTrainedConfig, metric: str, max_loss
     if allowed.any():
         fastest = allowed & (costs == costs[allowed].min())
         best = scores.where(fastest, -math.inf).argmax()
-        speed = between(lower[best].item(), upper[best].item())
+        speed = speed_of_threshold(config, between(lower[best].item(), upper[best].item()))
 
     chosen = replay_at_speed(record, config, speed)
     score = data.score(data.answers(chosen))

@@ -9,12 +9,13 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoint_checks import check_raw_cascade, explained, read_config, shortened
 from .configuration_fastbert import CODE_FIELDS, FastBertConfig
-from .dials import check_calibration
+from .dial_checks import check_calibration, check_certification
+from .exit_gates import check_gates
 from .exit_policies import check_speed
 
 
 # Patience counts agreements of neighbouring exits, and most members have one exit that may answer.
-CASCADE_POLICIES = ("confidence", "entropy", "margin")
+CASCADE_POLICIES = ("confidence", "entropy", "margin", "learned")
 # What reaches every member where it is set.
 OF_ALL_MEMBERS = ("exit_policy", "id2label", "label2id", "dtype")
 
@@ -31,14 +32,16 @@ class CascadeConfig(PreTrainedConfig):
         own_tokenizers (`bool`, *optional*, defaults to `False`):
             Whether every member reads what its own tokenizer makes of a text. One tokenizer serves all unless given.
         exit_policy (`str`, *optional*, defaults to `"confidence"`):
-            How logits become an uncertainty in [0, 1], at every exit of every member: `"confidence"`, `"entropy"` or
-            `"margin"`, as in [`FastBertConfig`]. With `"confidence"` a text goes on while \\( (1 - \max_i p_i) \cdot N
-            / (N - 1) \\) is not below `speed`, so the threshold of the paper's Algorithm 1 is \\( \tau = 1 -
-            \text{speed} \cdot (N - 1) / N \\) for N labels.
+            How logits become an uncertainty in [0, 1], at every exit of every member: `"confidence"`, `"entropy"`,
+            `"margin"` or `"learned"`, as in [`FastBertConfig`]. With `"confidence"` a text goes on while \\( (1 -
+            \max_i p_i) \cdot N / (N - 1) \\) is not below `speed`, so the threshold of the paper's Algorithm 1 is \\(
+            \tau = 1 - \text{speed} \cdot (N - 1) / N \\) for N labels.
         speed (`float`, *optional*, defaults to 0.5):
             The speed that the pipeline uses when the call names none. The model itself asks the last member then.
-        calibration (`dict`, *optional*):
-            What speeds cost on a user's own texts, as [`calibrate`] writes it, so that a call may give a `speedup`.
+        gates (`list` of `list` of `float`, *optional*):
+            As in [`FastBertConfig`], of all exits of all members, one behind the other.
+        calibration, certification (`dict`, *optional*):
+            As in [`FastBertConfig`].
 
     Example:
 
@@ -51,12 +54,15 @@ class CascadeConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["exit_layer", "uncertainty", "exit_member"]
     # What the pipeline passes on to `predict` where the call does not name it.
     call_defaults = ("speed",)
+    exit_policies = CASCADE_POLICIES
 
     members: list | None = None
     own_tokenizers: bool = False
     exit_policy: str = "confidence"
     speed: float | int = 0.5
+    gates: list | None = None
     calibration: dict | None = None
+    certification: dict | None = None
 
     def __post_init__(self, **kwargs):
         # The members write their attention into their configs, so they must not be the caller's.
@@ -70,7 +76,10 @@ class CascadeConfig(PreTrainedConfig):
         if self.members:
             self._check_members()
         check_speed(self.speed)
-        self.calibration = copy.deepcopy(self.calibration)
+        for name in ("gates", "calibration", "certification"):
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
+        check_gates(self.gates, self.num_hidden_layers if self.members else 0, self.exit_policy)
+        check_certification(self.certification, len(self.members), max(self.num_hidden_layers, 1))
         check_calibration(self.calibration, len(self.members))
         self.exit_policy, self.dtype = self.exit_policy, self.dtype  # they reach the members
 
@@ -80,7 +89,9 @@ class CascadeConfig(PreTrainedConfig):
                 f"exit_policy={value!r} is not for a cascade; choose one of {', '.join(CASCADE_POLICIES)}."
             )
         super().__setattr__(key, value)
-        if key in OF_ALL_MEMBERS and getattr(self, "_post_init_done", False):
+        # The gates are the cascade's, and a member has none of its own.
+        reaches_members = key in OF_ALL_MEMBERS and (key, value) != ("exit_policy", "learned")
+        if reaches_members and getattr(self, "_post_init_done", False):
             for member in self.members or ():
                 setattr(member, key, copy.copy(value))
                 if key == "dtype":  # Transformers builds a backbone in that of its own config

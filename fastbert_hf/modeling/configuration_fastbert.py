@@ -10,8 +10,9 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoint_checks import check_labels, check_raw_config, explained, read_config, shortened
-from .dials import check_calibration
+from .dial_checks import check_calibration, check_certification
 from .exit_classifiers import EXIT_TYPES
+from .exit_gates import check_gates
 from .exit_policies import EXIT_POLICIES, check_speed, exit_range
 from .families import get_encoder_family
 from .feed_forward_settings import check_feed_forward
@@ -68,7 +69,8 @@ class FastBertConfig(PreTrainedConfig):
             Dropout of the exits: on the attention probabilities, or before the last Linear of a linear exit.
         exit_policy (`str`, *optional*, defaults to `"entropy"`):
             How an exit's logits become an uncertainty in [0, 1]: `"entropy"` (the paper's, normalised by the log of
-            the number of labels), `"confidence"`, `"margin"` or `"patience"`.
+            the number of labels), `"confidence"`, `"margin"`, `"patience"` or `"learned"`, for which the model needs
+            `gates`.
         speed (`float`, *optional*, defaults to 0.5):
             The speed that the pipeline uses when the call names none. The model itself runs every layer then.
         patience (`int`, *optional*, defaults to 2):
@@ -89,8 +91,14 @@ class FastBertConfig(PreTrainedConfig):
         distilled_for (`str`, *optional*):
             Digest of the backbone and teacher that the students were distilled from, `"float32:0123456789abcdef"`,
             as the trainer writes it. `None` says nothing of them.
+        gates (`list` of `list` of `float`, *optional*):
+            For the policy `"learned"`: of each exit a weight for each feature of an [`ExitGates`], and a bias, as
+            [`calibrate`] writes them.
         calibration (`dict`, *optional*):
-            What speeds cost on a user's own texts, as [`calibrate`] writes it, so that a call may give a `speedup`.
+            What speeds cost on a user's own texts, as [`calibrate`] writes it, so that a call may ask for a `speedup`.
+        certification (`dict`, *optional*):
+            How many answers differ there from the full model's, as [`calibrate`] or [`certify`] writes it, so that a
+            call may ask for `max_disagreement`.
 
     Example:
 
@@ -109,6 +117,7 @@ class FastBertConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["exit_layer", "uncertainty", "exit_logits", "hidden_states", "attentions"]
     # What the pipeline passes on to `predict` where the call does not name it.
     call_defaults = ("speed", "min_exit_layer", "max_layers")
+    exit_policies = EXIT_POLICIES
 
     text_config: dict | PreTrainedConfig | None = None
     exit_type: str = "attention"
@@ -125,7 +134,9 @@ class FastBertConfig(PreTrainedConfig):
     feed_forward: dict | None = None
     coarsening: dict | None = None
     distilled_for: str | None = None
+    gates: list | None = None
     calibration: dict | None = None
+    certification: dict | None = None
 
     def __post_init__(self, **kwargs):
         # The model writes its attention into the backbone's config, so it must not be the caller's.
@@ -159,7 +170,10 @@ class FastBertConfig(PreTrainedConfig):
         self.coarsening = copy.deepcopy(self.coarsening)
         check_coarsening(self.coarsening, self.num_hidden_layers)
         check_speed(self.speed)
-        self.calibration = copy.deepcopy(self.calibration)
+        for name in ("gates", "calibration", "certification"):
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
+        check_gates(self.gates, self.num_hidden_layers, self.exit_policy)
+        check_certification(self.certification, 1, self.num_hidden_layers)
         check_calibration(self.calibration)
         exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
 

@@ -1,197 +1,140 @@
-"""What a call asks for, as a speed: `speedup` by the curve that `calibrate` wrote into the config."""
+"""What a call asks for, as the threshold of its exits: a `speed`, a `speedup`, or a `max_disagreement`."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .exit_policies import exit_range
-from .teacher_digest import is_adapted, is_digest, tells_of_training
+from .dial_checks import (
+    HOW,
+    HOW_TO_CERTIFY,
+    check_asked,
+    check_calibrated_weights,
+    check_setting,
+    setting_of,
+)
 
 
-UNITS = ("flops", "layers")
-# Fields of a config's `calibration`.
-FIELDS = ("rows", "unit", "speeds", "speed_ups", "asked", "weights")
-MOST_POINTS = 4096
-# What is meant by a name in an error.
-HINTS = {"exits": " (first and last, by min_exit_layer and max_layers)"}
-HOW = "fastbert_hf.calibrate(model, texts, tokenizer)"
+# At most one of them is given.
+DIALS = ("speed", "speedup", "max_disagreement")
+# Of a certificate, unless a call says another one.
+CONFIDENCE = 0.9
 
 
-def check_calibration(calibration: Any, num_members: int = 1) -> None:
+def speed_of_call(
+    model: PreTrainedModel, dials: Mapping[str, Any], streams: bool = False, confidence: float | None = None, **asked
+) -> Any:
     """
-    Raise a `ValueError` unless `calibration` is what the config of a model, or of a cascade of so many, may have:
-    `None`, or what [`calibrate`] writes.
-    """
-    if calibration is None:
-        return
-    wrong = not isinstance(calibration, Mapping) or set(calibration) != set(FIELDS)
-    if not wrong:
-        speeds, speed_ups, weights = (calibration[name] for name in ("speeds", "speed_ups", "weights"))
-        wrong = (
-            calibration["unit"] not in UNITS
-            or type(calibration["rows"]) is not int
-            or calibration["rows"] < 1
-            or not is_rising(speeds, 0.0, 1.0)
-            or not is_rising(speed_ups, 1.0, math.inf)
-            or len(speeds) != len(speed_ups)
-            or not isinstance(calibration["asked"], Mapping)
-            or not isinstance(weights, (list, tuple))
-            or len(weights) != num_members
-            or not all(digest is None or is_digest(digest) for digest in weights)
-        )
-    if wrong:
-        raise ValueError(
-            f"calibration={calibration!r:.80} is not what calibrate writes, a dict of {', '.join(FIELDS)} with rising "
-            f"speeds in [0, 1] and speed-ups from 1 on: set it to None, or make it anew with {HOW}"
-        )
-
-
-def is_rising(values: Any, least: float, greatest: float) -> bool:
-    """Tell whether this is a list of finite numbers within these limits, none below the one before."""
-    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= MOST_POINTS:
-        return False
-    if not all(isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) for value in values):
-        return False
-    return least <= values[0] and values[-1] <= greatest and list(values) == sorted(values)
-
-
-def speed_of_call(model: PreTrainedModel, speed: Any, speedup: Any, streams: bool = False, **asked: Any) -> Any:
-    """
-    Return the `speed` of a call of `forward` or `predict`: as it is, or that of its `speedup`.
+    Return what the exits of a call of `forward` or `predict` are compared with: its speed, or that of its `speedup` or
+    its `max_disagreement`.
 
     Args:
         model ([`FastBertForSequenceClassification`] or [`CascadeForSequenceClassification`]): That is called.
-        speed, speedup (number, sequence, tensor or iterable, *optional*): At most one of them.
+        dials (`dict`):
+            `speed`, `speedup` and `max_disagreement` of the call, each a number, a sequence, a tensor, or `None`. At
+            most one of them is given.
         streams (`bool`):
-            Whether many speed-ups may come one after the other. Each is looked up when it is asked for then, and what
-            is wrong with one takes the place of its speed.
+            Whether many may come one after the other. Each is looked up when it is asked for then, and what is wrong
+            with one takes the place of its speed.
+        confidence (`float`, *optional*): Of `max_disagreement`.
         asked: What else the call asks for, as [`asked_by`] takes it.
 
     Raises:
-        ValueError: If both are given, the model was not calibrated, or for another use than this one.
+        ValueError: If several are given, the model was not calibrated, or for another use than this one.
     """
-    if speedup is None:
-        return speed
-    if speed is not None:
-        raise ValueError(f"give speed or speedup, not both, got speed={speed!r:.40} and speedup={speedup!r:.40}.")
-    if hasattr(speedup, "tolist"):  # tensors, NumPy arrays and NumPy numbers
-        speedup = speedup.tolist()
-    check_speedup(model.config, speedup)
-    check_asked(model.config, asked)
-    check_calibrated_weights(model, speedup)
-    calibration = model.config.calibration
-    if is_one(speedup):
-        return speed_for(calibration, speedup)
-    if not streams and not isinstance(speedup, (list, tuple)):
-        raise ValueError(f"speedup must be one number, or a list with one for each row, got {speedup!r:.40}.")
+    name, value = one_dial(dials)
+    if hasattr(value, "tolist"):  # tensors, NumPy arrays and NumPy numbers
+        value = value.tolist()
+    if confidence is not None and name != "max_disagreement":
+        raise ValueError(f"confidence={confidence!r} is that of max_disagreement, which this call does not ask for.")
+    if name is None or (name == "speed" and (not is_linear(model.config) or is_zero(value))):
+        return dials["speed"]
+    dial = f"{name}={value!r:.40}"
+    look_up = lookup_of(model.config, name, value, confidence)
+    if is_one(value):
+        look_up(value)  # what is wrong with it comes first
+    measured = model.config.certification if name == "max_disagreement" else model.config.calibration
+    check_asked(model.config, measured["asked"], name, asked)
+    is_certified = name == "max_disagreement"
+    if is_certified:
+        check_setting(measured, name, **setting_of(model))
+    check_calibrated_weights(model, measured["weights"], dial, exactly=is_certified)
+    if is_one(value):
+        return look_up(value)
+    if not streams and not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} must be one number, or a list with one for each row, got {value!r:.40}.")
     if not streams:
-        return [speed_for(calibration, one) for one in speedup]
-    speeds = (speed_or_error(calibration, one) for one in speedup)
-    return list(speeds) if isinstance(speedup, (list, tuple)) else speeds
+        return [look_up(one) for one in value]
+    speeds = (value_or_error(look_up, one) for one in value)
+    return list(speeds) if isinstance(value, (list, tuple)) else speeds
 
 
-def is_one(speedup: Any) -> bool:
-    """Tell whether this is meant to be one speed-up, not many."""
-    return isinstance(speedup, str) or not isinstance(speedup, Iterable)
+def one_dial(dials: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """Return the name and the value of the one that is given, `None` where none is."""
+    found = {name: value for name, value in dials.items() if value is not None}
+    if len(found) > 1:
+        several = " and ".join(f"{name}={value!r:.40}" for name, value in found.items())
+        raise ValueError(f"give {' or '.join(found)}, not {'both' if len(found) == 2 else 'all'}, got {several}.")
+    return next(iter(found.items()), (None, None))
 
 
-def check_speedup(config: PreTrainedConfig, speedup: Any) -> None:
-    """Raise a `ValueError` if a model of this config cannot be asked for a `speedup`, or not for this number."""
-    if speedup is None:
-        return
+def is_one(value: Any) -> bool:
+    """Tell whether this is meant to be one value, not many."""
+    return isinstance(value, str) or not isinstance(value, Iterable)
+
+
+def is_zero(speed: Any) -> bool:
+    """Tell whether this is the speed 0 alone, which means the same to every model."""
+    return isinstance(speed, Real) and not isinstance(speed, bool) and speed == 0
+
+
+def is_linear(config: PreTrainedConfig) -> bool:
+    """Tell whether the speeds of a model were made linear in what they cost."""
+    return config.calibration is not None and bool(config.calibration.get("linear", False))
+
+
+def value_or_error(look_up: Callable[[Any], float], value: Any) -> float | ValueError:
+    """Return the speed of one of many, or what is wrong with it."""
+    try:
+        return look_up(value)
+    except ValueError as error:
+        return error
+
+
+def lookup_of(
+    config: PreTrainedConfig, name: str, value: Any, confidence: float | None = None
+) -> Callable[[Any], float]:
+    """Return what looks up the threshold of one value of a dial, or raise a `ValueError` if a model has not that."""
+    if name == "max_disagreement":
+        return lambda value: certified_speed(config.certification, value, confidence)
+    if name == "speed" and not is_linear(config):
+        return float
     if config.calibration is None:
         raise ValueError(
-            f"speedup={speedup!r:.40} needs a model that knows its speeds: calibrate it once, on a few hundred texts "
+            f"{name}={value!r:.40} needs a model that knows its speeds: calibrate it once, on a few hundred texts "
             f"without labels, and save it: {HOW}"
         )
-    if is_one(speedup):
-        speed_for(config.calibration, speedup)
+    look_up = threshold_of_speed if name == "speed" else speed_for
+    return lambda value: look_up(config.calibration, value)
 
 
-def asked_by(
-    config: PreTrainedConfig,
-    exit_policy: str | None = None,
-    patience: int | None = None,
-    min_exit_layer: int | None = None,
-    max_layers: int | None = None,
-) -> dict[str, Any]:
-    """
-    Return what a curve is of, beside the weights: the policy of a call, the first and the last exit that may answer in
-    every member, and how texts become shorter in it. Limits of a call are those of a single model.
-    """
-    policy = config.exit_policy if exit_policy is None else exit_policy
-    members = getattr(config, "members", None)
-    limits = [(min_exit_layer, max_layers)]
-    if members is not None:
-        limits = [(member.min_exit_layer, member.max_layers) for member in members]
-    members = [config] if members is None else members
-    exits = [
-        exit_range(member.num_hidden_layers, *of_member) for member, of_member in zip(members, limits, strict=True)
-    ]
-    return {
-        "exit_policy": policy,
-        "patience": (config.patience if patience is None else patience) if policy == "patience" else None,
-        "exits": [[own.start, own.stop - 1] for own in exits],
-        "coarsening": [
-            member.coarsening and {name: without_tuple(value) for name, value in member.coarsening.items()}
-            for member in members
-        ],
-    }
-
-
-def without_tuple(value: Any) -> Any:
-    """Return a tuple as a list, as files give it back, and anything else as it is."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def check_asked(config: PreTrainedConfig, asked: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if a call asks for something under which its `speedup` would be another one."""
-    asked = dict(asked)
-    retention = asked.pop("retention", None)
-    if retention is not None and any(asked_by(config)["coarsening"]):
-        raise ValueError(
-            f"retention={retention} changes what speedup means, which was calibrated with the config's own: give one "
-            "of them."
-        )
-    given, wanted = asked_by(config, **asked), config.calibration["asked"]
-    for name, value in given.items():
-        if value != wanted.get(name):
-            raise ValueError(
-                f"speedup was calibrated with {name}={wanted.get(name)!r:.80}, and this call has {name}={value!r:.80}"
-                f"{HINTS.get(name, '')}: ask for the same, or set it in the config and calibrate anew: {HOW}"
-            )
-
-
-def check_calibrated_weights(model: PreTrainedModel, speedup: Any) -> None:
-    """Raise a `ValueError` if a model was trained after its calibration. Rounded weights pass for the same ones."""
-    for member, wanted in zip(getattr(model, "members", [model]), model.config.calibration["weights"], strict=True):
-        if wanted is None:
-            continue
-        found = member.weights_digest()
-        if tells_of_training(found, wanted) if found else is_adapted(member):
-            raise ValueError(
-                f"the weights of this model have changed since it was calibrated, and speedup={speedup!r:.40} would "
-                f"be another one: {HOW}"
-            )
+def check_dial(config: PreTrainedConfig, name: str, value: Any, confidence: float | None = None) -> None:
+    """Raise a `ValueError` if a model of this config cannot be asked for a dial, or not for this value."""
+    if value is not None:
+        look_up = lookup_of(config, name, value, confidence)
+        if is_one(value):
+            look_up(value)
 
 
 def greatest_speedup(calibration: Mapping[str, Any]) -> float:
     """Return the greatest speed-up that may be asked for, with two decimals."""
     return math.floor(100 * calibration["speed_ups"][-1] + 1e-6) / 100
-
-
-def speed_or_error(calibration: Mapping[str, Any], speedup: Any) -> float | ValueError:
-    """Return the speed of one of many speed-ups, or what is wrong with it."""
-    try:
-        return speed_for(calibration, speedup)
-    except ValueError as error:
-        return error
 
 
 def speed_for(calibration: Mapping[str, Any], speedup: Any) -> float:
@@ -207,3 +150,81 @@ def speed_for(calibration: Mapping[str, Any], speedup: Any) -> float:
     below = max(above - 1, 0)
     nearest = below if speedup - known[below] < known[above] - speedup else above
     return float(speeds[nearest])
+
+
+def threshold_of_speed(calibration: Mapping[str, Any], speed: Any) -> float:
+    """
+    Return the threshold of a linear speed: that at which texts cost no less than 1 - speed (1 - c), where c is the
+    least that they can cost, at speed 1; all are shares of what they cost at speed 0.
+    """
+    if isinstance(speed, bool) or not isinstance(speed, Real) or not 0 <= speed <= 1:
+        raise ValueError(f"speed must be a number in [0, 1], got {speed!r:.40}. Example: speed=0.5")
+    least = 1 / calibration["speed_ups"][-1]
+    # Rounded, as a speed may have been in float32 on its way.
+    speedup = 1 / (1 - round(speed, 6) * (1 - least))
+    place = bisect_right(calibration["speed_ups"], speedup * (1 + 1e-6)) - 1
+    return float(calibration["speeds"][max(place, 0)])
+
+
+def thresholds_of_speeds(config: PreTrainedConfig, speeds: torch.Tensor) -> torch.Tensor:
+    """Return the thresholds of the speeds of rows, `[rows]`: the speeds themselves unless they are linear."""
+    if not is_linear(config):
+        return speeds
+    thresholds = {speed: threshold_of_speed(config.calibration, speed) for speed in set(speeds.tolist())}
+    return torch.tensor([thresholds[speed] for speed in speeds.tolist()])
+
+
+def speed_of_threshold(config: PreTrainedConfig, threshold: float) -> float:
+    """Return the greatest speed of a model whose threshold is not above this one: itself unless speeds are linear."""
+    if not is_linear(config):
+        return threshold
+    place = max(bisect_right(config.calibration["speeds"], threshold) - 1, 0)
+    known = config.calibration["speed_ups"]
+    if len(known) == 1 or known[-1] == 1:
+        return 0.0
+    # Towards zero, as the lookup takes the point below.
+    return min(math.ceil(1e9 * (1 - 1 / known[place]) / (1 - 1 / known[-1])) / 1e9, 1.0)
+
+
+def certified_speed(certification: Mapping[str, Any] | None, risk: Any, confidence: float | None = None) -> float:
+    """
+    Return the greatest speed at which a model is certified: with this confidence, no more than this share of the
+    answers to texts like those of the certification differ from the full model's.
+
+    Raises:
+        ValueError: If there is none, or no certification.
+    """
+    confidence = CONFIDENCE if confidence is None else confidence
+    if certification is None:
+        raise ValueError(
+            f"max_disagreement={risk!r:.40} needs a model that was certified, on some hundred texts without labels: "
+            f"{HOW}, or {HOW_TO_CERTIFY}"
+        )
+    check_risk("max_disagreement", risk)
+    risks = {float(level): of_level for level, of_level in certification["risks"].items()}
+    if isinstance(confidence, bool) or not isinstance(confidence, Real) or confidence not in risks:
+        known = ", ".join(f"{level:g}" for level in sorted(risks))
+        raise ValueError(
+            f"confidence={confidence!r:.40} was not certified, only {known}: choose one of these, or certify anew: "
+            f"{HOW_TO_CERTIFY[:-1]}, confidence={confidence!r:.40})"
+        )
+    place = bisect_right(risks[confidence], risk) - 1
+    if place < 0:
+        raise not_certifiable("max_disagreement", risk, confidence, certification["rows"], certification["errors"][0])
+    return float(certification["speeds"][place])
+
+
+def check_risk(name: str, risk: Any) -> None:
+    """Raise a `ValueError` unless this is a share above 0 and below 1."""
+    if isinstance(risk, bool) or not isinstance(risk, Real) or not 0 < risk < 1:
+        raise ValueError(f"{name} must be a share of the answers, above 0 and below 1, got {risk!r:.40}: {name}=0.01")
+
+
+def not_certifiable(name: str, risk: float, confidence: float, rows: int, errors: int) -> ValueError:
+    """Return the error of a model that cannot be certified, which says how many texts would do."""
+    needed = math.ceil(math.log(1 - confidence) / math.log1p(-risk))
+    reason = f"there were {rows}" if rows < needed else f"{errors} of {rows} differed at the lowest speed already"
+    return ValueError(
+        f"{name}={risk:g} cannot be certified with confidence {confidence:g}: it needs at least {needed:,} texts "
+        f"without one disagreement, and {reason}. Certify with more texts, or ask for less."
+    )

@@ -9,11 +9,12 @@ from numbers import Integral, Real
 import torch
 from transformers import PreTrainedConfig
 
+from .exit_gates import ExitGates, check_gates
 from .tasks import TASKS, Task, task_of
 
 
-# Patience needs to know what is answered, not how sure the exit is of it.
-EXIT_POLICIES = (*dict.fromkeys(name for task in TASKS.values() for name in task.uncertainties), "patience")
+# Patience needs to know what is answered, not how sure the exit is of it, and gates what was answered before.
+EXIT_POLICIES = (*dict.fromkeys(name for task in TASKS.values() for name in task.uncertainties), "patience", "learned")
 
 
 @dataclass(frozen=True)
@@ -27,33 +28,50 @@ class ExitPolicy:
     | `"confidence"` | \\( (1 - \max_i p_i) \cdot N / (N - 1) \\) | maximum softmax probability |
     | `"margin"` | \\( 1 - (p_{(1)} - p_{(2)}) \\) | difference of the two best |
     | `"patience"` | \\( 1 - a / \text{patience} \\), `a` exits in a row agreed with the one before | PABEE |
+    | `"learned"` | \\( P(\text{the answer differs from the full model's}) \\), by a gate ([`ExitGates`]) | |
 
     Args:
         name (`str`): One of `EXIT_POLICIES`.
         task ([`Task`]): What the logits mean.
         patience (`int`): Agreements after which `"patience"` is certain.
+        gates ([`ExitGates`], *optional*): Needed for `"learned"`.
     """
 
     name: str
     task: Task
     patience: int = 1
+    gates: ExitGates | None = None
 
     def __post_init__(self):
         if self.name not in EXIT_POLICIES:
             raise ValueError(f"exit policy {self.name!r} is not known; choose one of {', '.join(EXIT_POLICIES)}.")
+        if (self.name == "learned") != (self.gates is not None):
+            raise ValueError(
+                f"exit policy {self.name!r} with gates={self.gates!r:.40}: gates are for 'learned' alone."
+            )
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str | None = None) -> ExitPolicy:
         """Return the policy of a config, or another one by its `name`."""
         name = config.exit_policy if name is None else name
-        return cls(name, task_of(config), getattr(config, "patience", 1))
+        gates = None
+        if name == "learned":
+            check_gates(config.gates, config.num_hidden_layers, name)
+            gates = ExitGates(tuple(map(tuple, config.gates)), config.num_labels)
+        return cls(name, task_of(config), getattr(config, "patience", 1), gates)
 
     def start(self, texts: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """Return what the policy remembers of texts before their first exit, `None` if it remembers nothing."""
+        if self.gates is not None:
+            return self.gates.start(texts, device)
         return torch.full((texts, 2), -1, device=device) if self.name == "patience" else None
 
     def uncertainty(
-        self, logits: torch.Tensor, state: torch.Tensor | None = None, asked: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        state: torch.Tensor | None = None,
+        asked: torch.Tensor | None = None,
+        place: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Return the uncertainty of one exit's answers, float32 of shape `[rows]`, and what the policy remembers of them.
@@ -63,19 +81,27 @@ class ExitPolicy:
             state (`torch.Tensor`, *optional*): What this method returned at the exit before, [`start`] at the first.
             asked (`torch.Tensor` of shape `[rows]`, bool, CPU, *optional*):
                 The rows that this exit may answer; the others keep their state. All unless given.
+            place (`int`): Number of the exit, from 1; those of all members of a cascade are counted.
         """
-        if self.name != "patience":
+        if self.name in self.task.uncertainties:
             return self.task.uncertainties[self.name](logits.float()), state
         state = self.start(len(logits), logits.device) if state is None else state
+        if self.gates is not None:
+            uncertainty, remembered = self.gates.uncertainty(self.task, logits, state, place)
+        else:
+            uncertainty, remembered = self._patience(logits, state)
+        if asked is not None and not asked.all():
+            is_asked = asked.to(state.device).view(-1, *[1] * (state.dim() - 1))
+            remembered = torch.where(is_asked, remembered, state)
+        return uncertainty, remembered
+
+    def _patience(self, logits: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         answers = self.task.predictions(logits)
         agreements = torch.where(answers == state[:, 0], state[:, 1] + 1, 0)
         # Not 1 - a / patience, whose rounding error would pass for an agreement at speeds that are k / patience.
         uncertainty = (self.patience - agreements).clamp(min=0).float() / self.patience
         uncertainty = uncertainty.masked_fill(self.task.probabilities(logits).isnan().any(-1), math.nan)
-        remembered = torch.stack([answers, agreements], -1)
-        if asked is not None and not asked.all():
-            remembered = torch.where(asked.to(state.device)[:, None], remembered, state)
-        return uncertainty, remembered
+        return uncertainty, torch.stack([answers, agreements], -1)
 
 
 def leaves(uncertainty: torch.Tensor, threshold: torch.Tensor, at_end: bool = False) -> torch.Tensor:

@@ -158,6 +158,8 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         exit_policy: str | None = None,
         retention: float | None = None,
         speedup: float | list[float] | torch.Tensor | None = None,
+        max_disagreement: float | list[float] | torch.Tensor | None = None,
+        confidence: float | None = None,
         member_inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -176,6 +178,8 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
             retention (`float`, *optional*): As in a FastBERT model, for those members that make texts shorter.
             speedup (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 As in a FastBERT model: how many times less than with the last member alone a row shall cost.
+            max_disagreement (`float`, sequence or tensor, *optional*), confidence (`float`, *optional*):
+                As in a FastBERT model: the share of the answers that may differ from those of the last member.
             member_inputs (sequence of `dict`, *optional*):
                 In place of `input_ids` and the others where every member has its own tokenizer: what each gave.
             output_hidden_states, output_attentions (`bool`, *optional*): Not available; a member may return the first.
@@ -192,7 +196,8 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         if labels is not None and torch.is_grad_enabled():  # a training without train() may follow
             for member in self.members:
                 member._teacher_digest = member._weights_digest = None
-        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, retention=retention)
+        dials = {"speed": speed, "speedup": speedup, "max_disagreement": max_disagreement}
+        speed = speed_of_call(self, dials, confidence=confidence, exit_policy=exit_policy, retention=retention)
         thresholds = self.thresholds_at(row_speeds(speed, num_rows))
         policy = self.policy(exit_policy)
         members = [
@@ -219,6 +224,8 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         exit_policy: str | None = None,
         retention: float | None = None,
         speedup: float | Iterable[float] | None = None,
+        max_disagreement: float | Iterable[float] | None = None,
+        confidence: float | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
@@ -230,7 +237,9 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         """
         check_on_error(on_error)
         policy = self.policy(exit_policy)
-        speed = speed_of_call(self, speed, speedup, streams=True, exit_policy=exit_policy, retention=retention)
+        dials = {"speed": speed, "speedup": speedup, "max_disagreement": max_disagreement}
+        asked = {"exit_policy": exit_policy, "retention": retention}
+        speed = speed_of_call(self, dials, streams=True, confidence=confidence, **asked)
         text_configs = [member.text_config for member in self.config.members]
         texts = read_texts(encoded_texts, checked_speeds(speed), text_configs, self.config.own_tokenizers, on_error)
         return answer_texts(

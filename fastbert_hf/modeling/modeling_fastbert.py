@@ -220,6 +220,8 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         patience: int | None = None,
         retention: float | None = None,
         speedup: float | list[float] | torch.Tensor | None = None,
+        max_disagreement: float | list[float] | torch.Tensor | None = None,
+        confidence: float | None = None,
         output_exit_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -245,6 +247,10 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
             speedup (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less than at speed
                 0 a row shall cost, on average over many texts.
+            max_disagreement (`float`, sequence or tensor of `batch_size` numbers, *optional*):
+                In place of both, for a model that was calibrated or certified ([`certify`]): the share of the answers
+                that may differ from those at speed 0, over many texts like those of the certificate.
+            confidence (`float`, *optional*): Of `max_disagreement`; 0.9 unless given.
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
             output_hidden_states (`bool`, *optional*): Whether to return the output of every layer. Speed 0 only.
 
@@ -265,7 +271,9 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
             task_type_ids=task_type_ids,
         )
         asked = {"min_exit_layer": min_exit_layer, "max_layers": max_layers, "retention": retention}
-        speed = speed_of_call(self, speed, speedup, exit_policy=exit_policy, patience=patience, **asked)
+        dials = {"speed": speed, "speedup": speedup, "max_disagreement": max_disagreement}
+        asked |= {"exit_policy": exit_policy, "patience": patience}
+        speed = speed_of_call(self, dials, confidence=confidence, **asked)
         speeds = row_speeds(speed, padding.shape[0])
         limits = (self.config.num_hidden_layers, min_exit_layer, max_layers)
         thresholds = self.checked_thresholds(exit_thresholds(speeds, *limits))
@@ -309,6 +317,8 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         patience: int | None = None,
         retention: float | None = None,
         speedup: float | Iterable[float] | None = None,
+        max_disagreement: float | Iterable[float] | None = None,
+        confidence: float | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
@@ -325,7 +335,9 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
                 up to 16 batches ahead. An exception among them is why there is no such text.
             speed (`float` or iterable of `float`, *optional*): In [0, 1], for all or one for each; 0 unless given.
             min_exit_layer, max_layers, exit_policy, patience, retention (*optional*): As in `forward`.
-            speedup (`float` or iterable of `float`, *optional*): As in `forward`, for all or one for each.
+            speedup, max_disagreement (`float` or iterable of `float`, *optional*):
+                As in `forward`, for all or one for each.
+            confidence (`float`, *optional*): As in `forward`.
             batch_size (`int`, *optional*):
                 Reads and answers so many texts at a time, 1 for each as it comes. By the number of tokens unless
                 given, which is faster.
@@ -356,7 +368,9 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         self.check_retention(retention)
         policy = self.policy(exit_policy, patience)
         asked = {"min_exit_layer": min_exit_layer, "max_layers": max_layers, "retention": retention}
-        speed = speed_of_call(self, speed, speedup, True, exit_policy=exit_policy, patience=patience, **asked)
+        dials = {"speed": speed, "speedup": speedup, "max_disagreement": max_disagreement}
+        asked |= {"exit_policy": exit_policy, "patience": patience}
+        speed = speed_of_call(self, dials, streams=True, confidence=confidence, **asked)
         texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config], on_error=on_error)
         engines = [self.engine(inference=True, retention=retention)]
 

@@ -16,11 +16,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pipelines.text_classification import ClassificationFunction
 from transformers.utils.logging import tqdm
 
-from .dials import check_speedup, is_one
+from .dial_checks import check_setting, is_asked
+from .dials import DIALS, check_dial, is_one, lookup_of, one_dial
 from .encoded_texts import check_on_error, checked_speeds, read_blocks
 from .exit_policies import check_speed, exit_range
+from .modeling_outputs import Prediction
 from .pipeline_inputs import checked_texts, encode_block, texts_of
-from .processing_cascade import CascadeProcessor, check_tokenizer, find_tokenizer, fingerprint
+from .processing_cascade import CascadeProcessor, check_tokenizer, find_tokenizer, fingerprint, tokenizer_digest
+from .served_answers import ServedAnswers
 from .tasks import task_of
 from .tokenization import call_arguments
 
@@ -29,6 +32,8 @@ from .tokenization import call_arguments
 BLOCK_TEXTS = 256
 # Where no batch size was given: batches are cut by their tokens.
 BY_TOKENS = "by tokens"
+# What a call may ask for beside its dial.
+ASKED = ("exit_policy", "patience", "min_exit_layer", "max_layers", "retention")
 # What an answer tells beside its label and score.
 TOLD = ("exit_layer", "exit_member", "uncertainty", "position")
 STOCK_ARGUMENTS = frozenset(signature(TextClassificationPipeline._sanitize_parameters).parameters).difference(
@@ -53,8 +58,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
     """
     `TextClassificationPipeline` for a FastBERT model. Everything is as there, and beside it:
 
-    - `speed` or `speedup`, `min_exit_layer`, `max_layers`, `exit_policy`, `patience` and `retention`, to
-      `pipeline(...)` or to a call; without them the model's config decides;
+    - `speed`, `speedup` or `max_disagreement`, `min_exit_layer`, `max_layers`, `exit_policy`, `patience` and
+      `retention`, to `pipeline(...)` or to a call; without them the model's config decides;
     - every answer carries its `exit_layer`, the number of layers that the text ran through;
     - it needs no `batch_size` to be fast ([`FastBertForSequenceClassification.predict`]); one that is given is kept;
     - an empty list, a `datasets` data set or a column of one, a DataFrame or a Series, and any iterator are welcome;
@@ -76,6 +81,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
     """
 
     _load_tokenizer = LoadsWhatIsNamed()
+    _tokenizer_digest: str | None = None
 
     def __init__(
         self,
@@ -102,13 +108,13 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         # One for each text is for a call.
         if kwargs.get("speed") is not None:
             check_speed(kwargs["speed"])
-        if kwargs.get("speedup") is not None:
-            if kwargs.get("speed") is not None:
-                raise ValueError(f"give speed={kwargs['speed']!r} or speedup={kwargs['speedup']!r:.40}, not both.")
-            check_speedup(model.config, kwargs["speedup"])
-            if not is_one(kwargs["speedup"]):
-                raise ValueError(f"speedup={kwargs['speedup']!r:.40} is for a call: give the pipeline one number.")
+        name, value = one_dial({name: kwargs.get(name) for name in DIALS})
+        if name is not None and name != "speed":
+            check_dial(model.config, name, value, kwargs.get("confidence"))
+            if not is_one(value):
+                raise ValueError(f"{name}={value!r:.40} is for a call: give the pipeline one number.")
         kwargs.pop("local_files_only", None)  # read by `pipeline()`, and left there
+        self.served = ServedAnswers()
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         # A model that comes straight from its training would answer with dropout.
         self.model.eval()
@@ -122,6 +128,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         patience=None,
         retention=None,
         speedup=None,
+        max_disagreement=None,
+        confidence=None,
         on_error=None,
         return_uncertainty=None,
         progress_bar=None,
@@ -151,14 +159,17 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         if retention is not None:
             self.model.check_retention(retention)
             policy["retention"] = retention
-        if hasattr(speedup, "tolist"):
-            speedup = speedup.tolist()
-        dial = given(speed=checked_speeds(speed), speedup=speedup)
-        check_speedup(self.model.config, speedup)
-        if speedup is not None and speed is None:
-            dial["speed"] = None  # also where the constructor or the config has one
-        elif speed is not None and speedup is None:
-            dial["speedup"] = None
+        values = {"speed": checked_speeds(speed), "speedup": speedup, "max_disagreement": max_disagreement}
+        values = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
+        dial = {}
+        name, value = one_dial(values)
+        if name is not None:
+            # Also where the constructor or the config has another one.
+            dial = {**values, "confidence": confidence}
+        elif confidence is not None:
+            dial["confidence"] = confidence
+        if name not in (None, "speed"):
+            check_dial(self.model.config, name, value, confidence)
         if on_error is not None:
             check_on_error(on_error)
         answers = given(on_error=on_error, return_uncertainty=return_uncertainty, progress_bar=progress_bar)
@@ -203,6 +214,10 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             speedup (`float` or iterable of `float`, *optional*):
                 In place of `speed`, for a model that was calibrated ([`calibrate`]): how many times less than at speed
                 0 a text shall cost, on average over many.
+            max_disagreement (`float` or iterable of `float`, *optional*):
+                In place of both, for a model that was calibrated or certified ([`certify`]): the share of the answers
+                that may differ from those at speed 0, over many texts like those of the certificate.
+            confidence (`float`, *optional*): Of `max_disagreement`; 0.9 unless given.
             retention (`float`, *optional*):
                 For a model that makes texts shorter (`config.coarsening`): the share of a text's tokens that is left
                 in the end, in (0, 1]. 1 leaves all.
@@ -254,14 +269,16 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         on_error = arguments.pop("on_error", "raise")
         arguments["on_error"] = "return" if on_error == "skip" else on_error
         total = len(inputs) if isinstance(inputs, Sized) else None
-        many = {"speeds": arguments["speed"], "speedups": arguments.get("speedup")}
+        many = {f"{name}s": arguments.get(name) for name in DIALS}
         for name, value in {**many, "text_pairs": preprocess_params.get("text_pair")}.items():
             if total is not None and isinstance(value, Sized) and not isinstance(value, str) and len(value) != total:
                 raise ValueError(f"got {len(value)} {name} for {total} texts: give one for all, or one for each.")
         if isinstance(inputs, Dataset) and total is not None:
             inputs = map(inputs.__getitem__, range(total))
+        if arguments.get("max_disagreement") is not None:
+            self._check_reading(preprocess_params.get("max_length"))
         encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, **preprocess_params)
-        answers = self.model.predict(encoded, **arguments)
+        answers = counted(self.model.predict(encoded, **arguments), self.served, self._counted_speed(arguments))
         progress = tqdm(answers, total=total, desc="Classifying") if shows_progress else answers
         for position, answer in enumerate(progress):
             if answer.error is not None:
@@ -277,6 +294,27 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
                 outputs["position"] = position
             yield self.postprocess(outputs, **postprocess_params)
 
+    def _counted_speed(self, arguments: dict[str, Any]) -> float | None:
+        """Return the speed of a call whose answers are compared with those of the certificate, `None` of others."""
+        name, value = one_dial({name: arguments.get(name) for name in DIALS})
+        certification = self.model.config.certification
+        if certification is None or name is None or not is_one(value):
+            return None
+        asked = {name: arguments.get(name) for name in ASKED if name in arguments}
+        if not is_asked(self.model.config, certification["asked"], asked):
+            return None
+        speed = lookup_of(self.model.config, name, value, arguments.get("confidence"))(value)
+        return float(speed) or None
+
+    def _check_reading(self, max_length: int | None) -> None:
+        """Raise a `ValueError` if texts are not read as they were when the model was certified."""
+        certification = self.model.config.certification
+        if self._tokenizer_digest is None:
+            self._tokenizer_digest = tokenizer_digest(self.tokenizer)
+        check_setting(certification, "max_disagreement", tokenizer=self._tokenizer_digest)
+        if max_length is not None:
+            check_setting(certification, "max_disagreement", max_length=max_length)
+
     def _encode(self, inputs, block_texts, text_pair=None, allow_blank=True, **tokenizer_kwargs):
         """Yield the stream's texts as the tokenizer encodes them, many at a time and without padding."""
         arguments = {**tokenizer_kwargs, "padding": False, "return_tensors": None, "return_attention_mask": False}
@@ -291,6 +329,24 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         for answer in answers if isinstance(answers, list) else [answers]:
             answer.update(told)
         return answers
+
+
+def counted(answers: Iterator[Prediction], served: ServedAnswers, threshold: float | None) -> Iterator[Prediction]:
+    """Yield answers as they are, and count those that are no errors, some at a time."""
+    if threshold is None:
+        yield from answers
+        return
+    block: list[Prediction] = []
+    try:
+        for answer in answers:
+            if answer.error is None:
+                block.append(answer)
+            if len(block) >= BLOCK_TEXTS:
+                served.add(threshold, block)
+                block = []
+            yield answer
+    finally:
+        served.add(threshold, block)
 
 
 def given(**arguments: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         # Set by the last call.
         parts.pop("truncation", None), parts.pop("padding", None)
     return json.dumps([parts, sorted(tokenizer.model_input_names)], sort_keys=True)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None) -> str | None:
+    """Return a digest of what decides which tokens a tokenizer makes of a text."""
+    if tokenizer is None:
+        return None
+    parts = [fingerprint(own) for own in getattr(tokenizer, "tokenizers", [tokenizer])]
+    return sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(

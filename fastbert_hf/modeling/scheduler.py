@@ -120,7 +120,8 @@ def answer_rows(
     num_rows = len(members[0].thresholds)
     is_open, layers_before = torch.ones(num_rows, dtype=torch.bool), torch.zeros(num_rows, dtype=torch.long)
     outputs, depths, of_members = [], [], []
-    for number, (engine, thresholds, embed) in enumerate(members, start=1):
+    before = accumulate((engine.num_layers for engine, _, _ in members), initial=0)  # exits of the members before
+    for number, ((engine, thresholds, embed), first) in enumerate(zip(members, before, strict=False), start=1):
         # A member runs up to the last exit that may answer, and not at all on rows that none of them may.
         may_answer = thresholds > 0 if number == 1 else (thresholds > 0) & is_open[:, None]  # [rows, L]
         rows = may_answer.any(1).nonzero()[:, 0]
@@ -132,7 +133,7 @@ def answer_rows(
                 ActiveBatch(states, batch, thresholds[batch.rows], policy.start(len(batch.rows), states.device))
                 for states, batch in embed(rows)
             ]
-            own = run_layers(engine, policy, batches, exits, batch_tokens, trace)
+            own = run_layers(engine, policy, batches, exits, batch_tokens, trace, first)
         outputs += own
         depths += [output.depth for output in own for _ in range(len(output.rows))]
         of_members += [number] * (len(depths) - len(of_members))
@@ -160,6 +161,7 @@ def run_layers(
     exits: Sequence[int],
     batch_tokens: int = 0,
     trace: Trace | None = None,
+    exits_before: int = 0,
 ) -> list[ExitOutput]:
     """
     Run batches through layers and exits until every text has left: the one loop over depth.
@@ -170,6 +172,7 @@ def run_layers(
         exits (sequence of `int`): The layers whose exits may answer a text; at the last of them all end.
         batch_tokens (`int`): Tokens of a batch up to which small ones are joined; 0 joins none.
         trace ([`Trace`], *optional*): Filled on the way.
+        exits_before (`int`): Number of exits of the members before.
 
     Returns:
         `list[ExitOutput]`: Texts in none of them ran through all these layers and are left to the next member.
@@ -186,7 +189,7 @@ def run_layers(
             if trace is not None:
                 trace.keep_state(hidden_states, packed_batch)
             if depth in exits or trace is not None:
-                output, rest = ask_exit(engine, policy, rest, depth, depth == exits[-1], trace)
+                output, rest = ask_exit(engine, policy, rest, depth, depth == exits[-1], trace, exits_before)
                 left += [] if output is None else [output]
             active += [] if rest is None else [rest]
         if not active:
@@ -196,7 +199,13 @@ def run_layers(
 
 
 def ask_exit(
-    engine: Engine, policy: ExitPolicy, batch: ActiveBatch, depth: int, at_end: bool, trace: Trace | None
+    engine: Engine,
+    policy: ExitPolicy,
+    batch: ActiveBatch,
+    depth: int,
+    at_end: bool,
+    trace: Trace | None,
+    exits_before: int,
 ) -> tuple[ExitOutput | None, ActiveBatch | None]:
     """Evaluate an exit if it may answer a text. Return what it answers and what goes on, `None` if that is no text."""
     threshold = batch.thresholds[:, depth - 1]
@@ -208,7 +217,8 @@ def ask_exit(
         trace.exit_logits.append(logits)
     if not is_asked:
         return None, batch
-    uncertainty, state = policy.uncertainty(logits, batch.state, None if batch.state is None else threshold > 0)
+    asked = None if batch.state is None else threshold > 0
+    uncertainty, state = policy.uncertainty(logits, batch.state, asked, exits_before + depth)
     output = ExitOutput(batch.packed_batch.rows, logits, uncertainty, depth)
     if at_end and threshold.isinf().all():
         return output, None

@@ -10,12 +10,16 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from ..modeling.checkpoint_files import read_shapes
 from ..modeling.families import max_text_tokens
 from ..rows import PaddingCollator, encoded_rows
 from .leaf_usage import LeafUsage, trees_of
+
+
+logger = logging.get_logger(__name__)
 
 
 class CheckedTrainer(Trainer):
@@ -70,9 +74,8 @@ class CheckedTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         # What was calibrated is of the weights before. With `model_init` there is no model yet.
-        config = None if self.model is None else base_model(self.model).config
-        if getattr(config, "calibration", None) is not None:
-            config.calibration = None
+        if self.model is not None:
+            forget_calibration(base_model(self.model).config)
         output = super().train(*args, **kwargs)
         check_finite_weights(self.model)
         return output
@@ -93,6 +96,16 @@ class CheckedTrainer(Trainer):
             check_resumable(self.model, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         check_finite_weights(self.model, f"{resume_from_checkpoint} holds weights")
+
+
+def forget_calibration(config: PreTrainedConfig) -> None:
+    """Take out of a config what was measured with the weights that are trained now."""
+    if getattr(config, "exit_policy", None) == "learned":
+        logger.warning('the gates of exit_policy="learned" are of the weights before: the policy is "entropy" now.')
+        config.exit_policy = "entropy"
+    for name in ("gates", "calibration", "certification"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from fastbert_hf.evaluation import (
 from fastbert_hf.modeling.exit_policies import ExitPolicy, exit_thresholds
 from fastbert_hf.modeling.tasks import task_of
 
-from ..common import NUM_LAYERS, assert_close, stock, tiny_model, tiny_texts, tiny_tokenizer
+from ..common import NUM_LAYERS, assert_close, random_gates, stock, tiny_model, tiny_texts, tiny_tokenizer
 
 
 NUM_TEXTS = 12
@@ -74,13 +74,14 @@ def assert_same_answers(replayed: Replay, answers: list, policy: ExitPolicy) -> 
 @settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 5),
-    name=st.sampled_from(["entropy", "confidence", "margin", "patience"]),
+    name=st.sampled_from(["entropy", "confidence", "margin", "patience", "learned"]),
     patience=st.integers(1, 3),
     limits=LIMITS,
     speeds=st.one_of(SPEEDS, st.lists(SPEEDS, min_size=NUM_TEXTS, max_size=NUM_TEXTS)),
 )
 def test_a_replay_says_what_a_model_answers(seed, name, patience, limits, speeds):
     (model, record), (first, last) = single(seed), limits
+    model.config.gates = random_gates(seed, NUM_LAYERS)
     model.config.exit_policy, model.config.patience = name, patience
     policy = ExitPolicy.of(model.config)
     of_rows = torch.tensor(speeds).expand(NUM_TEXTS)
@@ -96,12 +97,13 @@ def test_a_replay_says_what_a_model_answers(seed, name, patience, limits, speeds
 @settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 5),
-    name=st.sampled_from(["entropy", "confidence", "margin"]),
+    name=st.sampled_from(["entropy", "confidence", "margin", "learned"]),
     limits=st.tuples(LIMITS, LIMITS),
     speeds=st.one_of(SPEEDS, st.lists(SPEEDS, min_size=NUM_TEXTS, max_size=NUM_TEXTS)),
 )
 def test_a_replay_says_what_a_cascade_answers(seed, name, limits, speeds):
     model, record = cascade(seed)
+    model.config.gates = random_gates(seed, model.config.num_hidden_layers)
     model.config.exit_policy = name
     for member, (first, last) in zip(model.members[-2:], limits, strict=True):
         member.config.min_exit_layer, member.config.max_layers = first, last

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastbert_hf import CascadeConfig, FastBertConfig
+from fastbert_hf.modeling.exit_gates import ExitGates
 from fastbert_hf.modeling.exit_policies import (
     EXIT_POLICIES,
     ExitPolicy,
@@ -26,7 +27,8 @@ INF = math.inf
 
 def exit_uncertainty(logits: torch.Tensor, name: str, patience: int = 1, state: torch.Tensor | None = None) -> tuple:
     """The uncertainty of one exit's answers, and what the policy remembers."""
-    return ExitPolicy(name, TASKS["single_label_classification"], patience).uncertainty(logits, state)
+    gates = ExitGates(((0.5, -0.1, 0.2, 0.3, -1.0),), logits.shape[-1]) if name == "learned" else None
+    return ExitPolicy(name, TASKS["single_label_classification"], patience, gates).uncertainty(logits, state)
 
 
 def exit_uncertainties(exit_logits: torch.Tensor, name: str, patience: int = 1) -> torch.Tensor:
