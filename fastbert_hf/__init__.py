@@ -48,20 +48,19 @@ for pushed in (FastBertForSequenceClassification, CascadeForSequenceClassificati
 del push_to_hub, pushed
 
 
-def certify(model, *arguments, **named):
+def _certify(model, *arguments, **named):
     """Find the greatest speed at which no more than a given share of the answers differs: [`calibration.certify`]."""
     return import_module(".calibration", __name__).certify(model, *arguments, **named)
 
 
-def drift(pipeline, *arguments, **named):
+def _drift(pipeline, *arguments, **named):
     """Tell whether the texts answered so far are unlike those of the certificate: [`calibration.drift`]."""
     return import_module(".calibration", __name__).drift(pipeline, *arguments, **named)
 
 
 # What code beside weights cannot do alone.
-FastBertForSequenceClassification.certify = CascadeForSequenceClassification.certify = certify
-FastTextClassificationPipeline.drift = drift
-del certify, drift
+FastBertForSequenceClassification.certify = CascadeForSequenceClassification.certify = _certify
+FastTextClassificationPipeline.drift = _drift
 
 
 # Loaded when they are asked for. Who only serves a model does not pay for the Trainer: its import takes about 90 MiB

@@ -16,11 +16,11 @@ from ..evaluation.exit_record import ExitRecord, as_record
 from ..evaluation.replay import exit_uncertainties, raw_thresholds
 from ..evaluation.speed_choice import members_with_students
 from ..modeling.dial_checks import GRID, asked_by, check_certification, own_limits, setting_of
-from ..modeling.dials import CONFIDENCE, check_risk, not_certifiable
+from ..modeling.dials import CONFIDENCE, certified_place, check_risk, not_certifiable
 from ..modeling.exit_policies import ExitPolicy
 from ..modeling.processing_cascade import CascadeProcessor, tokenizer_digest
 from .curves import curve_of
-from .texts import digest_of, limit_of, own_tokenizer
+from .texts import limit_of, own_tokenizer, record_digest
 
 
 try:
@@ -132,7 +132,7 @@ def certify(
     max_length = limit_of(model, texts_or_rows, tokenizer, max_length)
     record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
     config = model.config
-    if (config.calibration or {}).get("texts") == digest_of(record) and config.exit_policy == "learned":
+    if (config.calibration or {}).get("texts") == record_digest(record) and config.exit_policy == "learned":
         raise ValueError(
             "these are the texts to which the gates of the exit policy were fitted: certify with others. "
             "calibrate has kept one half of them for its own certificates."
@@ -212,11 +212,9 @@ def read_certificate(
     certification: Mapping[str, Any], risk: float, confidence: float = CONFIDENCE, loss: str = "disagreement"
 ) -> Certificate | None:
     """Return the certificate of a share, `None` where there is none."""
-    risks = certification["risks"][f"{confidence:g}"]
-    accepted = [place for place, bound in enumerate(risks) if bound <= risk]
-    if not accepted:
+    place = certified_place(certification, risk, confidence)
+    if place < 0:
         return None
-    place = accepted[-1]
     return Certificate(
         loss=loss,
         risk=risk,

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.exit_record import ExitRecord, as_record
+from ..evaluation.replay import Replay, replay_at_speed
 from ..evaluation.speed_choice import members_with_students
 from ..modeling.dial_checks import UNITS, asked_by, check_calibration, own_limits
-from ..modeling.dials import speed_for
+from ..modeling.dials import is_linear, speed_for, speed_of_threshold
 from ..modeling.processing_cascade import CascadeProcessor
 from .certificates import certification_of, read_certificate
 from .curves import curve_of, points_of
 from .policy_report import best_of, compare_policies, fitted_gates, halves, with_fields
-from .texts import digest_of, limit_of, own_tokenizer
+from .texts import limit_of, own_tokenizer, record_digest
 
 
 LEAST_ROWS = 100
@@ -85,12 +86,13 @@ def calibrate(
             The model's own, if it knows one, unless given.
         exit_policy (`str`, *optional*):
             Written into the config; the config's own unless given. `"learned"` fits a gate to each exit, on one half
-            of the texts; certificates are of the other half.
+            of the texts; certificates are of the other half. With another policy the same speed means something else:
+            `config.speed` becomes the one that costs as much as before.
         unit (`str`):
             What a speed-up counts: `"flops"`, what the packed forward really computes, exits included, or `"layers"`.
         linear (`bool`):
             Whether `speed` shall be linear in what it costs from now on: the share 1 - speed (1 - c), where c is the
-            share that speed 1 costs.
+            share that speed 1 costs. `config.speed` becomes the one that costs as much as before.
         max_length (`int`, *optional*): To how many tokens the texts were cut, where rows are given that are tokenized.
         batch_size (`int`): Rows in a batch.
         progress (`bool`): Whether to show a progress bar.
@@ -145,13 +147,18 @@ def calibrate(
         "speed_ups": speed_ups,
         "asked": asked_by(changed, **own_limits(changed)),
         "weights": [member.weights_digest() or None for member in members],
-        "texts": digest_of(record),
+        "texts": record_digest(record),
         "linear": bool(linear),
     }
     check_calibration(calibration, len(members))
     certification = certification_of(model, changed, held_out, unit, tokenizer, max_length)
+    spent = replay_at_speed(record, config, config.speed)
+    was_linear = is_linear(config)
+    had_policy = config.exit_policy
     config.gates, config.exit_policy = gates, own_policy
     config.calibration, config.certification = calibration, certification
+    if linear != was_linear or own_policy != had_policy:
+        config.speed = as_costly(config, record, spent, unit)
     certificates = {risk: read_certificate(certification, risk) for risk in RISKS}
     return Calibration(
         rows=len(record.exit_logits),
@@ -162,6 +169,15 @@ def calibrate(
         agreements=agreements,
         best_policy=best_of(agreements),
     )
+
+
+def as_costly(config: PreTrainedConfig, record: ExitRecord, spent: Replay, unit: str) -> float:
+    """Return the speed that costs as much as what was spent on a record by another policy, or as nearly as it can."""
+    full = replay_at_speed(record, config, 0.0)
+    costs = [part.flops if unit == "flops" else part.exit_layer for part in (full, spent)]
+    wanted = (costs[0].sum() / costs[1].sum()).item()
+    speed_up = min(max(wanted, 1.0), config.calibration["speed_ups"][-1])
+    return speed_of_threshold(config, speed_for(config.calibration, speed_up))
 
 
 def check_number(rows: int) -> None:

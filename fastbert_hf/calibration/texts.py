@@ -40,6 +40,6 @@ def limit_of(model: PreTrainedModel, rows: Any, tokenizer: Any, max_length: int 
     return min(*own, *(max_text_tokens(member.config.text_config) for member in members))
 
 
-def digest_of(record: ExitRecord) -> str:
+def record_digest(record: ExitRecord) -> str:
     """Return a digest of what the exits said of the texts of a record, by which they are known again."""
     return sha256(record.exit_logits.numpy().tobytes()).hexdigest()[:16]

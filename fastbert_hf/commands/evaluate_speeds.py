@@ -8,19 +8,18 @@ shorter.
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .calibration_report import calibrate_folder, print_dial, print_policies, print_reliability
 from .options import ColumnOptions, check_at_least_one, check_choice, fail, one_line_errors, parse_options
 
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedModel
 
     from ..evaluation import ExitRecord
     from ..modeling.configuration_fastbert import FastBertConfig
@@ -34,7 +33,8 @@ class EvaluateSpeedsOptions(ColumnOptions):
     data_file: str = field(default="", metadata={"help": "CSV, TSV or JSON lines, also .gz."})
     max_samples: int | None = field(default=None, metadata={"help": "Only so many random rows."})
     policies: list[str] | None = field(
-        default=None, metadata={"help": "Some of entropy, confidence, margin and patience; the model's own if none."}
+        default=None,
+        metadata={"help": "Some of entropy, confidence, margin, patience, learned; the model's own if none."},
     )
     metric: str = field(default="accuracy", metadata={"help": "accuracy, f1 or matthews_correlation."})
     batch_size: int = field(default=32, metadata={"help": "Rows in a batch of the full-depth pass."})
@@ -46,11 +46,21 @@ class EvaluateSpeedsOptions(ColumnOptions):
     calibrate: bool = field(
         default=False,
         metadata={
-            "help": "Write what the speeds cost on these texts into the model's config, for calls with speedup=."
+            "help": "Write what the speeds cost and give on these texts into the model's config, for calls with "
+            "speedup= and max_disagreement=."
         },
     )
+    exit_policy: str | None = field(
+        default=None,
+        metadata={"help": "With --calibrate: the policy to write into the config; learned fits its gates."},
+    )
+    linear: bool = field(
+        default=False, metadata={"help": "With --calibrate: make speed linear in what it costs, from now on."}
+    )
     output: str | None = field(default=None, metadata={"help": "File for all speeds, .csv or .json."})
-    figures_dir: str | None = field(default=None, metadata={"help": "Folder for Figures 3 to 6, as PNG and SVG."})
+    figures_dir: str | None = field(
+        default=None, metadata={"help": "Folder for Figures 3 to 6, the dial and reliability."}
+    )
 
 
 def check_evaluate_speeds_options(options: EvaluateSpeedsOptions) -> None:
@@ -69,6 +79,10 @@ def check_evaluate_speeds_options(options: EvaluateSpeedsOptions) -> None:
     check_choice("metric", options.metric, TASK_METRICS)
     if options.calibrate and not Path(options.model_name_or_path, "config.json").is_file():
         fail(f"--calibrate writes into the folder of a model, and {options.model_name_or_path} is none: save it first")
+    if options.exit_policy is not None:
+        check_choice("exit_policy", options.exit_policy, EXIT_POLICIES)
+    if not options.calibrate and (options.exit_policy is not None or options.linear):
+        fail("--exit_policy and --linear are written into the model's config: give --calibrate, too")
     if options.output and Path(options.output).suffix not in (".csv", ".json"):
         fail(f"--output must end with .csv or .json, got {options.output}")
     check_at_least_one(options, "batch_size", "max_samples")
@@ -89,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ..data import check_rows, encode, load_rows, sample
     from ..evaluation import record_exits, save_table, sweep_speeds, time_speeds
     from ..evaluation.speed_sweep import SPEEDS
+    from ..modeling.families import max_text_tokens
     from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 
     columns = options.columns()
@@ -110,6 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
         with one_line_errors():
             check_number(len(rows))
     record = record_exits(model, rows, batch_size=options.batch_size)
+    if options.calibrate:
+        max_length = options.max_length or min(tokenizer.model_max_length, max_text_tokens(model.config.text_config))
+        folder, policy = options.model_name_or_path, options.exit_policy
+        found = calibrate_folder(model, record, folder, policy, options.linear, max_length)
     with warnings.catch_warnings():
         if not has_labels:
             print(f"The data has no column {options.label_column!r}: {options.metric} needs labels.", file=sys.stderr)
@@ -128,42 +147,34 @@ def main(arguments: list[str] | None = None) -> None:
         table.attrs["times"] = times.to_dict("records")
     print()
     if options.output:
+        table.attrs |= {"calibration": model.config.calibration, "certification": model.config.certification}
         save_table(table, options.output)
         print(f"All speeds are in {options.output}.")
     if options.figures_dir:
         draw_figures(Path(options.figures_dir), model.config, record, table)
     if options.calibrate:
-        write_calibration(model, record, options.model_name_or_path)
-
-
-def write_calibration(model: PreTrainedModel, record: ExitRecord, folder: str) -> None:
-    """Calibrate a model, write that into its config, and tell which speed-ups it may be asked for."""
-    from ..calibration import calibrate
-    from ..files import write_whole
-    from ..modeling.dials import greatest_speedup
-
-    with one_line_errors():
-        found = calibrate(model, record)
-    path = Path(folder, "config.json")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    saved["calibration"] = model.config.calibration
-    write_whole(path, json.dumps(saved, indent=2, sort_keys=True) + "\n")
-    greatest = greatest_speedup(model.config.calibration)
-    speeds = ", ".join(f"{speedup:g}x is speed {speed:g}" for speedup, speed in found.speeds.items())
-    print(f"Calls of {folder} may ask for a speedup up to {greatest:g}{f': {speeds}' if speeds else ''}.")
+        print_policies(found)
+    print_reliability(record, model.config)
+    print_dial(model.config, options.model_name_or_path)
 
 
 def draw_figures(folder: Path, config: FastBertConfig, record: ExitRecord, table: pd.DataFrame) -> None:
-    """Draw Figures 3 to 6 of the FastBERT paper into a folder."""
-    from ..evaluation import figures
+    """Draw Figures 3 to 6 of the FastBERT paper, reliability diagrams, and a dial, into a folder."""
+    from ..evaluation import dial_figures, figures, reliability
+    from ..sharing.dial_tables import certificates_of
 
     policies = {policy: rows for policy, rows in table.groupby("policy", sort=False)}
-    drawn = {"trade_off": figures.plot_trade_off(policies)}
+    drawn, tables = {"trade_off": figures.plot_trade_off(policies)}, {}
     for policy in policies:
+        tables[policy] = reliability(record, config, policy)
         drawn[f"exit_layers_{policy}"] = figures.plot_exit_layers(record, config, policy=policy)
         drawn[f"uncertainty_{policy}"] = figures.plot_uncertainty_by_layer(record, config, policy=policy)
         if record.labels is not None and policy != "patience":
             drawn[f"accuracy_{policy}"] = figures.plot_accuracy_by_uncertainty(record, config, policy)
+    drawn["reliability"] = dial_figures.plot_reliability(tables)
+    if config.calibration is not None:
+        certificates = {risk: found[1] for risk, found in certificates_of(config).items() if found is not None}
+        drawn["dial"] = dial_figures.plot_dial(config, certificates)
     for name, figure in drawn.items():
         figures.save_figure(figure, folder / name)
     print(f"{len(drawn)} figures are in {folder}.")

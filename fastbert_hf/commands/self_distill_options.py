@@ -201,13 +201,13 @@ def check_self_distill_options(options: SelfDistillOptions, example_data: Path |
         example_data (`Path`, *optional*): Folder of the quick start's `train.tsv` and `test.tsv`.
     """
     from ..modeling.exit_classifiers import EXIT_TYPES
-    from ..modeling.exit_policies import EXIT_POLICIES, check_speed
+    from ..modeling.exit_policies import FREE_POLICIES, check_speed
 
     if options.model_name_or_path is None and options.has_data():
         fail("give the encoder to start from, as in --model_name_or_path bert-base-uncased")
     check_data_options(options, example_data)
     check_choice("exit_type", options.exit_type, EXIT_TYPES)
-    check_choice("exit_policy", options.exit_policy, EXIT_POLICIES)
+    check_choice("exit_policy", options.exit_policy, FREE_POLICIES)
     if not options.temperature > 0:
         fail(f"--temperature must be above 0, got {options.temperature}")
     with one_line_errors():

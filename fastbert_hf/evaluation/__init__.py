@@ -4,6 +4,7 @@ What a speed costs and gives: records of every exit, replay, FLOPs, the choice o
 Tables, metrics and figures need an extra: `pip install "fastbert-hf[evaluation]"`.
 """
 
+from importlib import import_module
 from typing import Any
 
 from .exit_record import ExitRecord, record_exits
@@ -13,7 +14,9 @@ from .speed_choice import SpeedChoice, choose_speed
 
 
 # Loaded when they are asked for, as they need the extra.
-_TABLES = ("at_speed_up", "load_table", "save_table", "sweep_depths", "sweep_speeds", "time_speeds")
+_SWEEPS = ("at_speed_up", "load_table", "save_table", "sweep_depths", "sweep_speeds", "time_speeds")
+_RELIABILITY = ("reliability", "reliability_error")
+_LATER = {**dict.fromkeys(_SWEEPS, "speed_sweep"), **dict.fromkeys(_RELIABILITY, "reliability_tables")}
 
 __all__ = [
     "ExitRecord",
@@ -26,6 +29,8 @@ __all__ = [
     "load_table",
     "paper_flops",
     "record_exits",
+    "reliability",
+    "reliability_error",
     "replay",
     "replay_at_speed",
     "save_table",
@@ -37,8 +42,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TABLES:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import speed_sweep
-
-    return getattr(speed_sweep, name)
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)

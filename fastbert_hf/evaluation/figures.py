@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..modeling.dials import thresholds_of_speeds
 from ..modeling.exit_policies import ExitPolicy
 from .exit_record import ExitRecord
 from .flops import paper_costs, paper_flops
@@ -230,7 +231,7 @@ def plot_uncertainty_by_layer(
 ) -> Figure:
     """
     Draw Figure 6: the uncertainty of the texts that reach each exit, at some speeds. Boxes span the middle half of the
-    texts, whiskers the middle nine tenths; the dashed line is the speed, under which texts leave. Exits that the
+    texts, whiskers the middle nine tenths; the dashed line is the threshold, under which texts leave. Exits that the
     config's limits leave out have no box.
 
     Args:
@@ -262,7 +263,8 @@ def plot_uncertainty_by_layer(
                     capprops={"color": COLOURS[0]},
                 )
             if speed > 0:
-                axes.axhline(speed, color="black", linestyle="--", linewidth=1)
+                threshold = thresholds_of_speeds(config, torch.tensor([speed])).item()
+                axes.axhline(threshold, color="black", linestyle="--", linewidth=1)
             axes.set(xlabel="Layer", title=f"({letter}) speed {speed:g}", xlim=(0.3, record.num_exits + 0.7))
             axes.set_ylim(0, 1.02)
             _number_layers(axes, record.num_exits)

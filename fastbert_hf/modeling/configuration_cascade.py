@@ -15,7 +15,8 @@ from .exit_policies import check_speed
 
 
 # Patience counts agreements of neighbouring exits, and most members have one exit that may answer.
-CASCADE_POLICIES = ("confidence", "entropy", "margin", "learned")
+FREE_CASCADE_POLICIES = ("confidence", "entropy", "margin")
+CASCADE_POLICIES = (*FREE_CASCADE_POLICIES, "learned")
 # What reaches every member where it is set.
 OF_ALL_MEMBERS = ("exit_policy", "id2label", "label2id", "dtype")
 

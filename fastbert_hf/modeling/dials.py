@@ -201,6 +201,14 @@ def certified_speed(certification: Mapping[str, Any] | None, risk: Any, confiden
             f"{HOW}, or {HOW_TO_CERTIFY}"
         )
     check_risk("max_disagreement", risk)
+    place = certified_place(certification, risk, confidence)
+    if place < 0:
+        raise not_certifiable("max_disagreement", risk, confidence, certification["rows"], certification["errors"][0])
+    return float(certification["speeds"][place])
+
+
+def certified_place(certification: Mapping[str, Any], risk: float, confidence: float = CONFIDENCE) -> int:
+    """Return the place of the greatest speed that is certified, -1 where none is."""
     risks = {float(level): of_level for level, of_level in certification["risks"].items()}
     if isinstance(confidence, bool) or not isinstance(confidence, Real) or confidence not in risks:
         known = ", ".join(f"{level:g}" for level in sorted(risks))
@@ -208,10 +216,7 @@ def certified_speed(certification: Mapping[str, Any] | None, risk: Any, confiden
             f"confidence={confidence!r:.40} was not certified, only {known}: choose one of these, or certify anew: "
             f"{HOW_TO_CERTIFY[:-1]}, confidence={confidence!r:.40})"
         )
-    place = bisect_right(risks[confidence], risk) - 1
-    if place < 0:
-        raise not_certifiable("max_disagreement", risk, confidence, certification["rows"], certification["errors"][0])
-    return float(certification["speeds"][place])
+    return bisect_right(risks[confidence], risk) - 1
 
 
 def check_risk(name: str, risk: Any) -> None:

@@ -14,7 +14,8 @@ from .tasks import TASKS, Task, task_of
 
 
 # Patience needs to know what is answered, not how sure the exit is of it, and gates what was answered before.
-EXIT_POLICIES = (*dict.fromkeys(name for task in TASKS.values() for name in task.uncertainties), "patience", "learned")
+FREE_POLICIES = (*dict.fromkeys(name for task in TASKS.values() for name in task.uncertainties), "patience")
+EXIT_POLICIES = (*FREE_POLICIES, "learned")  # whose gates are fitted when a model is trained
 
 
 @dataclass(frozen=True)

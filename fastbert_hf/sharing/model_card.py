@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..escapes import as_markdown, as_python, printable
 from ..files import write_whole
 from ..modeling.dials import greatest_speedup
+from .dial_tables import asked_rows
 
 
 logger = logging.get_logger(__name__)
@@ -165,6 +166,8 @@ def write_model_card(
         tags=list(dict.fromkeys([*(TAGS if members is None else CASCADE_TAGS), *as_list(tags)])),
         eval_results=eval_results(measured, config.speed) if measured else None,
     )
+    asked = asked_rows(config)
+    units = [part["unit"] for part in (config.calibration, config.certification) if part is not None]
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -175,6 +178,8 @@ def write_model_card(
         num_layers=num_layers,
         config=config,
         greatest_speedup=None if config.calibration is None else greatest_speedup(config.calibration),
+        asked=markdown_table(("ask for", "exits answer below", "cost"), asked) if asked else None,
+        unit="layers" if "layers" in units else "executed FLOPs",
         example=as_python(example),
         labels=", ".join(map(as_markdown, config.id2label.values())),
         with_code=has_code(folder),

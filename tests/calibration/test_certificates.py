@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastbert_hf import CascadeForSequenceClassification, FastBertForSequenceCla
 from fastbert_hf.calibration import certify
 from fastbert_hf.calibration.certificates import certification_of, read_certificate, upper_bounds
 from fastbert_hf.evaluation import ExitRecord, record_exits, replay_at_speed
-from fastbert_hf.modeling.dial_checks import GRID
+from fastbert_hf.modeling.dial_checks import CERTIFICATION, GRID, check_certification
 from fastbert_hf.modeling.dials import certified_speed
 
 from ..common import NUM_LAYERS, stock, tiny_model, tiny_texts, tiny_tokenizer
@@ -275,3 +276,69 @@ def test_a_promise_is_broken_as_seldom_as_it_says_and_another_procedure_is_caugh
     allowed = binom.ppf(0.999, tries, 1 - confidence) / tries
     assert violations(differs, risk, confidence, tries, by_fixed_sequence) <= allowed
     assert violations(differs, risk, confidence, tries, without_a_correction) > allowed
+
+
+BROKEN = (
+    *({name: None} for name in CERTIFICATION),
+    {"rows": 0},
+    {"rows": 2.5},
+    {"rows": True},
+    {"unit": "seconds"},
+    {"speeds": []},
+    {"speeds": [0.5, 0.1]},
+    {"speeds": [0.1, 1.5]},
+    {"speeds": [0.1, math.nan]},
+    {"speeds": [0.1] * 5000},
+    {"speeds": [0.1, 0.2, 0.3]},
+    {"speed_ups": [1.0, -1.0]},
+    {"speed_ups": [1.0, math.inf]},
+    {"errors": [0, 501]},
+    {"errors": [-1, 0]},
+    {"errors": [0]},
+    {"risks": {}, "more": 1},
+    {"risks": {"0.9": [0.1]}},
+    {"risks": {"0.9": [0.2, 0.1]}},
+    {"risks": {"0.9": [0.1, 1.1]}},
+    {"risks": {"0.9": [0.1, math.nan]}},
+    {"risks": {"1.5": [0.1, 0.2]}},
+    {"risks": {"nan": [0.1, 0.2]}},
+    {"risks": {"sure": [0.1, 0.2]}},
+    {"reference": "not base64!"},
+    {"reference": ""},
+    {"reference": "AA=="},
+    {"reference": "////"},
+    {"reference": "A" * (1 << 21)},
+    {"asked": []},
+    {"weights": []},
+    {"weights": ["none"]},
+    {"setting": {}},
+    {"setting": {"dtype": "float32"}},
+)
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: str(change)[:40])
+def test_a_config_that_certify_did_not_write_is_refused(change, tmp_path):
+    model = tiny_model()
+    model.config.certification = {
+        "rows": 500,
+        "unit": "flops",
+        "speeds": [0.1, 0.5],
+        "speed_ups": [0.99, 2.0],
+        "errors": [0, 5],
+        "risks": {"0.9": [0.01, 0.02]},
+        "reference": "AAAA" * NUM_LAYERS,
+        "asked": {},
+        "weights": [None],
+        "setting": {"dtype": "float32", "engine": "torch", "tokenizer": None, "max_length": 128},
+    }
+    check_certification(model.config.certification, 1, NUM_LAYERS)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["certification"].update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="certification"):
+        FastBertForSequenceClassification.from_pretrained(tmp_path)
+    for other in ("certified", [1], 3, {}):
+        with pytest.raises(ValueError, match="is not what certify writes"):
+            check_certification(other)

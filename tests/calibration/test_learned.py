@@ -113,3 +113,13 @@ def test_a_training_forgets_the_gates(tmp_path):
     SelfDistillationTrainer(model, arguments, train_dataset=tiny_rows(8)).train()
     assert model.config.gates is None and model.config.exit_policy == "entropy"
     assert model.config.calibration is None and model.config.certification is None
+
+
+def test_a_call_without_a_speed_costs_as_much_as_before():
+    model, record = tiny_model(speed=0.4), made_up_record()
+    costs = []
+    for arguments in ({}, {"exit_policy": "learned"}, {"exit_policy": "margin", "linear": True}, {"linear": False}):
+        calibrate(model, record, **arguments)
+        costs.append(replay_at_speed(record, model.config, model.config.speed).flops.sum().item())
+    assert costs == pytest.approx([costs[0]] * 4, rel=0.02)
+    assert model.config.speed != 0.4 and model.config.exit_policy == "margin"

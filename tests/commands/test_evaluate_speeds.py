@@ -54,10 +54,23 @@ def test_a_model_learns_what_its_speeds_cost(run, error_of, tmp_path, model_dir,
     printed = run("--model_name_or_path", folder, "--data_file", texts, "--calibrate")
     after = json.loads((folder / "config.json").read_text())
     greatest = after.pop("calibration")["speed_ups"][-1]
-    before.pop("calibration")
+    for config in (before, after):
+        config.pop("calibration", None), config.pop("certification")
     assert after == before and f"may ask for a speedup up to {greatest:.2f}" in printed
     model = FastBertForSequenceClassification.from_pretrained(folder)
     assert list(model.predict([{"input_ids": [5, 6, 7]}], speedup=greatest))
+    # The policy is written, too; what the figures show follows from it.
+    arguments = ("--model_name_or_path", folder, "--data_file", texts)
+    figures = tmp_path / "figures"
+    printed = run(*arguments, "--calibrate", "--exit_policy", "learned", "--linear", "--figures_dir", figures)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["exit_policy"] == "learned" and len(written["gates"]) == 4 and written["calibration"]["linear"]
+    assert "The best policy here is" in printed and "max_disagreement=0.05" in printed
+    assert "Answers of the exits by their uncertainty (learned)" in printed
+    assert (figures / "dial.png").is_file() and (figures / "reliability.svg").is_file()
+    printed = run(*arguments)  # what is in the config is told each time
+    assert "may ask for a speedup up to" in printed and "Certified with confidence 0.9, on 60 texts" in printed
+    assert "give --calibrate, too" in error_of(*arguments, "--linear")
     arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--calibrate")
     assert "there are 40 texts, and at least 100 are needed" in error_of(*arguments)
 
@@ -74,6 +87,7 @@ def test_figures_and_times_are_made_on_request(run, tmp_path, model_dir, data_fi
         "uncertainty_entropy.png",
         "uncertainty_patience.png",
         "accuracy_entropy.png",
+        "reliability.png",
     }
     assert {path.stem for path in figures.glob("*.svg")} == {path.stem for path in figures.glob("*.png")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from pathlib import Path
 
@@ -227,9 +228,16 @@ def test_a_card_says_what_kind_of_exits_there_are(tmp_path, config):
 def test_a_card_tells_which_speed_ups_may_be_asked_for(tmp_path):
     model = tiny_model()
     assert "speedup" not in write_model_card(tmp_path, model).text
-    told = calibrate(model, tiny_texts(120), tiny_tokenizer(), progress=False)
+    told = calibrate(model, tiny_texts(400), tiny_tokenizer(), progress=False)
     text = " ".join(write_model_card(tmp_path, model).text.split())
-    assert f"times fewer executed FLOPs on average, at most {told.greatest:.2f} (calibrated on 120 texts)." in text
+    assert "times fewer executed FLOPs than at speed 0 were spent on the texts of the calibration (400 texts" in text
+    assert f"Any `speedup` up to {math.floor(100 * told.greatest) / 100:g} may be asked for." in text
+    assert "is certified with confidence 0.9 by 400 texts" in text and told.certified
+    for risk, speed_up in told.certified.items():
+        assert f"disagreement={risk:g} | " in text and f" | {speed_up:.2f} |" in text
+    model.config.calibration = None
+    text = write_model_card(tmp_path, model).text
+    assert "may be asked for" not in text and "disagreement=0.05 | " in text
 
 
 def tiny_cascade(small: str = "", large: str = "") -> CascadeForSequenceClassification:
