@@ -20,6 +20,8 @@ from fastbert_hf.training.recipes import RECIPES, StageSettings, train_recipe
 SEED = 1
 # The eight sets of Table 2, and four unlike them: many noisy labels, hardly learnable, long, another language.
 SETS = (*paper_runs.TABLE_2_SETS, "goemotions_single", "cola", "imdb", "chnsenticorp")
+# Those whose certificates are tried, each with some thousand test texts.
+CERTIFIED_SETS = ("ag_news", "qqp_10k", "banking77")
 LANGUAGES = {"chnsenticorp": "zh"}
 MOST_ROWS = {"train": 6000, "dev": 2000, "test": 5000}
 MAX_LENGTHS = {"imdb": 256}

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 import cascade_report
+import contract_report
 import length_report
 import pandas as pd
 import report_findings
@@ -372,6 +373,9 @@ def draw(results: Results, figures_dir: Path) -> list[str]:
     length = length_report.plot_frontier(width_report.load(results.folder / "length"))
     if length is not None:
         save("figure_length", length)
+    reliability = contract_report.plot_reliability(width_report.load(results.folder / "contract"))
+    if reliability is not None:
+        save("figure_contract", reliability)
     return drawn
 
 
@@ -383,6 +387,7 @@ CAPTIONS = {
     "figure_7": f"Figure 7: accuracy and FLOPs over fine-tuning and self-distillation, {FIGURE_SET} dev.",
     "figure_width": "Accuracy on test over executed FLOPs, sst2; the large mark is a model at full depth.",
     "figure_length": "Accuracy on test over executed FLOPs, imdb; the large mark is a model at full depth.",
+    "figure_contract": "What an uncertainty means: answers of all exits on test, a tenth of them in each mark.",
 }
 
 
@@ -402,6 +407,7 @@ def text_of(results: Results, drawn: list[str]) -> str:
         "settings": settings_table(results),
         **width_report.parts(width_report.load(results.folder / "width")),
         **length_report.parts(width_report.load(results.folder / "length")),
+        **contract_report.parts(width_report.load(results.folder / "contract")),
         **report_findings.numbers(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
         **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},

@@ -34,7 +34,7 @@ def make_stand_ins(folder: Path) -> None:
     save(stock(num_layers=NUM_LAYERS, seed=1, **names), "org/my-finetuned-bert")
     save(stock(num_layers=1, seed=2, **names), "org/small-classifier")
     save(stock(num_layers=NUM_LAYERS, seed=3, **names), "org/large-classifier")
-    texts = tiny_texts(120)
+    texts = tiny_texts(300)
     (folder / "texts.txt").write_text("\n".join(texts) + "\n")
     for name in ("train.csv", "dev.csv"):
         rows = [f"{text},{LABELS[number % 2]}" for number, text in enumerate(texts)]

@@ -186,7 +186,11 @@ def certification_of(
         confidence (`float`): A level beside 0.9, 0.95 and 0.99.
         lost_answers (`bool`): Whether answers count that are wrong where the full model's are right.
     """
-    curve = curve_of(record, config, unit, lost_answers)
+
+    def is_lost(answers: torch.Tensor, full_answers: torch.Tensor) -> torch.Tensor:
+        return (answers != full_answers) & (full_answers == record.labels)
+
+    curve = curve_of(record, config, unit, is_lost if lost_answers else torch.ne)
     rows = [(speed, *curve.at(speed)) for speed in GRID]
     # Of speeds in a row at which all texts leave alike, the last one.
     rows = [row for row, after in zip(rows, [*rows[1:], None], strict=True) if after is None or row[1:] != after[1:]]

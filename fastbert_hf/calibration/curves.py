@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Curve(NamedTuple):
     lower: torch.Tensor
     upper: torch.Tensor
     costs: torch.Tensor  # of all texts together
-    errors: torch.Tensor  # texts that are answered as the full model does not, long
+    errors: torch.Tensor  # answers that are errors, long
     full_cost: int  # of all texts at speed 0
     rows: int
 
@@ -30,7 +31,13 @@ class Curve(NamedTuple):
         return self.full_cost / self.costs[place].item(), int(self.errors[place])
 
 
-def curve_of(record: ExitRecord, config: PreTrainedConfig, unit: str = "flops", lost_answers: bool = False) -> Curve:
+def curve_of(
+    record: ExitRecord,
+    config: PreTrainedConfig,
+    unit: str = "flops",
+    is_error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.ne,
+    uncertainties: torch.Tensor | None = None,
+) -> Curve:
     """
     Return what happens at every speed, by the policy and within the limits of a config.
 
@@ -38,25 +45,24 @@ def curve_of(record: ExitRecord, config: PreTrainedConfig, unit: str = "flops", 
         record ([`ExitRecord`]): From [`record_exits`].
         config ([`FastBertConfig`] or [`CascadeConfig`]): Of the model of the record.
         unit (`str`): What costs are: `"flops"` or `"layers"`.
-        lost_answers (`bool`):
-            Whether those answers count as errors that are wrong where the full model's are right, instead of all that
-            differ from the full model's.
+        is_error (`Callable`):
+            From answers and those of the full model, `[rows]` each, to which of them are errors: all that differ
+            unless given.
+        uncertainties (`torch.Tensor` of shape `[rows, L]`, *optional*): As in [`replay_every_speed`].
     """
-
     full, task = replay_at_speed(record, config, 0.0), task_of(config)
     full_answers = task.predictions(full.logits)
-    is_counted = full_answers == record.labels if lost_answers else torch.ones_like(full_answers, dtype=torch.bool)
 
     def cost(replayed: Replay) -> torch.Tensor:
         return replayed.flops if unit == "flops" else replayed.exit_layer
 
-    def is_error(replayed: Replay) -> torch.Tensor:
-        return ((task.predictions(replayed.logits) != full_answers) & is_counted).long()
+    def errors(replayed: Replay) -> torch.Tensor:
+        return is_error(task.predictions(replayed.logits), full_answers).long()
 
-    steps, replays = replay_every_speed(record, config)
+    steps, replays = replay_every_speed(record, config, uncertainties)
     layers, costs, differs = (  # [rows, L + 1] each
         torch.stack([part(replayed) for replayed in replays], 1)
-        for part in (lambda replayed: replayed.exit_layer, cost, is_error)
+        for part in (lambda replayed: replayed.exit_layer, cost, errors)
     )
     both = torch.stack([costs, differs], -1)
     lower, totals = add_up(steps, layers, lambda rows, places: both[rows, places])
@@ -85,8 +91,8 @@ def points_of(curve: Curve, most: int) -> tuple[list[float], list[float]]:
 
 def agreement_at(curve: Curve, speed_up: float) -> float | None:
     """
-    Return the share of the answers that are the full model's at exactly this speed-up, where each text gets one of the
-    two neighbouring speeds by chance. `None` where no speed reaches that far.
+    Return the share of the answers that are no errors at exactly this speed-up, where each text gets one of the two
+    neighbouring speeds by chance. `None` where no speed reaches that far.
     """
     shares = torch.cat([torch.ones(1), curve.costs / curve.full_cost]).double()
     agreements = torch.cat([torch.ones(1), 1 - curve.errors / curve.rows]).double()

@@ -18,8 +18,9 @@ except ImportError as error:
     raise ImportError('gates need an extra: pip install "fastbert-hf[calibration]"') from error
 
 
-# Of the weights of standardised features, by scikit-learn's C: chosen on dev texts.
-STRENGTH = 0.1
+# How large the weights of standardised features may be, as scikit-learn's C; and, as factors of their features, how
+# far an exit's own weights may be from those that all share, and its own bias. Chosen by cross-validation on dev.
+STRENGTH, OWN_WEIGHTS, OWN_BIAS = 0.3, 0.3**0.5, 3.0
 # Of an exit that cannot differ, the bias whose sigmoid is 0 in float32.
 NEVER = -1000.0
 
@@ -36,30 +37,42 @@ def fit_gates(
         full_answers (`torch.Tensor` of shape `[rows]`): What the full model answers.
         may_answer (`torch.Tensor` of shape `[L]`, bool): The exits that may answer, and so count for those after them.
     """
-    gates = []
+    features, differs = [], []
     for part in record.columns_of_members:
-        state = ExitGates((), record.exit_logits.shape[-1]).start(len(record.exit_logits))
+        state = ExitGates(torch.empty(0), record.exit_logits.shape[-1]).start(len(record.exit_logits))
         for column in range(record.num_exits)[part]:
             logits = record.exit_logits[:, column]
-            features, remembered = gate_features(task, logits, state)
-            differs = task.predictions(logits) != full_answers
-            is_full = column == record.num_exits - 1
-            gates.append(_gate(torch.stack(features, 1), differs, is_full))
+            found, remembered = gate_features(task, logits, state)
+            features.append(found)
+            differs.append(task.predictions(logits) != full_answers)
             state = remembered if may_answer[column] else state
-    return gates
+    # The last exit is the full model itself.
+    gates = regression(torch.stack(features[:-1], 1).double().numpy(), torch.stack(differs[:-1], 1).numpy())
+    return [*gates, [*[0.0] * len(FEATURES), NEVER]]
 
 
-def _gate(features: torch.Tensor, differs: torch.Tensor, is_full: bool) -> list[float]:
-    if is_full:
-        return [*[0.0] * len(FEATURES), NEVER]
-    number, rows = int(differs.sum()), len(differs)
-    if number in (0, rows):  # no more can be said than that it was never, or always, so: Laplace's rule
-        return [*[0.0] * len(FEATURES), math.log((number + 1) / (rows - number + 1))]
-    values = features.double().numpy()
-    means, deviations = values.mean(0), np.maximum(values.std(0), 1e-6)
-    # Where all are equal, as of the first exit, which knows of none before.
-    deviations[deviations <= 1e-6] = np.inf
-    model = LogisticRegression(C=STRENGTH, max_iter=1000).fit((values - means) / deviations, differs.numpy())
-    weights = model.coef_[0] / deviations
-    bias = float(model.intercept_[0] - weights @ means)
-    return [round(float(weight), 6) for weight in (*weights, bias)]
+def regression(features: np.ndarray, differs: np.ndarray) -> list[list[float]]:
+    """
+    Return the weights and the bias of each exit by one logistic regression, in which an exit's weights are those that
+    all share and a part of its own: few answers differ, and most of what tells them is the same at every exit.
+
+    Args:
+        features (array of shape `[rows, exits, features]`): What each exit said of each text.
+        differs (array of shape `[rows, exits]`, bool): Whether it answered otherwise than the full model.
+    """
+    rows, exits, number = features.shape
+    if differs.all() or not differs.any():  # no more can be said than that: Laplace's rule
+        times = int(differs.any()) * rows
+        return [[*[0.0] * number, round(math.log((times + 1) / (rows - times + 1)), 6)]] * exits
+    means, deviations = features.mean((0, 1)), np.maximum(features.std((0, 1)), 1e-6)
+    shared = (features - means) / deviations  # [rows, exits, features]
+    own = np.zeros((rows, exits, exits, number + 1))
+    for place in range(exits):
+        own[:, place, place, :number] = OWN_WEIGHTS * shared[:, place]
+        own[:, place, place, number] = OWN_BIAS
+    columns = np.concatenate([shared, own.reshape(rows, exits, -1)], 2).reshape(rows * exits, -1)
+    fitted = LogisticRegression(C=STRENGTH, max_iter=1000).fit(columns, differs.reshape(-1))
+    of_shared, of_own = fitted.coef_[0][:number], fitted.coef_[0][number:].reshape(exits, number + 1)
+    weights = (of_shared + OWN_WEIGHTS * of_own[:, :number]) / deviations  # [exits, features]
+    biases = fitted.intercept_[0] + OWN_BIAS * of_own[:, number] - weights @ means
+    return np.concatenate([weights, biases[:, None]], 1).round(6).tolist()

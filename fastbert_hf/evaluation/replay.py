@@ -168,7 +168,9 @@ def exit_uncertainties(record: ExitRecord, policy: ExitPolicy, may_answer: torch
     return torch.stack(columns, 1)
 
 
-def replay_every_speed(record: ExitRecord, config: PreTrainedConfig) -> tuple[torch.Tensor, list[Replay]]:
+def replay_every_speed(
+    record: ExitRecord, config: PreTrainedConfig, uncertainties: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[Replay]]:
     """
     Return all that happens at speeds above 0: a text changes its exit where the speed passes one of its own
     uncertainties, and only there. Speeds are thresholds here, also of a model whose own are linear in their costs.
@@ -176,6 +178,7 @@ def replay_every_speed(record: ExitRecord, config: PreTrainedConfig) -> tuple[to
     Args:
         record ([`ExitRecord`]): From [`record_exits`].
         config ([`FastBertConfig`] or [`CascadeConfig`]): Of the model of the record, with its policy and limits.
+        uncertainties (`torch.Tensor` of shape `[rows, L]`, *optional*): In place of the policy's own.
 
     Returns:
         `tuple` of `torch.Tensor` of shape `[rows, L]`, the uncertainties of each text in rising order, and `list` of L
@@ -185,7 +188,8 @@ def replay_every_speed(record: ExitRecord, config: PreTrainedConfig) -> tuple[to
         ValueError: If the logits of a row are not finite.
     """
     policy, thresholds = ExitPolicy.of(config), raw_thresholds(record, config, 1.0)
-    uncertainties = exit_uncertainties(record, policy, thresholds > 0)
+    if uncertainties is None:
+        uncertainties = exit_uncertainties(record, policy, thresholds > 0)
     broken = (uncertainties.isnan() & (thresholds > 0)).any(1)
     if broken.any():
         raise ValueError(

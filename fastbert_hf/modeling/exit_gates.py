@@ -21,17 +21,17 @@ MOST_WEIGHT = 1e4
 HOW = 'fastbert_hf.calibrate(model, texts, tokenizer, exit_policy="learned")'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExitGates:
     """
     The gates of all exits of a model, or of all members of a cascade one behind the other.
 
     Args:
-        weights (`tuple` of `tuple` of `float`): Of each exit a weight for each of `FEATURES`, and a bias.
+        weights (`torch.Tensor` of shape `[exits, 5]`): Of each exit a weight for each of `FEATURES`, and a bias.
         num_labels (`int`): Number of labels.
     """
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: torch.Tensor
     num_labels: int
 
     def start(self, texts: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -54,26 +54,23 @@ class ExitGates:
             place (`int`): Number of the exit, from 1; those of all members of a cascade are counted.
         """
         features, state = gate_features(task, logits, state)
-        *weights, bias = self.weights[place - 1]
-        # One after the other: a product with a matrix is rounded as the number of its rows wants it.
-        odds = sum(weight * feature for weight, feature in zip(weights, features, strict=True))
-        return (odds + bias).sigmoid(), state
+        weights = self.weights[place - 1].to(logits.device, non_blocking=True)
+        # No product with a matrix, which is rounded as the number of its rows wants it.
+        return ((features * weights[:-1]).sum(-1) + weights[-1]).sigmoid(), state
 
 
-def gate_features(
-    task: Task, logits: torch.Tensor, state: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Return `FEATURES` of the answers of an exit, `[rows]` each, and what is remembered of the rows from here on."""
+def gate_features(task: Task, logits: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `FEATURES` of the answers of an exit, `[rows, 4]`, and what is remembered of the rows from here on."""
     logits = logits.float()
     probabilities, answers = task.probabilities(logits), task.predictions(logits)[:, None]
     best, second = logits.topk(2).values.unbind(-1)
     entropy = torch.special.entr(probabilities).sum(-1) / math.log(logits.shape[-1])
     # Of the answer, by the exits so far: [rows, 2].
-    earlier = state.gather(2, answers[:, None].expand(-1, 2, -1))[..., 0]
-    earlier = earlier / state[:, 1].sum(-1, keepdim=True).clamp(min=1)
+    earlier = state.gather(2, answers[:, None].expand(-1, 2, -1)).squeeze(2)
+    earlier = earlier / state[:, 1].sum(-1, keepdim=True).clamp_(min=1)
     votes = torch.zeros_like(probabilities).scatter_(1, answers, 1.0)
-    features = (entropy, (best - second).clamp(max=MOST_LEAD), *earlier.unbind(-1))
-    return features, state + torch.stack([probabilities, votes], 1)
+    own = torch.stack([entropy, (best - second).clamp_(max=MOST_LEAD)], -1)
+    return torch.cat([own, earlier], -1), state + torch.stack([probabilities, votes], 1)
 
 
 def check_gates(gates: Any, num_exits: int, policy: str) -> None:

@@ -58,7 +58,7 @@ class ExitPolicy:
         gates = None
         if name == "learned":
             check_gates(config.gates, config.num_hidden_layers, name)
-            gates = ExitGates(tuple(map(tuple, config.gates)), config.num_labels)
+            gates = ExitGates(torch.tensor(config.gates), config.num_labels)
         return cls(name, task_of(config), getattr(config, "patience", 1), gates)
 
     def start(self, texts: int, device: torch.device | str = "cpu") -> torch.Tensor | None:

@@ -90,7 +90,7 @@ def test_exits_that_never_or_always_differ_have_gates():
     record.exit_logits[:, 1] = record.exit_logits[:, -1].roll(1, -1)
     calibrate(model, record, exit_policy="learned")
     uncertainties = exit_uncertainties(record, ExitPolicy.of(model.config))
-    assert (uncertainties[:, 0] < 0.01).all() and (uncertainties[:, 1] > 0.99).all()
+    assert (uncertainties[:, 0] < 0.03).all() and (uncertainties[:, 1] > 0.95).all()
 
 
 def test_a_cascade_learns_gates_for_all_of_its_exits():

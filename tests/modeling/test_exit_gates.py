@@ -37,7 +37,7 @@ def encoded(number: int = 12) -> list[dict]:
 
 def test_what_a_gate_weighs_by_hand():
     said = torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.6, 0.3]], [[0.6, 0.3, 0.1]]]).log()  # three exits, one text
-    state = ExitGates((), 3).start(1)
+    state = ExitGates(torch.empty(0), 3).start(1)
     expected = [
         (0.7, math.log(0.7 / 0.2), 0.0, 0.0),
         (0.6, math.log(0.6 / 0.3), 0.2, 0.0),
@@ -48,8 +48,8 @@ def test_what_a_gate_weighs_by_hand():
         assert max(probabilities) == pytest.approx(best)
         entropy = -sum(p * math.log(p) for p in probabilities) / math.log(3)
         features, state = gate_features(TASK, logits, state)
-        assert [feature.item() for feature in features] == pytest.approx([entropy, lead, earlier, agreement], abs=1e-6)
-    gates = ExitGates(((1.0, 2.0, 3.0, 4.0, -5.0), (0.5, -0.5, 1.5, 2.5, 0.25)), 3)
+        assert features[0].tolist() == pytest.approx([entropy, lead, earlier, agreement], abs=1e-6)
+    gates = ExitGates(torch.tensor([[1.0, 2.0, 3.0, 4.0, -5.0], [0.5, -0.5, 1.5, 2.5, 0.25]]), 3)
     uncertainty, state = gates.uncertainty(TASK, said[0], gates.start(1), 1)
     entropy = TASK.uncertainties["entropy"](said[0]).item()
     assert uncertainty.item() == pytest.approx(1 / (1 + math.exp(-(entropy + 2 * math.log(3.5) - 5))))
@@ -60,7 +60,7 @@ def test_what_a_gate_weighs_by_hand():
 
 
 def test_rows_that_an_exit_may_not_answer_keep_what_is_remembered():
-    policy = ExitPolicy("learned", TASK, gates=ExitGates(tuple(map(tuple, random_gates(0, 3))), 3))
+    policy = ExitPolicy("learned", TASK, gates=ExitGates(torch.tensor(random_gates(0, 3)), 3))
     first, second = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
     state = policy.start(4)
     _, after_all = policy.uncertainty(first, state, None, 1)
@@ -74,7 +74,7 @@ def test_rows_that_an_exit_may_not_answer_keep_what_is_remembered():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_of_half_precision_are_weighed_in_float32(dtype):
-    policy = ExitPolicy("learned", TASK, gates=ExitGates(tuple(map(tuple, random_gates(1, 2))), 3))
+    policy = ExitPolicy("learned", TASK, gates=ExitGates(torch.tensor(random_gates(1, 2)), 3))
     logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     for own, wanted in zip(policy.uncertainty(logits), policy.uncertainty(logits.float()), strict=True):
         assert torch.equal(own, wanted) and own.dtype is torch.float32

@@ -27,7 +27,7 @@ INF = math.inf
 
 def exit_uncertainty(logits: torch.Tensor, name: str, patience: int = 1, state: torch.Tensor | None = None) -> tuple:
     """The uncertainty of one exit's answers, and what the policy remembers."""
-    gates = ExitGates(((0.5, -0.1, 0.2, 0.3, -1.0),), logits.shape[-1]) if name == "learned" else None
+    gates = ExitGates(torch.tensor([[0.5, -0.1, 0.2, 0.3, -1.0]]), logits.shape[-1]) if name == "learned" else None
     return ExitPolicy(name, TASKS["single_label_classification"], patience, gates).uncertainty(logits, state)
 
 
