@@ -71,7 +71,7 @@ def regression(features: np.ndarray, differs: np.ndarray) -> list[list[float]]:
         own[:, place, place, :number] = OWN_WEIGHTS * shared[:, place]
         own[:, place, place, number] = OWN_BIAS
     columns = np.concatenate([shared, own.reshape(rows, exits, -1)], 2).reshape(rows * exits, -1)
-    fitted = LogisticRegression(C=STRENGTH, max_iter=1000).fit(columns, differs.reshape(-1))
+    fitted = LogisticRegression(C=STRENGTH, solver="newton-cholesky", max_iter=200).fit(columns, differs.reshape(-1))
     of_shared, of_own = fitted.coef_[0][:number], fitted.coef_[0][number:].reshape(exits, number + 1)
     weights = (of_shared + OWN_WEIGHTS * of_own[:, :number]) / deviations  # [exits, features]
     biases = fitted.intercept_[0] + OWN_BIAS * of_own[:, number] - weights @ means

@@ -42,6 +42,15 @@ class EvaluateSpeedsOptions(ColumnOptions):
     speeds: list[float] = field(
         default_factory=lambda: [step / 10 for step in range(11)], metadata={"help": "Speeds of the printed table."}
     )
+    speedups: list[float] = field(
+        default_factory=list, metadata={"help": "Of a calibrated model: speed-ups whose speeds are in the table, too."}
+    )
+    max_disagreements: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Of a calibrated model: shares of answers that may differ, whose certified speeds are, too."
+        },
+    )
     time_speeds: list[float] = field(default_factory=list, metadata={"help": "Speeds whose wall-clock is measured."})
     calibrate: bool = field(
         default=False,
@@ -129,17 +138,20 @@ def main(arguments: list[str] | None = None) -> None:
         max_length = options.max_length or min(tokenizer.model_max_length, max_text_tokens(model.config.text_config))
         folder, policy = options.model_name_or_path, options.exit_policy
         found = calibrate_folder(model, record, folder, policy, options.linear, max_length)
+    with one_line_errors():
+        asked_for = asked_speeds(model.config, options)
     with warnings.catch_warnings():
         if not has_labels:
             print(f"The data has no column {options.label_column!r}: {options.metric} needs labels.", file=sys.stderr)
             warnings.filterwarnings("ignore", message="the data has no labels")
-        speeds = sorted({*SPEEDS, *options.speeds})
+        speeds = sorted({*SPEEDS, *options.speeds, *asked_for})
         table = sweep_speeds(model, record, speeds, options.policies, options.metric)
     table.attrs = {"model": options.model_name_or_path, "data": options.data_file, "rows": len(rows)}
 
     shown = [name for name in table.columns if not name.startswith(("exit_", "paper_flops", "executed_flops"))]
     print(f"\n{len(rows)} rows, {model.config.num_hidden_layers} layers\n")
-    print(table[table["speed"].isin(options.speeds)][shown].to_string(index=False, float_format="{:.3f}".format))
+    is_shown = table["speed"].isin([*options.speeds, *asked_for])
+    print(table[is_shown][shown].to_string(index=False, float_format="{:.3f}".format))
     if options.time_speeds:
         times = time_speeds(model, rows, options.time_speeds)
         print(f"\nMeasured on {model.device}\n")
@@ -156,6 +168,21 @@ def main(arguments: list[str] | None = None) -> None:
         print_policies(found)
     print_reliability(record, model.config)
     print_dial(model.config, options.model_name_or_path)
+
+
+def asked_speeds(config: FastBertConfig, options: EvaluateSpeedsOptions) -> dict[float, str]:
+    """Return the speeds of the speed-ups and certificates that were asked for, with what each of them is."""
+    from ..modeling.dials import certified_speed, lookup_of, speed_for, speed_of_threshold
+
+    found = {}
+    for speedup in options.speedups:
+        lookup_of(config, "speedup", speedup)  # or says what to do
+        found[speed_of_threshold(config, speed_for(config.calibration, speedup))] = f"speedup={speedup:g}"
+    for risk in options.max_disagreements:
+        found[speed_of_threshold(config, certified_speed(config.certification, risk))] = f"max_disagreement={risk:g}"
+    for speed, name in found.items():
+        print(f"{name} is speed {speed:.6g}")
+    return found
 
 
 def draw_figures(folder: Path, config: FastBertConfig, record: ExitRecord, table: pd.DataFrame) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -208,6 +209,18 @@ def test_the_pipeline_checks_how_texts_are_read():
         changed(texts[:12], max_disagreement=0.5)
     with pytest.raises(ValueError, match="is for a call"):
         pipeline("fast-text-classification", model=model, tokenizer=other, max_disagreement=[0.5] * 12)
+
+
+def test_threads_share_a_calibrated_model():
+    model = tiny_model(seed=1)
+    calibrate(model, tiny_texts(400), tiny_tokenizer(), exit_policy="learned", progress=False)
+    rows = encoded(48)
+    dials = [{"speedup": 1.2}, {"max_disagreement": 0.4}, {"speed": 0.3}, {"speed": 0}] * 4
+    expected = [[answer.exit_layer for answer in model.predict(rows, **dial)] for dial in dials]
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda dial: [answer.exit_layer for answer in model.predict(rows, **dial)], dials)
+        assert list(found) == expected
+    assert len(set(map(tuple, expected))) > 1
 
 
 def test_it_is_saved_and_travels(certified, tmp_path):

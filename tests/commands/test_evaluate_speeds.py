@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -70,6 +71,15 @@ def test_a_model_learns_what_its_speeds_cost(run, error_of, tmp_path, model_dir,
     assert (figures / "dial.png").is_file() and (figures / "reliability.svg").is_file()
     printed = run(*arguments)  # what is in the config is told each time
     assert "may ask for a speedup up to" in printed and "Certified with confidence 0.9, on 60 texts" in printed
+    printed = run(*arguments, "--speedups", 1.1, "--max_disagreements", 0.9, "--speeds", 0)
+    assert "speedup=1.1 is speed 0." in printed and "max_disagreement=0.9 is speed" in printed
+    shown = [line.split()[1] for line in printed.splitlines() if line.strip().startswith("learned ")]
+    named = re.findall(r"is speed ([\d.]+)", printed)
+    assert [float(speed) for speed in shown] == pytest.approx(sorted({0.0, *map(float, named)}), abs=1e-3)
+    assert "speedup must be a number from 1 to" in error_of(*arguments, "--speedups", 99)
+    assert "needs a model that was certified" in error_of(
+        "--model_name_or_path", model_dir, "--data_file", texts, "--max_disagreements", 0.1
+    )
     assert "give --calibrate, too" in error_of(*arguments, "--linear")
     arguments = ("--model_name_or_path", model_dir, "--data_file", data_file, "--calibrate")
     assert "there are 40 texts, and at least 100 are needed" in error_of(*arguments)

@@ -15,13 +15,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 import fastbert_hf
-from fastbert_hf import save_with_code
+from fastbert_hf import calibrate, save_with_code
 
 from ..common import FAMILIES, tiny_model, tiny_texts, tiny_tokenizer
 
 
 TEXTS = tiny_texts(8)
 SPEEDS = (0.0, 0.3, 0.9, 1.0)
+DIALS = ({"speed": 0.6}, {"speedup": 1.2}, {"max_disagreement": 0.3}, {"max_disagreement": 0.5, "confidence": 0.99})
 BATCH = {"input_ids": torch.tensor([[2, 7, 9, 3], [2, 8, 11, 3]])}
 CODE = {
     path.name
@@ -68,6 +69,8 @@ seen = {
 for family in families:
     of_family = AutoModelForSequenceClassification.from_pretrained(family, **trust)
     seen["families"][Path(family).name] = of_family(**batch, speed=0.5).logits.tolist()
+calibrated = pipeline("fast-text-classification", model=job["calibrated"], **trust)
+seen["calibrated"] = [calibrated(job["texts"], **dial) for dial in job["dials"]]
 pipe.save_pretrained(folder / "saved_again")
 seen["saved_again"] = pipeline(model=str(folder / "saved_again"), speed=0.9, **trust)(job["texts"])
 
@@ -92,6 +95,13 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def calibrated_model():
+    model = tiny_model(seed=1)
+    calibrate(model, tiny_texts(400), tiny_tokenizer(), exit_policy="learned", linear=True, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     save_with_code(model, folder, tokenizer=tiny_tokenizer())
@@ -109,9 +119,12 @@ def marked(folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(folder, marked, tmp_path_factory) -> dict:
+def elsewhere(folder, marked, calibrated_model, tmp_path_factory) -> dict:
     """What a process without the package sees."""
+    calibrated = tmp_path_factory.mktemp("calibrated")
+    save_with_code(calibrated_model, calibrated, tokenizer=tiny_tokenizer())
     job = {"input_ids": BATCH["input_ids"].tolist(), "texts": TEXTS, "speeds": SPEEDS}
+    job |= {"calibrated": str(calibrated), "dials": DIALS}
     (folder / "job.json").write_text(json.dumps(job))
     families = []
     for family in FAMILIES:
@@ -158,6 +171,12 @@ def test_the_pipeline_and_its_speed_are_the_same_elsewhere(model, elsewhere):
         assert_same_answers(there, part)
     assert_same_answers(elsewhere["answers_at_constructor_speed"], classifier(TEXTS, speed=0.9))
     assert_same_answers(elsewhere["answers_at_config_speed"], classifier(TEXTS, speed=0.4))
+
+
+def test_what_a_calibrated_model_may_be_asked_for_is_the_same_elsewhere(calibrated_model, elsewhere):
+    classifier = pipeline("fast-text-classification", model=calibrated_model, tokenizer=tiny_tokenizer())
+    for dial, there in zip(DIALS, elsewhere["calibrated"], strict=True):
+        assert_same_answers(there, classifier(TEXTS, **dial))
 
 
 def assert_same_answers(there: list[dict], here: list[dict]) -> None:
