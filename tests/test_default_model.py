@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, pipeline
 
 from fastbert_hf import DEFAULT_MODEL_DIR, FastBertForSequenceClassification
 from fastbert_hf.data import load_rows
-from fastbert_hf.evaluation import record_exits, sweep_speeds
+from fastbert_hf.evaluation import record_exits, replay_at_speed, sweep_speeds
+from fastbert_hf.modeling.dials import certified_speed, speed_for
 
 from .common import CUT_NETWORK, DEFAULT_MODEL_FILES
 
@@ -79,7 +80,7 @@ def table_rows(card: ModelCard) -> list[dict[str, str]]:
     """The rows of the card's table of speeds."""
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in card.text.split("## Training")[0].splitlines()
+        for line in card.text.split("## What each speed costs")[1].split("## Training")[0].splitlines()
         if line.startswith("| ")
     ]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
@@ -187,6 +188,26 @@ def test_its_card_tells_what_real_data_says(card):
         assert float(row["accuracy"].removesuffix("%")) / 100 == pytest.approx(now["accuracy"], abs=0.002)
         assert float(row["layers"]) == pytest.approx(now["mean_exit_layer"], abs=0.02)
         assert float(row["fewer FLOPs"].removesuffix("x")) == pytest.approx(now["executed_speed_up"], rel=0.02)
+    # What may be asked for was measured on dev.
+    config, full = model.config, replay_at_speed(record, model.config, 0.0)
+    for speedup in (1.5, 2.0, 3.0, 4.0):
+        spent = replay_at_speed(record, config, speed_for(config.calibration, speedup)).flops.sum()
+        assert (full.flops.sum() / spent).item() == pytest.approx(speedup, rel=0.05)
+    for risk in (0.02, 0.05):
+        early = replay_at_speed(record, config, certified_speed(config.certification, risk))
+        differs = early.logits.argmax(-1) != full.logits.argmax(-1)
+        assert differs.float().mean().item() <= risk + 0.002
+
+
+def test_it_may_be_asked_for_a_speed_up_and_for_an_agreement(classifier, card):
+    texts = ["A joy.", "The plot is thin, but the cast makes it a joy.", "Not bad at all, if a little long."] * 8
+    layers = [
+        [answer["exit_layer"] for answer in classifier(texts, **dial)]
+        for dial in ({"speedup": 1}, {"max_disagreement": 0.01}, {"speedup": 3.0})
+    ]
+    assert layers[0] == [6] * 24
+    assert sum(layers[0]) > sum(layers[1]) > sum(layers[2])
+    assert "| max_disagreement=0.01 | " in card.text and "Any `speedup` up to 5.7" in card.text
 
 
 def test_the_readme_says_what_it_knows_and_what_not(card, classifier):

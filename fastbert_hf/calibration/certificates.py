@@ -163,7 +163,7 @@ def upper_bounds(errors: list[int], rows: int, confidence: float) -> list[float]
     counts = np.asarray(errors)
     bounds = np.where(counts < rows, beta.ppf(confidence, counts + 1, np.maximum(rows - counts, 1e-9)), 1.0)
     # Rounded upwards, so that nothing is promised that was not tested.
-    return (np.ceil(np.maximum.accumulate(bounds) * 1e9) / 1e9).clip(max=1.0).tolist()
+    return (np.ceil(np.maximum.accumulate(bounds) * 1e6) / 1e6).clip(max=1.0).round(6).tolist()
 
 
 def certification_of(

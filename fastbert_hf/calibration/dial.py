@@ -22,7 +22,7 @@ from .texts import limit_of, own_tokenizer, record_digest
 
 LEAST_ROWS = 100
 # Points of a curve that are kept, at speed-ups whose ratios are equal: less than two percent apart.
-POINTS = 256
+POINTS = 128
 SPEED_UPS = (1.5, 2.0, 3.0, 4.0)
 RISKS = (0.01, 0.02, 0.05)
 

@@ -3,7 +3,8 @@ Train the model that comes with the package: English sentiment, FastBERT on the 
 
 The backbone and the teacher learn from the 67,349 phrases of SST-2's training split. The students then learn what the
 teacher says of those and of the reviews of IMDb, whole and sentence by sentence, whose labels nobody reads. The
-default speed is chosen on dev: the fastest one that loses nothing there. Test is looked at once, for the model card.
+default speed is chosen on dev, the fastest one that loses nothing there, and dev tells what a call may ask for. Test
+is looked at once, for the model card.
 
 It takes about an hour and a half on two cores. A finished stage is not repeated. The same seed gives the same weights
 on one machine, and nearly the same on another.
@@ -154,6 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from transformers import AutoTokenizer
 
+    from ..calibration.dial import LEAST_ROWS, calibrate
     from ..data import encode
     from ..evaluation import record_exits, sweep_speeds
     from ..sharing import Measured, write_model_card
@@ -166,8 +168,10 @@ def main(arguments: list[str] | None = None) -> None:
         for name, rows in splits.items()
     }
     model = train_default_model(options, encoded, tokenizer, backbone)
-    dev = sweep_speeds(model, record_exits(model, encoded["dev"]), HUNDREDTHS)
-    model.config.speed = fastest_without_loss(dev)
+    record = record_exits(model, encoded["dev"])
+    model.config.speed = fastest_without_loss(sweep_speeds(model, record, HUNDREDTHS))
+    if len(encoded["dev"]) >= LEAST_ROWS:  # not where the command is only tried
+        calibrate(model, record, tokenizer, max_length=tokenizer.model_max_length)
     record = record_exits(model, encoded["test"])
     test = sweep_speeds(model, record, sorted({*CARD_SPEEDS, model.config.speed}))
     print(f"\nThe default speed is {model.config.speed:g}: the fastest that loses nothing on dev.")

@@ -25,7 +25,7 @@ SETTING = ("dtype", "engine", "tokenizer", "max_length")
 MOST_POINTS = 4096
 MOST_REFERENCE = 1 << 20  # characters
 # The speeds at which a certificate may hold. They are the same for all models and texts: fixed before looking.
-GRID = tuple(10 ** (step / 40 - 4) for step in range(161))
+GRID = tuple(float(f"{10 ** (step / 40 - 4):.4g}") for step in range(161))
 # What is meant by a name in an error.
 HINTS = {"exits": " (first and last, by min_exit_layer and max_layers)"}
 HOW = "fastbert_hf.calibrate(model, texts, tokenizer)"
