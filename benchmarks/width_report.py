@@ -69,11 +69,7 @@ def shares_table(results: dict[str, dict]) -> str:
 
 def frontier_of(results: dict[str, dict]) -> dict[str, dict]:
     """Return the sweeps by the name of their model, if that of the dense one is there."""
-    sweeps = {
-        width_frontier.name_of(share): results[f"frontier-{width_frontier.name_of(share)}"]
-        for share in width_frontier.SHARES
-        if f"frontier-{width_frontier.name_of(share)}" in results
-    }
+    sweeps = {name: results[f"frontier-{name}"] for name in width_frontier.MODELS if f"frontier-{name}" in results}
     return sweeps if "dense" in sweeps else {}
 
 
@@ -87,13 +83,15 @@ def frontier_table(results: dict[str, dict]) -> str:
 
 
 def titles_of(sweeps: dict[str, dict]) -> dict[str, str]:
-    return {name: title_of(sweep["share"]) for name, sweep in sweeps.items()}
+    return {name: title_of(name) for name in sweeps}
 
 
-def title_of(share: float | None) -> str:
-    if share is None:
-        return "exits alone"
-    return "exits alone, trained on" if share == 1 else f"{100 * share:g} % of the neurons, with exits"
+def title_of(name: str) -> str:
+    if name in ("dense", "1"):
+        return "exits alone" if name == "dense" else "exits alone, trained on"
+    share, depth = width_frontier.MODELS[name]
+    layer = "a dense layer of" if depth == 0 else "a tree with"
+    return f"{layer} {100 * share:g} % of the neurons, with exits"
 
 
 def plot_frontier(results: dict[str, dict]) -> Figure | None:
@@ -128,13 +126,17 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     allowed = frontiers.LOST[0]
     points = {name: frontiers.cheapest(sweeps["dense"], sweeps[name], allowed, "test") for name in sweeps}
     names = {
-        width_frontier.name_of(share): "dense" if share is None else f"{1 / share:g}"
-        for share in width_frontier.SHARES
+        "dense": "dense",
+        "1": "1",
+        "0.25": "4",
+        "0.125": "8",
+        "narrow-0.25": "dense_4",
+        "narrow-0.125": "dense_8",
     }
     for name, part in names.items():
         found[f"frontier_{part}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else NOT_YET
     alone = [sweeps[name] for name in sweeps if name in ("dense", "1")]
-    both = [sweeps[name] for name in sweeps if name not in ("dense", "1")]
+    both = [sweeps[name] for name in sweeps if name in ("0.25", "0.125")]
     gained = frontiers.gain(sweeps["dense"], alone, both, allowed) if sweeps else None
     found["frontier_gain"] = NOT_YET if gained is None else f"{gained:.2f}"
     taken = {

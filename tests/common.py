@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import shutil
 import sys
@@ -141,6 +142,22 @@ def random_gates(seed: int, num_exits: int) -> list[list[float]]:
     """Return gates whose probabilities are spread over [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_exits, len(FEATURES) + 1, generator=generator).tolist()
+
+
+def made_up_certification(num_exits: int = NUM_LAYERS) -> dict:
+    """Return what `certify` could have written into a config."""
+    return {
+        "rows": 500,
+        "unit": "flops",
+        "speeds": [0.1, 0.5],
+        "speed_ups": [0.99, 2.0],
+        "errors": [0, 5],
+        "risks": {"0.9": [0.01, 0.02]},
+        "reference": base64.b64encode(bytes(range(3 * num_exits))).decode(),
+        "asked": {"exit_policy": "patience", "patience": 3, "exits": [[1, 2]], "coarsening": [None]},
+        "weights": ["float32:0123456789abcdef"],
+        "setting": {"dtype": "float32", "engine": "torch", "tokenizer": None, "max_length": 128},
+    }
 
 
 def ragged_batch(

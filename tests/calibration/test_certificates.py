@@ -21,7 +21,7 @@ from fastbert_hf.evaluation import ExitRecord, record_exits, replay_at_speed
 from fastbert_hf.modeling.dial_checks import CERTIFICATION, GRID, check_certification
 from fastbert_hf.modeling.dials import certified_speed
 
-from ..common import NUM_LAYERS, stock, tiny_model, tiny_texts, tiny_tokenizer
+from ..common import NUM_LAYERS, made_up_certification, stock, tiny_model, tiny_texts, tiny_tokenizer
 from .common import made_up_record
 
 
@@ -332,18 +332,7 @@ BROKEN = (
 @pytest.mark.parametrize("change", BROKEN, ids=lambda change: str(change)[:40])
 def test_a_config_that_certify_did_not_write_is_refused(change, tmp_path):
     model = tiny_model()
-    model.config.certification = {
-        "rows": 500,
-        "unit": "flops",
-        "speeds": [0.1, 0.5],
-        "speed_ups": [0.99, 2.0],
-        "errors": [0, 5],
-        "risks": {"0.9": [0.01, 0.02]},
-        "reference": "AAAA" * NUM_LAYERS,
-        "asked": {},
-        "weights": [None],
-        "setting": {"dtype": "float32", "engine": "torch", "tokenizer": None, "max_length": 128},
-    }
+    model.config.certification = made_up_certification()
     check_certification(model.config.certification, 1, NUM_LAYERS)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

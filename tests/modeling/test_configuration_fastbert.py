@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import math
 
 import pytest
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
-from tests.common import FAMILIES, NUM_LAYERS, SHAPE, random_gates, tiny_text_config
+from tests.common import FAMILIES, NUM_LAYERS, SHAPE, made_up_certification, random_gates, tiny_text_config
 
 
 OWN_FIELDS = {
@@ -45,18 +44,7 @@ OWN_FIELDS = {
         "weights": ["float32:0123456789abcdef"],
     },
     "gates": random_gates(0, NUM_LAYERS),
-    "certification": {
-        "rows": 500,
-        "unit": "flops",
-        "speeds": [0.1, 0.5],
-        "speed_ups": [0.99, 2.0],
-        "errors": [0, 5],
-        "risks": {"0.9": [0.01, 0.02]},
-        "reference": base64.b64encode(bytes(range(3 * NUM_LAYERS))).decode(),
-        "asked": {"exit_policy": "patience", "patience": 3, "exits": [[1, 2]], "coarsening": [None]},
-        "weights": ["float32:0123456789abcdef"],
-        "setting": {"dtype": "float32", "engine": "torch", "tokenizer": None, "max_length": 128},
-    },
+    "certification": made_up_certification(),
 }
 LABELS = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
 
