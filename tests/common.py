@@ -153,7 +153,7 @@ def made_up_certification(num_exits: int = NUM_LAYERS) -> dict:
         "speed_ups": [0.99, 2.0],
         "errors": [0, 5],
         "risks": {"0.9": [0.01, 0.02]},
-        "reference": base64.b64encode(bytes(range(3 * num_exits))).decode(),
+        "reference": base64.b64encode(bytes(4 * 3 * num_exits)).decode(),
         "asked": {"exit_policy": "patience", "patience": 3, "exits": [[1, 2]], "coarsening": [None]},
         "weights": ["float32:0123456789abcdef"],
         "setting": {"dtype": "float32", "engine": "torch", "tokenizer": None, "max_length": 128},

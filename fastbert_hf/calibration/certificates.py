@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from ..evaluation.exit_record import ExitRecord, as_record
 from ..evaluation.replay import exit_uncertainties, raw_thresholds
 from ..evaluation.speed_choice import members_with_students
 from ..modeling.dial_checks import GRID, asked_by, check_certification, own_limits, setting_of
-from ..modeling.dials import CONFIDENCE, certified_place, check_risk, not_certifiable
+from ..modeling.dials import CONFIDENCE, certified_point, check_risk, not_certifiable, speed_of_threshold
 from ..modeling.exit_policies import ExitPolicy
 from ..modeling.processing_cascade import CascadeProcessor, tokenizer_digest
 from .curves import curve_of
-from .texts import limit_of, own_tokenizer, record_digest
+from .texts import MOST_SHARED, check_batch_size, limit_of, own_tokenizer, share_known
 
 
 try:
@@ -30,16 +31,16 @@ except ImportError as error:
 
 
 LEVELS = (0.9, 0.95, 0.99)
-# Texts of which it is kept how sure the exits were, for `drift`.
-MOST_KEPT = 1000
+# Numbers that are kept of how sure the exits were, for `drift`, and texts.
+MOST_KEPT, MOST_KEPT_TEXTS = 18_000, 500
 
 
 @dataclass(frozen=True)
 class Certificate:
     """
     What [`certify`] promises: with this confidence, no more than this share of the answers is lost on texts that are
-    drawn as those of the certification were, at this speed and at every lower one. It says nothing of other texts, and
-    nothing of a single answer.
+    drawn as those of the certification were, at this speed and at every lower one, all together. It says nothing of
+    other texts, and nothing of a single answer.
 
     Args:
         loss (`str`): `"disagreement"` with the full model's answer, or `"accuracy_drop"`.
@@ -47,7 +48,9 @@ class Certificate:
         confidence_level (`float`): Of the promise, over the choice of the texts of the certification.
         rows (`int`): Number of these texts.
         errors (`int`): Answers that were lost among them, at this speed.
-        speed (`float`): The greatest speed for which all of this holds.
+        speed (`float`):
+            For calls with `speed=`: of the speeds for which all of this holds, the one that costs least. 0 where exits
+            cost more than they save at all of them.
         speed_up (`float`): How many times less was spent on these texts than at speed 0.
         unit (`str`): What the speed-up counts: `"flops"` or `"layers"`.
         asked (`dict`): The exit policy and the limits of the call.
@@ -125,33 +128,44 @@ def certify(
         raise ValueError("give either max_disagreement or max_accuracy_drop. Example: max_disagreement=0.01")
     ((name, risk),) = asked_for.items()
     check_risk(name, risk)
-    if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0.5 <= confidence < 1:
+    if isinstance(confidence, bool) or not isinstance(confidence, Real) or not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be from 0.5 to below 1, got {confidence!r:.40}. Example: confidence=0.95")
+    confidence = float(confidence)
     members_with_students(model)
+    check_batch_size(batch_size)
     tokenizer = own_tokenizer(model, texts_or_rows, tokenizer)
     max_length = limit_of(model, texts_or_rows, tokenizer, max_length)
     record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
     config = model.config
-    if (config.calibration or {}).get("texts") == record_digest(record) and config.exit_policy == "learned":
+    check_certifiable(model)
+    known = share_known(record, (config.calibration or {}).get("texts", ""))
+    if config.exit_policy == "learned" and known > MOST_SHARED:
         raise ValueError(
-            "these are the texts to which the gates of the exit policy were fitted: certify with others. "
+            f"{known:.0%} of these are texts to which the gates of the exit policy were fitted: certify with others. "
             "calibrate has kept one half of them for its own certificates."
         )
     model.eval()
     unit = "layers" if record.layer_flops is None else "flops"
     if name == "max_accuracy_drop" and record.labels is None:
         raise ValueError("max_accuracy_drop needs texts with labels; without, ask for max_disagreement.")
-    found = certification_of(model, config, record, unit, tokenizer, max_length, confidence)
-    if name == "max_disagreement":
-        config.certification = found
-        certificate = read_certificate(found, risk, confidence)
-    else:
-        lost = certification_of(model, config, record, unit, tokenizer, max_length, confidence, lost_answers=True)
-        certificate = read_certificate(lost, risk, confidence, "accuracy_drop")
-        found = lost
+    loss = "disagreement" if name == "max_disagreement" else "accuracy_drop"
+    settings = (unit, tokenizer, max_length, confidence)
+    found = certification_of(model, config, record, *settings, lost_answers=loss == "accuracy_drop")
+    certificate = read_certificate(config, found, risk, confidence, loss)
     if certificate is None:
         raise not_certifiable(name, risk, confidence, found["rows"], found["errors"][0])
+    if loss == "disagreement":
+        config.certification = found
     return certificate
+
+
+def check_certifiable(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if nothing would tell later whether the weights of a model are still the same."""
+    if not all(member.weights_digest(whole=True) for member in getattr(model, "members", [model])):
+        raise ValueError(
+            "a model with adapters, or one that is quantised, cannot be certified: its parameters do not tell what it "
+            "computes, so another one would pass for it. Merge adapters first, as in model.merge_and_unload()."
+        )
 
 
 def upper_bounds(errors: list[int], rows: int, confidence: float) -> list[float]:
@@ -163,7 +177,7 @@ def upper_bounds(errors: list[int], rows: int, confidence: float) -> list[float]
     counts = np.asarray(errors)
     bounds = np.where(counts < rows, beta.ppf(confidence, counts + 1, np.maximum(rows - counts, 1e-9)), 1.0)
     # Rounded upwards, so that nothing is promised that was not tested.
-    return (np.ceil(np.maximum.accumulate(bounds) * 1e6) / 1e6).clip(max=1.0).round(6).tolist()
+    return (np.ceil(np.maximum.accumulate(bounds) * 1e8) / 1e8).clip(max=1.0).round(8).tolist()
 
 
 def certification_of(
@@ -202,10 +216,10 @@ def certification_of(
         "speeds": speeds,
         "speed_ups": [math.floor(1e6 * speed_up) / 1e6 for speed_up in speed_ups],
         "errors": errors,
-        "risks": {f"{level:g}": upper_bounds(errors, curve.rows, level) for level in sorted({*LEVELS, confidence})},
+        "risks": {repr(level): upper_bounds(errors, curve.rows, level) for level in sorted({*LEVELS, confidence})},
         "reference": reference_of(record, config),
         "asked": asked_by(config, **own_limits(config)),
-        "weights": [member.weights_digest() or None for member in members],
+        "weights": [member.weights_digest(whole=True) for member in members],
         "setting": {**setting_of(model), "tokenizer": tokenizer_digest(tokenizer), "max_length": max_length},
     }
     check_certification(certification, len(members), record.num_exits)
@@ -213,32 +227,34 @@ def certification_of(
 
 
 def read_certificate(
-    certification: Mapping[str, Any], risk: float, confidence: float = CONFIDENCE, loss: str = "disagreement"
+    config: PreTrainedConfig,
+    certification: Mapping[str, Any],
+    risk: float,
+    confidence: float = CONFIDENCE,
+    loss: str = "disagreement",
 ) -> Certificate | None:
-    """Return the certificate of a share, `None` where there is none."""
-    place = certified_place(certification, risk, confidence)
-    if place < 0:
+    """Return the certificate of a share for a model of this config, `None` where there is none."""
+    found = certified_point(certification, risk, confidence)
+    if found is None:
         return None
+    threshold, speed_up, errors = found
     return Certificate(
         loss=loss,
         risk=risk,
         confidence_level=confidence,
         rows=certification["rows"],
-        errors=certification["errors"][place],
-        speed=certification["speeds"][place],
-        speed_up=certification["speed_ups"][place],
+        errors=errors,
+        speed=speed_of_threshold(config, threshold),
+        speed_up=speed_up,
         unit=certification["unit"],
         **{name: certification[name] for name in ("asked", "setting", "weights")},
     )
 
 
 def reference_of(record: ExitRecord, config: PreTrainedConfig) -> str:
-    """
-    Return how sure every exit was of some of the texts, as base64 of a byte for each text and exit: the number of
-    speeds of `GRID` that its uncertainty is not below.
-    """
+    """Return how sure every exit was of some of the texts, as base64 of a float32 for each text and exit."""
     may_answer = raw_thresholds(record, config, 1.0) > 0
     uncertainties = exit_uncertainties(record, ExitPolicy.of(config), may_answer)
-    uncertainties = uncertainties[:: -(-len(uncertainties) // MOST_KEPT)]
-    codes = torch.searchsorted(torch.tensor(GRID), uncertainties.contiguous(), right=True)
-    return base64.b64encode(codes.to(torch.uint8).numpy().tobytes()).decode()
+    rows = max(min(MOST_KEPT_TEXTS, MOST_KEPT // record.num_exits), 1)
+    kept = uncertainties[:: -(-len(uncertainties) // rows)].clamp(0, 1)
+    return base64.b64encode(kept.numpy().astype("<f4").tobytes()).decode()

@@ -12,19 +12,18 @@ from ..evaluation.exit_record import ExitRecord, as_record
 from ..evaluation.replay import Replay, replay_at_speed
 from ..evaluation.speed_choice import members_with_students
 from ..modeling.dial_checks import UNITS, asked_by, check_calibration, own_limits
-from ..modeling.dials import is_linear, speed_for, speed_of_threshold
+from ..modeling.dials import RISKS, SPEED_UPS, is_linear, speed_for, speed_of_threshold
 from ..modeling.processing_cascade import CascadeProcessor
 from .certificates import certification_of, read_certificate
 from .curves import curve_of, points_of
 from .policy_report import best_of, compare_policies, fitted_gates, halves, with_fields
-from .texts import limit_of, own_tokenizer, record_digest
+from .texts import check_batch_size, known_again, limit_of, own_tokenizer
 
 
+# Fewer tell too little.
 LEAST_ROWS = 100
 # Points of a curve that are kept, at speed-ups whose ratios are equal: less than two percent apart.
 POINTS = 128
-SPEED_UPS = (1.5, 2.0, 3.0, 4.0)
-RISKS = (0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,15 @@ class Calibration:
         rows (`int`): Number of texts.
         unit (`str`): What a speed-up counts: `"flops"` or `"layers"`.
         greatest (`float`): The greatest speed-up, at speed 1.
-        speeds (`dict[float, float]`): The speeds at which 1.5, 2, 3 and 4 times less is spent, as far as they exist.
+        speeds (`dict[float, float]`):
+            What `speed` has to be so that 1.5, 2, 3 and 4 times less is spent, as far as that exists.
         certified (`dict[float, float]`):
             By how many answers may differ, 0.01, 0.02 and 0.05 of them, the speed-up that is certified with a
             confidence of 0.9, as far as there is one.
         agreements (`dict[str, dict[float, float]]`):
             Of each exit policy, by the speed-up, the share of the answers that are the full model's. Of the policy
-            `"learned"` on texts to which its gates were not fitted.
+            `"learned"` on texts to which its gates were not fitted. To choose a policy here and to certify it on the
+            same texts is to look twice: where it matters, certify on others.
         best_policy (`str`): The exit policy that agrees most, on average over these speed-ups.
     """
 
@@ -72,7 +73,8 @@ def calibrate(
     model's config, with which it is saved and pushed. A call may then ask for a `speedup`: how many times less shall
     be spent than at speed 0, on average over many such texts, or as nearly as the model can: with the policy
     `"patience"` there are few steps. Or for `max_disagreement`: the share of the answers that may differ from the full
-    model's, with a certificate ([`certify`]). No labels are needed.
+    model's, with a certificate ([`certify`]); of a model with adapters, or one that is quantised, there is none. No
+    labels are needed.
 
     The limits `min_exit_layer` and `max_layers` are the config's; a call with others is refused. What a single text
     costs is still decided by how sure the exits are of it.
@@ -123,6 +125,7 @@ def calibrate(
         )
     if isinstance(texts_or_rows, (list, tuple)) and all(isinstance(row, (str, Mapping)) for row in texts_or_rows[:1]):
         check_number(len(texts_or_rows))
+    check_batch_size(batch_size)
     tokenizer = own_tokenizer(model, texts_or_rows, tokenizer)
     max_length = limit_of(model, texts_or_rows, tokenizer, max_length)
     record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
@@ -133,10 +136,10 @@ def calibrate(
     model.eval()
     own_policy = config.exit_policy if exit_policy is None else exit_policy
     agreements = compare_policies(record, config, config.exit_policies, unit, SPEED_UPS)
-    gates, held_out = config.gates, record
+    gates, held_out, fitted_to = config.gates, record, (config.calibration or {}).get("texts", "")
     if own_policy == "learned":
         fitted, held_out = halves(record)
-        gates = fitted_gates(fitted, config)
+        gates, fitted_to = fitted_gates(fitted, config), known_again(fitted)
     # All is made before any of it is written.
     changed = with_fields(config, gates=gates, exit_policy=own_policy, calibration=None)
     speeds, speed_ups = points_of(curve_of(record, changed, unit), POINTS)
@@ -147,11 +150,13 @@ def calibrate(
         "speed_ups": speed_ups,
         "asked": asked_by(changed, **own_limits(changed)),
         "weights": [member.weights_digest() or None for member in members],
-        "texts": record_digest(record),
+        "texts": fitted_to if gates is not None else "",
         "linear": bool(linear),
     }
     check_calibration(calibration, len(members))
-    certification = certification_of(model, changed, held_out, unit, tokenizer, max_length)
+    certification = None  # where nothing would tell later whether the weights are the same
+    if None not in calibration["weights"]:
+        certification = certification_of(model, changed, held_out, unit, tokenizer, max_length)
     spent = replay_at_speed(record, config, config.speed)
     was_linear = is_linear(config)
     had_policy = config.exit_policy
@@ -159,12 +164,16 @@ def calibrate(
     config.calibration, config.certification = calibration, certification
     if linear != was_linear or own_policy != had_policy:
         config.speed = as_costly(config, record, spent, unit)
-    certificates = {risk: read_certificate(certification, risk) for risk in RISKS}
+    certificates = {risk: read_certificate(config, certification, risk) for risk in RISKS if certification}
     return Calibration(
         rows=len(record.exit_logits),
         unit=unit,
         greatest=speed_ups[-1],
-        speeds={wanted: speed_for(calibration, wanted) for wanted in SPEED_UPS if wanted <= speed_ups[-1]},
+        speeds={
+            wanted: speed_of_threshold(config, speed_for(calibration, wanted))
+            for wanted in SPEED_UPS
+            if wanted <= speed_ups[-1]
+        },
         certified={risk: found.speed_up for risk, found in certificates.items() if found is not None},
         agreements=agreements,
         best_policy=best_of(agreements),

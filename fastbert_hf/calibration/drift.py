@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from ..modeling.dial_checks import GRID
-from ..modeling.exit_policies import config_thresholds
-from ..modeling.served_answers import Served, ServedAnswers
+from ..modeling.dials import threshold_of
+from ..modeling.exit_policies import check_speed, config_thresholds, leaves
+from ..modeling.served_answers import Place, Served, ServedAnswers, uncertainty_code
 
 
 try:
@@ -62,8 +63,8 @@ def drift(pipeline: Any, level: float = 0.05, forget: bool = False) -> Drift:
     together raise a false alarm with a probability of at most `level`.
 
     Answers are counted of calls with one `speed`, `speedup` or `max_disagreement` above 0 for all texts, by the policy
-    and within the limits of the certificate. A change that moves neither where texts leave nor how sure the exits are
-    is not seen.
+    and within the limits of the certificate, at up to 64 speeds. The same text again and again is a change, too; one
+    that moves neither where texts leave nor how sure the exits are is not seen.
 
     Args:
         pipeline ([`FastTextClassificationPipeline`]): With a model that was calibrated or certified.
@@ -84,6 +85,7 @@ def drift(pipeline: Any, level: float = 0.05, forget: bool = False) -> Drift:
     False
     ```
     """
+    check_drift(pipeline.model.config, level)
     counts, look = pipeline.served.look()
     found = compare(counts, pipeline.model.config, level, look)
     if forget:
@@ -100,87 +102,82 @@ def drift_of_answers(
     Args:
         answers (iterable of [`Prediction`]): Without errors.
         config ([`FastBertConfig`] or [`CascadeConfig`]): With a certificate.
-        speed (`float`): In (0, 1]; what the uncertainties were compared with.
+        speed (`float`): Above 0, up to 1.
         level (`float`), look (`int`): As in [`drift`] and [`Drift`].
     """
+    check_drift(config, level)
+    check_speed(speed)
+    if speed == 0 or not isinstance(look, Integral) or isinstance(look, bool) or look < 1:
+        raise ValueError(f"speed must be above 0 and look a whole number of at least 1, got {speed!r} and {look!r}.")
     served = ServedAnswers()
-    served.add(float(speed), list(answers))
+    served.add(threshold_of(config, float(speed)), list(answers))
     return compare(served.counts, config, level, look)
 
 
-def compare(counts: Mapping[Served, int], config: PreTrainedConfig, level: float, look: int) -> Drift:
-    """Return how the counts of answers differ from what is expected of the texts of a certificate."""
+def check_drift(config: PreTrainedConfig, level: Any) -> None:
+    """Raise a `ValueError` if there is nothing to compare with, or no such level."""
     if config.certification is None:
         raise ValueError(
             "drift compares with the texts of a certificate, which this model has not: "
             "fastbert_hf.calibrate(model, texts, tokenizer)"
         )
-    by_speed: dict[float, Counter[tuple[int, int, int]]] = defaultdict(Counter)
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
+        raise ValueError(f"level must be a probability above 0 and below 1, got {level!r:.40}. Example: level=0.05")
+
+
+def compare(counts: Mapping[Served, int], config: PreTrainedConfig, level: float, look: int) -> Drift:
+    """Return how the counts of answers differ from what the texts of the certificate would have been answered."""
+    by_speed: dict[float, Counter[Place]] = defaultdict(Counter)
     for served, number in counts.items():
-        by_speed[served.threshold][served.exit_member, served.exit_layer, served.code] += number
+        by_speed[served.threshold][Place(*served[1:])] += number
     by_speed = {speed: found for speed, found in by_speed.items() if found.total() >= LEAST_ANSWERS}
     p_values, answers, layers, expected_layers = [], 0, 0.0, 0.0
     for speed, found in by_speed.items():
-        expected = expected_answers(config, speed)
-        number = found.total()
+        expected, number = expected_answers(config, speed), found.total()
         answers += number
-        layers += sum(layer * times for (_, layer, _), times in found.items())
-        expected_layers += number * sum(layer * share for (_, layer, _), share in expected.items())
-        rows = reference_rows(config)
-        for cell in (lambda key: key[:2], lambda key: key[2]):
-            p_values.append(two_samples(grouped(found, cell), grouped(expected, cell, rows)))
+        layers += sum(place.exit_layer * times for place, times in found.items())
+        mean = sum(place.exit_layer * times for place, times in expected.items()) / expected.total()
+        expected_layers += number * mean
+        for cell in (lambda place: place[:2], lambda place: place.code):
+            p_values.append(two_samples(grouped(found, cell), grouped(expected, cell)))
     # The looks share the level as 1/2, 1/6, 1/12, ..., which add up to 1.
     p_value = min([1.0, *(own * len(p_values) * look * (look + 1) for own in p_values)])
     number = max(answers, 1)
     return Drift(answers, look, p_value, p_value < level, layers / number, expected_layers / number)
 
 
-def expected_answers(config: PreTrainedConfig, speed: float) -> dict[tuple[int, int, int], float]:
-    """
-    Return by exit member, exit layer and how sure the exit is the share of the certificate's texts that are answered
-    so at a speed. Of texts whose uncertainty lies between the same two speeds of `GRID` as this one, a part leaves.
-    """
-    codes = codes_of(config)  # [rows, L]
-    thresholds = config_thresholds(config, torch.tensor([speed], dtype=torch.float32))
-    place = int(np.searchsorted(GRID, speed * (1 - 1e-6)))  # the first of GRID that is not below the speed
-    before, after = GRID[place - 1] if place > 0 else 0.0, GRID[min(place, len(GRID) - 1)]
-    part = (speed - before) / (after - before) if after > before else 1.0
-    is_open, shares = np.ones(len(codes)), Counter()
-    column = layers = 0
-    for member, of_member in enumerate(thresholds, start=1):
-        own = of_member[0].tolist()
-        last = max((depth for depth, threshold in enumerate(own, start=1) if threshold > 0), default=0)
-        for depth, threshold in enumerate(own, start=1):
-            code = codes[:, column]
-            column += 1
-            if threshold <= 0:
-                continue
-            leaving = np.where(code < place, 1.0, np.where(code == place, min(part, 1.0), 0.0))
-            leaving = is_open * (1.0 if np.isinf(threshold) else leaving)
-            for row_code, share in zip(code.tolist(), leaving.tolist(), strict=True):
-                if share > 0:
-                    shares[member, layers + depth, row_code] += share / len(codes)
-            is_open = is_open - leaving
-        layers += last
-    return dict(shares)
+def expected_answers(config: PreTrainedConfig, threshold: float) -> Counter[Place]:
+    """Return how many of the certificate's texts leave where, and how sure the exits are of them, at a threshold."""
+    uncertainties = torch.from_numpy(reference_of_config(config))  # [rows, L]
+    thresholds = torch.cat(config_thresholds(config, torch.full((len(uncertainties),), threshold)), 1)
+    leaving = leaves(uncertainties, thresholds) & (thresholds > 0)
+    column = leaving.int().argmax(1)  # of the exit taken
+    members = getattr(config, "members", None) or [config]
+    numbers = [number for number, member in enumerate(members, 1) for _ in range(member.num_hidden_layers)]
+    depths = [depth for member in members for depth in range(1, member.num_hidden_layers + 1)]
+    # Before this member: up to the last exit that may answer in each.
+    last = [
+        max((depths[c] for c in range(len(depths)) if numbers[c] == number and thresholds[0, c] > 0), default=0)
+        for number in range(1, len(members) + 1)
+    ]
+    taken = uncertainties.gather(1, column[:, None])[:, 0].tolist()
+    return Counter(
+        Place(numbers[place], sum(last[: numbers[place] - 1]) + depths[place], uncertainty_code(own))
+        for place, own in zip(column.tolist(), taken, strict=True)
+    )
 
 
-def codes_of(config: PreTrainedConfig) -> np.ndarray:
-    """Return how sure every exit was of the certificate's texts, `[rows, L]`: the speeds of `GRID` not above."""
-    codes = np.frombuffer(base64.b64decode(config.certification["reference"]), np.uint8)
-    return codes.reshape(-1, config.num_hidden_layers)
+def reference_of_config(config: PreTrainedConfig) -> np.ndarray:
+    """Return how sure every exit was of the certificate's texts, float32 of shape `[rows, L]`."""
+    values = np.frombuffer(base64.b64decode(config.certification["reference"]), "<f4").astype(np.float32)
+    return values.reshape(-1, config.num_hidden_layers)
 
 
-def reference_rows(config: PreTrainedConfig) -> int:
-    """Return of how many texts it is known how sure the exits were."""
-    return len(codes_of(config))
-
-
-def grouped(counts: Mapping[tuple, float], cell: Any, times: float = 1.0) -> Counter:
+def grouped(counts: Mapping[Place, int], cell: Callable[[Place], Any]) -> Counter:
     """Return the counts of cells."""
     found = Counter()
-    for key, number in counts.items():
-        found[cell(key)] += times * number
+    for place, number in counts.items():
+        found[cell(place)] += number
     return found
 
 

@@ -21,6 +21,9 @@ except ImportError as error:
 # How large the weights of standardised features may be, as scikit-learn's C; and, as factors of their features, how
 # far an exit's own weights may be from those that all share, and its own bias. Chosen by cross-validation on dev.
 STRENGTH, OWN_WEIGHTS, OWN_BIAS = 0.3, 0.3**0.5, 3.0
+LEAST_DEVIATION = 0.02
+# More texts add nothing to so few weights.
+MOST_ROWS = 4000
 # Of an exit that cannot differ, the bias whose sigmoid is 0 in float32.
 NEVER = -1000.0
 
@@ -37,6 +40,8 @@ def fit_gates(
         full_answers (`torch.Tensor` of shape `[rows]`): What the full model answers.
         may_answer (`torch.Tensor` of shape `[L]`, bool): The exits that may answer, and so count for those after them.
     """
+    rows = torch.arange(0, len(record.exit_logits), -(-len(record.exit_logits) // MOST_ROWS))
+    record, full_answers = record.select(rows), full_answers[rows]
     features, differs = [], []
     for part in record.columns_of_members:
         state = ExitGates(torch.empty(0), record.exit_logits.shape[-1]).start(len(record.exit_logits))
@@ -46,9 +51,11 @@ def fit_gates(
             features.append(found)
             differs.append(task.predictions(logits) != full_answers)
             state = remembered if may_answer[column] else state
-    # The last exit is the full model itself.
+    never = [*[0.0] * len(FEATURES), NEVER]  # the last exit is the full model itself
+    if len(features) == 1:
+        return [never]
     gates = regression(torch.stack(features[:-1], 1).double().numpy(), torch.stack(differs[:-1], 1).numpy())
-    return [*gates, [*[0.0] * len(FEATURES), NEVER]]
+    return [*gates, never]
 
 
 def regression(features: np.ndarray, differs: np.ndarray) -> list[list[float]]:
@@ -64,7 +71,8 @@ def regression(features: np.ndarray, differs: np.ndarray) -> list[list[float]]:
     if differs.all() or not differs.any():  # no more can be said than that: Laplace's rule
         times = int(differs.any()) * rows
         return [[*[0.0] * number, round(math.log((times + 1) / (rows - times + 1)), 6)]] * exits
-    means, deviations = features.mean((0, 1)), np.maximum(features.std((0, 1)), 1e-6)
+    # Of a feature that hardly varies, a weight would be huge.
+    means, deviations = features.mean((0, 1)), np.maximum(features.std((0, 1)), LEAST_DEVIATION)
     shared = (features - means) / deviations  # [rows, exits, features]
     own = np.zeros((rows, exits, exits, number + 1))
     for place in range(exits):

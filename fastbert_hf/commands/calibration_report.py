@@ -83,7 +83,10 @@ def print_dial(config: PreTrainedConfig, folder: str) -> None:
 def print_reliability(record: ExitRecord, config: PreTrainedConfig) -> None:
     """Print how many answers differ that are so uncertain."""
     from ..evaluation import reliability, reliability_error
+    from ..modeling.exit_policies import exit_range
 
+    if len(exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)) == 1:
+        return  # one exit answers everything
     table = reliability(record, config)
     print(f"Answers of the exits by their uncertainty ({config.exit_policy}), and how many are not the full model's\n")
     print(table.to_string(index=False, float_format="{:.4f}".format))

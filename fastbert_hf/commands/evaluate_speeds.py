@@ -140,6 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = calibrate_folder(model, record, folder, policy, options.linear, max_length)
     with one_line_errors():
         asked_for = asked_speeds(model.config, options)
+        for policy in options.policies or []:
+            model.policy(policy)  # whose gates may be missing
     with warnings.catch_warnings():
         if not has_labels:
             print(f"The data has no column {options.label_column!r}: {options.metric} needs labels.", file=sys.stderr)
@@ -188,17 +190,20 @@ def asked_speeds(config: FastBertConfig, options: EvaluateSpeedsOptions) -> dict
 def draw_figures(folder: Path, config: FastBertConfig, record: ExitRecord, table: pd.DataFrame) -> None:
     """Draw Figures 3 to 6 of the FastBERT paper, reliability diagrams, and a dial, into a folder."""
     from ..evaluation import dial_figures, figures, reliability
+    from ..modeling.exit_policies import exit_range
     from ..sharing.dial_tables import certificates_of
 
     policies = {policy: rows for policy, rows in table.groupby("policy", sort=False)}
     drawn, tables = {"trade_off": figures.plot_trade_off(policies)}, {}
     for policy in policies:
-        tables[policy] = reliability(record, config, policy)
+        if len(exit_range(config.num_hidden_layers, config.min_exit_layer, config.max_layers)) > 1:
+            tables[policy] = reliability(record, config, policy)
         drawn[f"exit_layers_{policy}"] = figures.plot_exit_layers(record, config, policy=policy)
         drawn[f"uncertainty_{policy}"] = figures.plot_uncertainty_by_layer(record, config, policy=policy)
         if record.labels is not None and policy != "patience":
             drawn[f"accuracy_{policy}"] = figures.plot_accuracy_by_uncertainty(record, config, policy)
-    drawn["reliability"] = dial_figures.plot_reliability(tables)
+    if tables:
+        drawn["reliability"] = dial_figures.plot_reliability(tables)
     if config.calibration is not None:
         certificates = {risk: found[1] for risk, found in certificates_of(config).items() if found is not None}
         drawn["dial"] = dial_figures.plot_dial(config, certificates)

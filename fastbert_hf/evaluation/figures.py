@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.dials import thresholds_of_speeds
+from ..modeling.dials import threshold_of
 from ..modeling.exit_policies import ExitPolicy
 from .exit_record import ExitRecord
 from .flops import paper_costs, paper_flops
@@ -263,7 +263,7 @@ def plot_uncertainty_by_layer(
                     capprops={"color": COLOURS[0]},
                 )
             if speed > 0:
-                threshold = thresholds_of_speeds(config, torch.tensor([speed])).item()
+                threshold = threshold_of(config, speed) if exit_policy.name == config.exit_policy else speed
                 axes.axhline(threshold, color="black", linestyle="--", linewidth=1)
             axes.set(xlabel="Layer", title=f"({letter}) speed {speed:g}", xlim=(0.3, record.num_exits + 0.7))
             axes.set_ylim(0, 1.02)

@@ -60,7 +60,8 @@ def replay_at_speed(
     >>> replay_at_speed(record, model.config, speed=0.5).exit_layer.double().mean()
     ```
     """
-    return replay(record, speed_thresholds(record, config, speed), policy or ExitPolicy.of(config))
+    policy = policy or ExitPolicy.of(config)
+    return replay(record, speed_thresholds(record, config, speed, policy.name), policy)
 
 
 def replay(
@@ -118,7 +119,9 @@ def replay(
     )
 
 
-def speed_thresholds(record: ExitRecord, config: PreTrainedConfig, speed: float | list | torch.Tensor) -> torch.Tensor:
+def speed_thresholds(
+    record: ExitRecord, config: PreTrainedConfig, speed: float | list | torch.Tensor, policy: str | None = None
+) -> torch.Tensor:
     """
     Return the threshold of every exit for every row at a speed, within the limits of the config.
 
@@ -126,16 +129,27 @@ def speed_thresholds(record: ExitRecord, config: PreTrainedConfig, speed: float 
         record ([`ExitRecord`]): From [`record_exits`].
         config ([`FastBertConfig`] or [`CascadeConfig`]): Of the model of the record.
         speed (`float`, sequence or tensor of as many numbers as rows): In [0, 1], for all rows or one per row.
+        policy (`str`, *optional*):
+            Of the uncertainties, the config's own unless given. Where speeds are linear in their costs, they are so
+            for the config's own; for another one they are thresholds.
 
     Returns:
         `torch.Tensor`: float32 of shape `[rows, L]`; the members of a cascade are one behind the other.
     """
-    return raw_thresholds(record, config, thresholds_of_speeds(config, row_speeds(speed, len(record.exit_logits))))
+    speeds = row_speeds(speed, len(record.exit_logits))
+    if policy in (None, config.exit_policy):
+        speeds = thresholds_of_speeds(config, speeds)
+    return raw_thresholds(record, config, speeds)
 
 
 def raw_thresholds(record: ExitRecord, config: PreTrainedConfig, threshold: float | torch.Tensor) -> torch.Tensor:
     """As [`speed_thresholds`], from what uncertainties are compared with, where speeds are linear in their costs."""
     layers = tuple(member.num_hidden_layers for member in getattr(config, "members", None) or [config])
+    if record.exit_logits.shape[-1] != config.num_labels:
+        raise ValueError(
+            f"the record has {record.exit_logits.shape[-1]} labels and the model {config.num_labels}: give the model "
+            "that made it, or record it anew with record_exits(model, dataset)."
+        )
     if record.member_layers != layers:
         raise ValueError(
             f"the record has {' + '.join(map(str, record.member_layers))} exits and the model "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling.dials import speed_of_threshold
+from ..modeling.dials import is_linear, speed_of_threshold
 from ..modeling.exit_policies import config_thresholds
 from ..modeling.processing_cascade import CascadeProcessor
 from ..modeling.tasks import task_of
@@ -194,10 +194,20 @@ def _fastest(record: ExitRecord, config: PreTrainedConfig, metric: str, max_loss
     lower, upper, costs, scores = _every_speed(data)
     # Close to 0, exits are evaluated at which hardly a text leaves: that may cost more than it saves.
     allowed = (100 * (full_score - scores) <= max_loss + 1e-9) & (costs < _costs(full).sum())
+    # Where speeds are linear, there are no other thresholds than those of the calibration.
+    known = config.calibration["speeds"][1:] if is_linear(config) else []
+    places = (torch.searchsorted(lower, torch.tensor(known)) - 1).clamp(min=0).tolist()
+    if is_linear(config):
+        reached = torch.zeros_like(allowed)
+        reached[places] = True
+        allowed &= reached
     if allowed.any():
         fastest = allowed & (costs == costs[allowed].min())
         best = scores.where(fastest, -math.inf).argmax()
-        speed = speed_of_threshold(config, between(lower[best].item(), upper[best].item()))
+        speed = between(lower[best].item(), upper[best].item())
+        if is_linear(config):
+            there = [threshold for threshold, place in zip(known, places, strict=True) if place == best]
+            speed = speed_of_threshold(config, max(there))
 
     chosen = replay_at_speed(record, config, speed)
     score = data.score(data.answers(chosen))

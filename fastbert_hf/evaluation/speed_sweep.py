@@ -100,7 +100,7 @@ def sweep_speeds(
         # Any speed above 0 asks the same exits, and at speed 0 nobody compares uncertainties.
         uncertainties = exit_uncertainties(record, exit_policy, speed_thresholds(record, config, 1.0) > 0)
         for speed in speeds:
-            replayed = replay(record, speed_thresholds(record, config, speed), exit_policy, uncertainties)
+            replayed = replay(record, speed_thresholds(record, config, speed, policy), exit_policy, uncertainties)
             rows.append({"policy": policy, "speed": speed, **columns_of(replayed)})
     return pd.DataFrame(rows)
 
@@ -200,7 +200,8 @@ def time_speeds(
     progress: bool = True,
 ) -> pd.DataFrame:
     """
-    Measure the wall-clock time of `model.predict`, which the pipeline uses, without the tokenizer. The speeds take
+    Measure the wall-clock time of `model.predict` within the config's limits, as the pipeline uses it, without the
+    tokenizer. The speeds take
     turns within each repeat, so that whatever else the machine does slows down all of them, and each repeat compares
     them with its own full-depth pass.
 
@@ -219,6 +220,8 @@ def time_speeds(
     if len(dataset) == 0 or repeats < 1:
         raise ValueError(f"give at least one row and one repeat, got {len(dataset)} rows and repeats={repeats}.")
     model.eval()
+    own = {name: getattr(model.config, name) for name in model.config.call_defaults if name != "speed"}
+    limits = {name: value for name, value in own.items() if value is not None}
     texts = [dataset[row] for row in range(len(dataset))]
     speeds = list(dict.fromkeys([0.0, *map(float, speeds)]))
     seconds = {speed: [] for speed in speeds}
@@ -226,7 +229,7 @@ def time_speeds(
         for repeat in range(repeats + 1):
             for speed in speeds:
                 start = time.perf_counter()
-                for _ in model.predict(texts, speed=speed, batch_size=batch_size):
+                for _ in model.predict(texts, speed=speed, batch_size=batch_size, **limits):
                     pass
                 if repeat > 0:
                     seconds[speed].append(time.perf_counter() - start)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import struct
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .exit_policies import exit_range
@@ -23,7 +25,7 @@ CERTIFICATION = ("rows", "unit", "speeds", "speed_ups", "errors", "risks", "refe
 # What a certificate is of, beside what a call asks for.
 SETTING = ("dtype", "engine", "tokenizer", "max_length")
 MOST_POINTS = 4096
-MOST_REFERENCE = 1 << 20  # characters
+MOST_LEVELS = 16
 # The speeds at which a certificate may hold. They are the same for all models and texts: fixed before looking.
 GRID = tuple(float(f"{10 ** (step / 40 - 4):.4g}") for step in range(161))
 # What is meant by a name in an error.
@@ -44,7 +46,7 @@ def check_calibration(calibration: Any, num_members: int = 1) -> None:
         or set(calibration).difference(OPTIONAL) != set(CALIBRATION)
         or not is_curve(calibration, num_members)
         or not isinstance(calibration.get("linear", False), bool)
-        or not isinstance(calibration.get("texts", ""), str)
+        or decoded(calibration.get("texts", "")) is None
     ):
         raise ValueError(
             f"calibration={calibration!r:.80} is not what calibrate writes, a dict of {', '.join(CALIBRATION)} with "
@@ -60,16 +62,21 @@ def check_certification(certification: Any, num_members: int = 1, num_exits: int
         not isinstance(certification, Mapping)
         or set(certification) != set(CERTIFICATION)
         or not is_curve(certification, num_members)
+        or None in certification["weights"]
         or not isinstance(certification["setting"], Mapping)
         or set(certification["setting"]) != set(SETTING)
+        or not all(isinstance(certification["setting"][name], str) for name in ("dtype", "engine"))
         or not is_reference(certification["reference"], num_exits)
         or not isinstance(certification["risks"], Mapping)
+        or not 1 <= len(certification["risks"]) <= MOST_LEVELS
     )
     if not wrong:
-        points, errors = len(certification["speeds"]), certification["errors"]
-        wrong = not is_rising(errors, 0, certification["rows"], any_order=True) or len(errors) != points
+        points, errors, rows = len(certification["speeds"]), certification["errors"], certification["rows"]
+        wrong = not is_rising(errors, 0, rows, any_order=True) or len(errors) != points
         for level, risks in certification["risks"].items():
-            wrong |= not is_level(level) or not is_rising(risks, 0.0, 1.0) or len(risks) != points
+            wrong = wrong or not is_level(level) or not is_rising(risks, 0.0, 1.0) or len(risks) != points
+            # No promise is better than what was seen.
+            wrong = wrong or any(risk < own / rows for risk, own in zip(risks, errors, strict=True))
     if wrong:
         raise ValueError(
             f"certification={certification!r:.80} is not what certify writes, a dict of {', '.join(CERTIFICATION)} "
@@ -108,20 +115,25 @@ def is_rising(values: Any, least: float, greatest: float, any_order: bool = Fals
 def is_level(level: Any) -> bool:
     """Tell whether this is a confidence level as it is written in a config, such as `"0.9"`."""
     try:
-        return isinstance(level, str) and 0.5 <= float(level) < 1
+        return isinstance(level, str) and 0.5 <= float(level) < 1 and repr(float(level)) == level
     except ValueError:
         return False
 
 
 def is_reference(reference: Any, num_exits: int) -> bool:
-    """Tell whether this is the base64 of one byte for each of so many exits, for any number of texts."""
-    if not isinstance(reference, str) or len(reference) > MOST_REFERENCE:
+    """Tell whether this is the base64 of a float32 in [0, 1] for each of so many exits, for any number of texts."""
+    found = decoded(reference)
+    if not found or len(found) % (4 * num_exits):
         return False
+    return all(0 <= value <= 1 for (value,) in struct.iter_unpack("<f", found))
+
+
+def decoded(text: Any) -> bytes | None:
+    """Return what base64 says, `None` where it is none."""
     try:
-        decoded = base64.b64decode(reference, validate=True)
+        return base64.b64decode(text, validate=True) if isinstance(text, str) else None
     except (binascii.Error, ValueError):
-        return False
-    return len(decoded) > 0 and len(decoded) % num_exits == 0 and max(decoded) <= len(GRID)
+        return None
 
 
 def asked_by(
@@ -198,25 +210,30 @@ def is_asked(config: PreTrainedConfig, wanted: Mapping[str, Any], asked: Mapping
 def check_calibrated_weights(model: PreTrainedModel, wanted: Any, dial: str, exactly: bool = False) -> None:
     """
     Raise a `ValueError` if a model was trained after its calibration. Rounded weights pass for the same ones, unless
-    they are to be the same `exactly`.
+    they are to be the same `exactly`: then it must be certain that they are, too.
     """
     for member, digest in zip(getattr(model, "members", [model]), wanted, strict=True):
         if digest is None:
             continue
-        found = member.weights_digest()
-        changed = is_adapted(member)
-        if found:
-            changed = found != digest if exactly else tells_of_training(found, digest)
+        found = member.weights_digest(whole=exactly)
+        if exactly:
+            changed = found != digest
+        else:
+            changed = tells_of_training(found, digest) if found else is_adapted(member)
         if changed:
+            how = HOW_TO_CERTIFY if exactly else HOW
             raise ValueError(
                 f"the weights of this model have changed since it was calibrated, and {dial} would be another one: "
-                f"{HOW}"
+                f"{how}"
             )
 
 
 def setting_of(model: PreTrainedModel) -> dict[str, str]:
     """Return what a certificate is of, as far as a model itself tells it."""
-    return {"dtype": str(model.dtype).removeprefix("torch."), "engine": "torch"}
+    device = model.device.type
+    autocast = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
+    dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
+    return {"dtype": str(dtype).removeprefix("torch."), "engine": "torch"}
 
 
 def check_setting(certification: Mapping[str, Any], dial: str, **found: Any) -> None:

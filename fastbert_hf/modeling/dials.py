@@ -23,6 +23,9 @@ from .dial_checks import (
 
 # At most one of them is given.
 DIALS = ("speed", "speedup", "max_disagreement")
+# What cards and reports tell of a calibrated model.
+SPEED_UPS = (1.5, 2.0, 3.0, 4.0)
+RISKS = (0.01, 0.02, 0.05)
 # Of a certificate, unless a call says another one.
 CONFIDENCE = 0.9
 
@@ -159,11 +162,21 @@ def threshold_of_speed(calibration: Mapping[str, Any], speed: Any) -> float:
     """
     if isinstance(speed, bool) or not isinstance(speed, Real) or not 0 <= speed <= 1:
         raise ValueError(f"speed must be a number in [0, 1], got {speed!r:.40}. Example: speed=0.5")
-    least = 1 / calibration["speed_ups"][-1]
-    # Rounded, as a speed may have been in float32 on its way.
-    speedup = 1 / (1 - round(speed, 6) * (1 - least))
-    place = bisect_right(calibration["speed_ups"], speedup * (1 + 1e-6)) - 1
+    # A little more, as a speed may have been in float32 on its way.
+    place = bisect_right(linear_speeds(calibration), speed + 1e-7) - 1
     return float(calibration["speeds"][max(place, 0)])
+
+
+def linear_speeds(calibration: Mapping[str, Any]) -> list[float]:
+    """Return the linear speed of each point of a calibration: the share of what can be saved that it saves."""
+    known = calibration["speed_ups"]
+    most = 1 - 1 / known[-1]
+    return [0.0 if most == 0 else min(math.ceil(1e9 * (1 - 1 / own) / most) / 1e9, 1.0) for own in known]
+
+
+def threshold_of(config: PreTrainedConfig, speed: float) -> float:
+    """Return the threshold of a speed: itself unless the speeds of a model are linear."""
+    return threshold_of_speed(config.calibration, speed) if is_linear(config) else speed
 
 
 def thresholds_of_speeds(config: PreTrainedConfig, speeds: torch.Tensor) -> torch.Tensor:
@@ -179,11 +192,7 @@ def speed_of_threshold(config: PreTrainedConfig, threshold: float) -> float:
     if not is_linear(config):
         return threshold
     place = max(bisect_right(config.calibration["speeds"], threshold) - 1, 0)
-    known = config.calibration["speed_ups"]
-    if len(known) == 1 or known[-1] == 1:
-        return 0.0
-    # Towards zero, as the lookup takes the point below.
-    return min(math.ceil(1e9 * (1 - 1 / known[place]) / (1 - 1 / known[-1])) / 1e9, 1.0)
+    return linear_speeds(config.calibration)[place]
 
 
 def certified_speed(certification: Mapping[str, Any] | None, risk: Any, confidence: float | None = None) -> float:
@@ -201,14 +210,19 @@ def certified_speed(certification: Mapping[str, Any] | None, risk: Any, confiden
             f"{HOW}, or {HOW_TO_CERTIFY}"
         )
     check_risk("max_disagreement", risk)
-    place = certified_place(certification, risk, confidence)
-    if place < 0:
+    found = certified_point(certification, risk, confidence)
+    if found is None:
         raise not_certifiable("max_disagreement", risk, confidence, certification["rows"], certification["errors"][0])
-    return float(certification["speeds"][place])
+    return found[0]
 
 
-def certified_place(certification: Mapping[str, Any], risk: float, confidence: float = CONFIDENCE) -> int:
-    """Return the place of the greatest speed that is certified, -1 where none is."""
+def certified_point(
+    certification: Mapping[str, Any], risk: float, confidence: float = CONFIDENCE
+) -> tuple[float, float, int] | None:
+    """
+    Return the cheapest speed that is certified, how many times less it costs, and its errors; `None` where none is.
+    Where exits cost more than they save at all of them, that is speed 0, which has no errors.
+    """
     risks = {float(level): of_level for level, of_level in certification["risks"].items()}
     if isinstance(confidence, bool) or not isinstance(confidence, Real) or confidence not in risks:
         known = ", ".join(f"{level:g}" for level in sorted(risks))
@@ -216,7 +230,12 @@ def certified_place(certification: Mapping[str, Any], risk: float, confidence: f
             f"confidence={confidence!r:.40} was not certified, only {known}: choose one of these, or certify anew: "
             f"{HOW_TO_CERTIFY[:-1]}, confidence={confidence!r:.40})"
         )
-    return bisect_right(risks[confidence], risk) - 1
+    accepted = bisect_right(risks[confidence], risk)
+    if accepted == 0:
+        return None
+    columns = (certification[name][:accepted] for name in ("speed_ups", "speeds", "errors"))
+    speed_up, speed, errors = max([(1.0, 0.0, 0), *zip(*columns, strict=True)])
+    return float(speed), speed_up, errors
 
 
 def check_risk(name: str, risk: Any) -> None:
@@ -227,7 +246,7 @@ def check_risk(name: str, risk: Any) -> None:
 
 def not_certifiable(name: str, risk: float, confidence: float, rows: int, errors: int) -> ValueError:
     """Return the error of a model that cannot be certified, which says how many texts would do."""
-    needed = math.ceil(math.log(1 - confidence) / math.log1p(-risk))
+    needed = math.ceil(math.log(1 - confidence) / math.log1p(-max(risk, 1e-12)))
     reason = f"there were {rows}" if rows < needed else f"{errors} of {rows} differed at the lowest speed already"
     return ValueError(
         f"{name}={risk:g} cannot be certified with confidence {confidence:g}: it needs at least {needed:,} texts "

@@ -158,11 +158,11 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         exit_policy: str | None = None,
         retention: float | None = None,
         speedup: float | list[float] | torch.Tensor | None = None,
-        max_disagreement: float | list[float] | torch.Tensor | None = None,
-        confidence: float | None = None,
         member_inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        max_disagreement: float | list[float] | torch.Tensor | None = None,
+        confidence: float | None = None,
     ) -> FastBertSequenceClassifierOutput:
         """
         Answer a padded batch.
@@ -224,12 +224,12 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
         exit_policy: str | None = None,
         retention: float | None = None,
         speedup: float | Iterable[float] | None = None,
-        max_disagreement: float | Iterable[float] | None = None,
-        confidence: float | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
         on_error: str = "raise",
+        max_disagreement: float | Iterable[float] | None = None,
+        confidence: float | None = None,
     ) -> Iterator[Prediction]:
         """
         Answer texts of any number in their order, as [`FastBertForSequenceClassification.predict`], through the

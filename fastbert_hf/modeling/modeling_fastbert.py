@@ -220,11 +220,11 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         patience: int | None = None,
         retention: float | None = None,
         speedup: float | list[float] | torch.Tensor | None = None,
-        max_disagreement: float | list[float] | torch.Tensor | None = None,
-        confidence: float | None = None,
         output_exit_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        max_disagreement: float | list[float] | torch.Tensor | None = None,
+        confidence: float | None = None,
     ) -> FastBertSequenceClassifierOutput:
         """
         Answer a padded batch. The other arguments are those of [`FastBertModel.forward`].
@@ -317,12 +317,12 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         patience: int | None = None,
         retention: float | None = None,
         speedup: float | Iterable[float] | None = None,
-        max_disagreement: float | Iterable[float] | None = None,
-        confidence: float | None = None,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         rebatch: bool = True,
         on_error: str = "raise",
+        max_disagreement: float | Iterable[float] | None = None,
+        confidence: float | None = None,
     ) -> Iterator[Prediction]:
         """
         Answer texts of any number in their order, fast without a batch size: texts of similar length share a packed

@@ -20,6 +20,7 @@ from .dial_checks import check_setting, is_asked
 from .dials import DIALS, check_dial, is_one, lookup_of, one_dial
 from .encoded_texts import check_on_error, checked_speeds, read_blocks
 from .exit_policies import check_speed, exit_range
+from .families import max_text_tokens
 from .modeling_outputs import Prediction
 from .pipeline_inputs import checked_texts, encode_block, texts_of
 from .processing_cascade import CascadeProcessor, check_tokenizer, find_tokenizer, fingerprint, tokenizer_digest
@@ -32,6 +33,8 @@ from .tokenization import call_arguments
 BLOCK_TEXTS = 256
 # Where no batch size was given: batches are cut by their tokens.
 BY_TOKENS = "by tokens"
+# What a call may say of how texts are read, where their answers are certified.
+READING = ("truncation", "max_length", "text_pair", "allow_blank")
 # What a call may ask for beside its dial.
 ASKED = ("exit_policy", "patience", "min_exit_layer", "max_layers", "retention")
 # What an answer tells beside its label and score.
@@ -81,7 +84,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
     """
 
     _load_tokenizer = LoadsWhatIsNamed()
-    _tokenizer_digest: str | None = None
+    _tokenizer_digest, _digested = None, None
 
     def __init__(
         self,
@@ -164,12 +167,12 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         dial = {}
         name, value = one_dial(values)
         if name is not None:
-            # Also where the constructor or the config has another one.
-            dial = {**values, "confidence": confidence}
-        elif confidence is not None:
+            dial = dict(values)  # also where the constructor or the config has another one
+        if confidence is not None or name in ("speed", "speedup"):
             dial["confidence"] = confidence
         if name not in (None, "speed"):
-            check_dial(self.model.config, name, value, confidence)
+            own = getattr(self, "_forward_params", {}).get("confidence") if confidence is None else confidence
+            check_dial(self.model.config, name, value, own if name == "max_disagreement" else None)
         if on_error is not None:
             check_on_error(on_error)
         answers = given(on_error=on_error, return_uncertainty=return_uncertainty, progress_bar=progress_bar)
@@ -276,9 +279,9 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         if isinstance(inputs, Dataset) and total is not None:
             inputs = map(inputs.__getitem__, range(total))
         if arguments.get("max_disagreement") is not None:
-            self._check_reading(preprocess_params.get("max_length"))
+            self._check_reading(preprocess_params)
         encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, **preprocess_params)
-        answers = counted(self.model.predict(encoded, **arguments), self.served, self._counted_speed(arguments))
+        answers = self._counted(self.model.predict(encoded, **arguments), self._counted_speed(arguments))
         progress = tqdm(answers, total=total, desc="Classifying") if shows_progress else answers
         for position, answer in enumerate(progress):
             if answer.error is not None:
@@ -306,14 +309,41 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         speed = lookup_of(self.model.config, name, value, arguments.get("confidence"))(value)
         return float(speed) or None
 
-    def _check_reading(self, max_length: int | None) -> None:
+    def _counted(self, answers: Iterator[Prediction], threshold: float | None) -> Iterator[Prediction]:
+        """Yield answers as they are, and count those that are no errors, some at a time."""
+        if threshold is None:
+            yield from answers
+            return
+        block, reference = [], self.model.config.certification["reference"]
+        try:
+            for answer in answers:
+                if answer.error is None:
+                    block.append(answer)
+                if len(block) >= BLOCK_TEXTS:
+                    self.served.add(threshold, block, reference)
+                    block = []
+                yield answer
+        finally:
+            self.served.add(threshold, block, reference)
+
+    def _check_reading(self, reading: dict[str, Any]) -> None:
         """Raise a `ValueError` if texts are not read as they were when the model was certified."""
         certification = self.model.config.certification
-        if self._tokenizer_digest is None:
-            self._tokenizer_digest = tokenizer_digest(self.tokenizer)
+        others = {name: value for name, value in reading.items() if name not in READING}
+        if others:
+            raise ValueError(
+                f"max_disagreement was certified without {', '.join(others)}, and texts may be read otherwise with it."
+            )
+        if self._digested is not self.tokenizer:
+            self._tokenizer_digest, self._digested = tokenizer_digest(self.tokenizer), self.tokenizer
         check_setting(certification, "max_disagreement", tokenizer=self._tokenizer_digest)
-        if max_length is not None:
-            check_setting(certification, "max_disagreement", max_length=max_length)
+        # What a longer text would be cut to, or could have.
+        tokenizers = getattr(self.tokenizer, "tokenizers", [self.tokenizer])
+        members = getattr(self.model.config, "members", None) or [self.model.config]
+        limits = [max_text_tokens(member.text_config) for member in members]
+        if reading.get("truncation"):
+            limits += [reading.get("max_length") or own.model_max_length for own in tokenizers]
+        check_setting(certification, "max_disagreement", max_length=min(limits))
 
     def _encode(self, inputs, block_texts, text_pair=None, allow_blank=True, **tokenizer_kwargs):
         """Yield the stream's texts as the tokenizer encodes them, many at a time and without padding."""
@@ -329,24 +359,6 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         for answer in answers if isinstance(answers, list) else [answers]:
             answer.update(told)
         return answers
-
-
-def counted(answers: Iterator[Prediction], served: ServedAnswers, threshold: float | None) -> Iterator[Prediction]:
-    """Yield answers as they are, and count those that are no errors, some at a time."""
-    if threshold is None:
-        yield from answers
-        return
-    block: list[Prediction] = []
-    try:
-        for answer in answers:
-            if answer.error is None:
-                block.append(answer)
-            if len(block) >= BLOCK_TEXTS:
-                served.add(threshold, block)
-                block = []
-            yield answer
-    finally:
-        served.add(threshold, block)
 
 
 def given(**arguments: Any) -> dict[str, Any]:

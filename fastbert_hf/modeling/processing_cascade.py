@@ -213,7 +213,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | CascadeProcessor | Non
     """Return a digest of what decides which tokens a tokenizer makes of a text."""
     if tokenizer is None:
         return None
-    parts = [fingerprint(own) for own in getattr(tokenizer, "tokenizers", [tokenizer])]
+    parts = [
+        fingerprint(own) + str(getattr(own, "truncation_side", ""))
+        for own in getattr(tokenizer, "tokenizers", [tokenizer])
+    ]
     return sha256("".join(parts).encode()).hexdigest()[:16]
 
 

@@ -10,13 +10,30 @@ from typing import Any, NamedTuple
 from .dial_checks import GRID
 
 
+# Of thresholds beyond these, nothing is counted.
+MOST_THRESHOLDS = 64
+
+
 class Served(NamedTuple):
     """What is counted of an answer."""
 
     threshold: float
     exit_member: int
     exit_layer: int  # layers of all members
-    code: int  # speeds of GRID that the uncertainty is not below
+    code: int  # of the uncertainty
+
+
+class Place(NamedTuple):
+    """Where a text left, and how sure the exit was."""
+
+    exit_member: int
+    exit_layer: int
+    code: int
+
+
+def uncertainty_code(uncertainty: float) -> int:
+    """Return the number of speeds of `GRID` that an uncertainty is not below."""
+    return bisect_right(GRID, uncertainty)
 
 
 class ServedAnswers:
@@ -24,17 +41,28 @@ class ServedAnswers:
 
     def __init__(self):
         self.counts: Counter[Served] = Counter()
+        self.thresholds: set[float] = set()
         self.looks = 0
+        self.reference: str | None = None
         self._lock = Lock()
 
-    def add(self, threshold: float, answers: list[Any]) -> None:
-        """Count some answers, each with `exit_member`, `exit_layer` and `uncertainty`."""
+    def add(self, threshold: float, answers: list[Any], reference: str | None = None) -> None:
+        """
+        Count some answers, each with `exit_member`, `exit_layer` and `uncertainty`. What was counted beside another
+        reference, of an older certificate, is forgotten.
+        """
         found = Counter(
-            Served(threshold, answer.exit_member, answer.exit_layer, bisect_right(GRID, answer.uncertainty))
+            Served(threshold, answer.exit_member, answer.exit_layer, uncertainty_code(answer.uncertainty))
             for answer in answers
         )
         with self._lock:
-            self.counts.update(found)
+            if reference != self.reference:
+                if self.reference is not None:
+                    self._clear()
+                self.reference = reference
+            if threshold in self.thresholds or len(self.thresholds) < MOST_THRESHOLDS:
+                self.thresholds.add(threshold)
+                self.counts.update(found)
 
     def look(self) -> tuple[dict[Served, int], int]:
         """Return the counts so far, and how often they were looked at, this time included."""
@@ -45,11 +73,15 @@ class ServedAnswers:
     def forget(self) -> None:
         """Begin anew."""
         with self._lock:
-            self.counts.clear()
-            self.looks = 0
+            self._clear()
+
+    def _clear(self) -> None:
+        self.counts.clear()
+        self.thresholds.clear()
+        self.looks = 0
 
     def __getstate__(self) -> dict[str, Any]:  # locks cannot be copied
-        return {"counts": self.counts, "looks": self.looks}
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())

@@ -19,6 +19,9 @@ PLAIN_MODULES += (f"{__name__.rpartition('.')[0]}.",)
 # Of dtypes, by what a digest calls them, narrowest first.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
+# By the bytes of a value, as what its bits are added up.
+BITS_AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # In place of a digest, which adapters have not.
 NEWER_ADAPTERS = "adapters that the students do not know"
 
@@ -45,8 +48,11 @@ def teacher_digest(model: PreTrainedModel) -> str | None:
     return digest_of_modules(parts)
 
 
-def digest_of_modules(parts: list[nn.Module]) -> str | None:
-    """Return a digest of the weights of some modules, as [`teacher_digest`] describes it."""
+def digest_of_modules(parts: list[nn.Module], whole: bool = False) -> str | None:
+    """
+    Return a digest of the weights of some modules, as [`teacher_digest`] describes it. A `whole` one looks at every
+    value, as it is stored, by its sum as a whole number, which no order of adding up changes.
+    """
     if any(not type(module).__module__.startswith(PLAIN_MODULES) for part in parts for module in part.modules()):
         return None
     weights = [weight for part in parts for weight in part.parameters()]
@@ -59,12 +65,17 @@ def digest_of_modules(parts: list[nn.Module]) -> str | None:
     dtype = next(holds, "float64")  # NaN equals nothing
     # Neither names nor order count, which change between versions of Transformers.
     digests = sorted({sha256(sample.numpy().astype("<f8").tobytes()).digest() for sample in samples})
+    if whole:
+        sums = (
+            weight.detach().view(BITS_AS_INTEGERS[weight.element_size()]).sum(dtype=torch.int64) for weight in weights
+        )
+        digests += sorted({str(int(total)).encode() for total in sums})
     return f"{dtype}:{sha256(b''.join(digests)).hexdigest()[:16]}"
 
 
 def is_digest(value: object) -> bool:
     """Tell whether this is written as a digest is."""
-    return isinstance(value, str) and re.fullmatch("[a-z0-9]+:[0-9a-f]{16}", value) is not None
+    return isinstance(value, str) and re.fullmatch(f"({'|'.join(BITS)}):[0-9a-f]{{16}}", value) is not None
 
 
 def tells_of_training(found: str, wanted: str) -> bool:
@@ -90,6 +101,11 @@ def is_adapted(module: nn.Module) -> bool:
     return any(bool(weight.any()) for name, weight in module.named_parameters() if ".lora_B." in f".{name}")
 
 
+def version_of(weight: torch.Tensor) -> int:
+    """Return how often a weight was changed in place; 0 where that is not counted."""
+    return 0 if weight.is_inference() else weight._version
+
+
 class ChecksStudents:
     """
     Part of a model with students: refuses their answers once the teacher that they learnt from has changed.
@@ -99,16 +115,21 @@ class ChecksStudents:
     """
 
     _teacher_digest: str | None = None
-    _weights_digest: str | None = None
+    _weights_digest: tuple[tuple, dict[bool, str]] | None = None
 
-    def weights_digest(self) -> str:
-        """Return a digest of all weights, made as that of the teacher is; empty where there is none."""
-        found = self._weights_digest
-        if found is None:
-            found = digest_of_modules([self.fastbert, *self.exits, *filter(None, [self.shared_pooler])]) or ""
-        if not self.training:
-            self._weights_digest = found
-        return found
+    def weights_digest(self, whole: bool = False) -> str:
+        """
+        Return a digest of all weights, made as that of the teacher is; empty where there is none. It is made anew
+        where a weight was changed in place or is another one.
+        """
+        weights = tuple((weight.data_ptr(), version_of(weight)) for weight in self.parameters())
+        known = self._weights_digest
+        if known is None or known[0] != weights:
+            known = self._weights_digest = (weights, {})
+        if whole not in known[1]:
+            parts = [self.fastbert, *self.exits, *filter(None, [self.shared_pooler])]
+            known[1][whole] = digest_of_modules(parts, whole) or ""
+        return known[1][whole]
 
     def checked_thresholds(self, thresholds: torch.Tensor) -> torch.Tensor:
         """

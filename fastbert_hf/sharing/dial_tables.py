@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.dials import certified_place, greatest_speedup, speed_for
-
-
-SPEED_UPS = (1.5, 2.0, 3.0, 4.0)
-RISKS = (0.01, 0.02, 0.05)
+from ..modeling.dial_checks import check_calibrated_weights
+from ..modeling.dials import RISKS, SPEED_UPS, certified_point, greatest_speedup, speed_for
 
 
 def certificates_of(config: PreTrainedConfig) -> dict[float, tuple[float, float] | None]:
     """Return by the share of answers that may differ the certified speed and speed-up, `None` where there is none."""
     certification, found = config.certification, {}
     for risk in RISKS if certification is not None else ():
-        place = certified_place(certification, risk)
-        found[risk] = None if place < 0 else (certification["speeds"][place], certification["speed_ups"][place])
+        point = certified_point(certification, risk)
+        found[risk] = None if point is None else point[:2]
     return found
 
 
-def asked_rows(config: PreTrainedConfig) -> list[tuple[str, str, str]]:
-    """Return rows of what a call may ask for: how it is written, the speed, and how many times less is spent."""
-    rows = []
+def asked_rows(model: PreTrainedModel) -> list[tuple[str, str, str]]:
+    """
+    Return rows of what a call may ask for: how it is written, the speed, and how many times less is spent. None where
+    calls would be refused, as the weights changed since.
+    """
+    rows, config = [], model.config
+    for measured, exactly in ((config.calibration, False), (config.certification, True)):
+        try:
+            if measured is not None:
+                check_calibrated_weights(model, measured["weights"], "", exactly)
+        except ValueError:
+            return []
     if config.calibration is not None:
         for speedup in SPEED_UPS:
             if speedup <= greatest_speedup(config.calibration):

@@ -166,7 +166,7 @@ def write_model_card(
         tags=list(dict.fromkeys([*(TAGS if members is None else CASCADE_TAGS), *as_list(tags)])),
         eval_results=eval_results(measured, config.speed) if measured else None,
     )
-    asked = asked_rows(config)
+    asked = asked_rows(model)
     units = [part["unit"] for part in (config.calibration, config.certification) if part is not None]
     card = ModelCard.from_template(
         data,

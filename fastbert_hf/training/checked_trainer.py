@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..modeling.checkpoint_files import read_shapes
+from ..modeling.dials import threshold_of
 from ..modeling.families import max_text_tokens
 from ..rows import PaddingCollator, encoded_rows
 from .leaf_usage import LeafUsage, trees_of
@@ -99,7 +100,9 @@ class CheckedTrainer(Trainer):
 
 
 def forget_calibration(config: PreTrainedConfig) -> None:
-    """Take out of a config what was measured with the weights that are trained now."""
+    """Take out of a config what was measured with the weights before. A linear speed becomes the threshold it was."""
+    if getattr(config, "calibration", None) is not None:
+        config.speed = threshold_of(config, config.speed)
     if getattr(config, "exit_policy", None) == "learned":
         logger.warning('the gates of exit_policy="learned" are of the weights before: the policy is "entropy" now.')
         config.exit_policy = "entropy"

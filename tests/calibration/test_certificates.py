@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pytest
 import torch
 from mapie.risk_control import control_fwer
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
+from peft import LoraConfig, get_peft_model
 from scipy.stats import binom
 from transformers import pipeline
 
@@ -53,12 +55,13 @@ def test_a_certificate_is_what_mapie_accepts(seed, risk, confidence):
     # A little less, as MAPIE rounds the number of errors up again.
     p_values = compute_hoeffding_bentkus_p_value(np.maximum(errors - 1e-6, 0) / rows, rows, risk, binary=True)[:, 0]
     accepted = control_fwer(p_values, 1 - confidence, "fixed_sequence")
-    certificate = read_certificate(found, risk, confidence)
+    certificate = read_certificate(model.config, found, risk, confidence)
     if len(accepted) == 0:
         assert certificate is None
-    else:
-        assert certificate.speed == found["speeds"][accepted[-1]]
-        assert certificate.errors == errors[accepted[-1]]
+    else:  # all of them hold together: the one that costs least
+        points = [(found["speed_ups"][place], found["speeds"][place], errors[place]) for place in accepted]
+        best = max((1.0, 0.0, 0), *points)
+        assert (certificate.speed_up, certificate.speed, certificate.errors) == best
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.9, 0.99])
@@ -72,6 +75,29 @@ def test_a_bound_is_not_above_a_share_exactly_where_the_binomial_tail_is_small_e
     assert upper_bounds([3, 0, 9], rows, confidence)[1] == upper_bounds([3], rows, confidence)[0]
 
 
+def test_where_exits_cost_more_than_they_save_all_layers_answer():
+    model, record = tiny_model(), made_up_record()
+    costly = ExitRecord(record.exit_logits, record.layer_flops, 1000 * record.exit_flops)
+    certificate = certify(model, costly, max_disagreement=0.02)
+    assert (certificate.speed, certificate.speed_up, certificate.errors) == (0.0, 1.0, 0)
+    answers = model.predict(encoded(), max_disagreement=0.02)
+    assert [answer.exit_layer for answer in answers] == [NUM_LAYERS] * 24
+
+
+def test_a_record_of_another_model_is_refused():
+    record = made_up_record()
+    other = ExitRecord(record.exit_logits[..., :2], record.layer_flops, record.exit_flops)
+    for made_with in (certify, calibrate):
+        arguments = {"max_disagreement": 0.05} if made_with is certify else {}
+        with pytest.raises(ValueError, match="the record has 2 labels and the model 3"):
+            made_with(tiny_model(), other, **arguments)
+    for wrong in (0, -3, 2.5, "a", True):
+        with pytest.raises(ValueError, match="max_length must be a whole number of at least 1"):
+            certify(tiny_model(), record, max_disagreement=0.05, max_length=wrong)
+        with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
+            calibrate(tiny_model(), record, batch_size=wrong)
+
+
 def test_what_a_certificate_says(certified):
     model, record, certificate = certified
     assert (certificate.loss, certificate.risk, certificate.confidence_level) == ("disagreement", 0.05, 0.9)
@@ -81,7 +107,7 @@ def test_what_a_certificate_says(certified):
     assert certificate.speed_up == pytest.approx(costs[0] / costs[1], rel=1e-5)
     assert certificate.speed_up > 1.2
     assert certificate.setting == {"dtype": "float32", "engine": "torch", "tokenizer": None, "max_length": None}
-    assert certificate.asked["exit_policy"] == "entropy" and certificate.weights == [model.weights_digest()]
+    assert certificate.asked["exit_policy"] == "entropy" and certificate.weights == [model.weights_digest(whole=True)]
     assert certificate.speed in GRID
 
 
@@ -121,6 +147,7 @@ def test_what_cannot_be_certified_says_how_many_texts_would_do():
         certify(model, few, max_disagreement=0.01)
     with pytest.raises(ValueError, match="needs at least 299 texts"):
         certify(model, few, max_disagreement=0.01, confidence=0.95)
+    certify(model, few, max_disagreement=0.1)
     with pytest.raises(
         ValueError, match=r"max_disagreement=0\.01 cannot be certified with confidence 0\.9: it needs at"
     ):
@@ -181,11 +208,24 @@ def test_another_use_than_that_of_the_certificate_is_refused():
     half = half.to(torch.bfloat16).eval()
     with pytest.raises(ValueError, match="certified with dtype='float32', and here it is 'bfloat16'"):
         half.predict(rows, max_disagreement=0.05)
-    model.train()
-    model.exits[0].out_proj.weight.data += 1.0
-    model.eval()
+    assert list(model.predict(rows, max_disagreement=0.05))
+    with torch.no_grad():  # neither by a training, nor where a sample of the weights would show it
+        model.fastbert.backbone.embeddings.word_embeddings.weight[1::2] += 0.5
     with pytest.raises(ValueError, match="weights of this model have changed since it was calibrated"):
         model.predict(rows, max_disagreement=0.05)
+    with torch.no_grad():
+        model.fastbert.backbone.embeddings.word_embeddings.weight[1::2] -= 0.5
+    certify(model, record, max_disagreement=0.05)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="here it is 'bfloat16'"):
+        model.predict(rows, max_disagreement=0.05)
+    config = LoraConfig(target_modules=["query"], modules_to_save=model.exit_names())
+    adapted = get_peft_model(copy.deepcopy(model), config).get_base_model()
+    with pytest.raises(ValueError, match="weights of this model have changed"):
+        adapted.predict(rows, max_disagreement=0.05)
+    with pytest.raises(ValueError, match="a model with adapters, or one that is quantised, cannot be certified"):
+        certify(adapted, record, max_disagreement=0.05)
+    assert not calibrate(adapted, record).certified and adapted.config.certification is None
+    assert list(adapted.predict(rows, speedup=1.2))
 
 
 def test_the_pipeline_checks_how_texts_are_read():
@@ -200,8 +240,26 @@ def test_the_pipeline_checks_how_texts_are_read():
     fixed = pipeline("fast-text-classification", model=model, tokenizer=tiny_tokenizer(), max_disagreement=0.5)
     assert layers == [answer["exit_layer"] for answer in fixed(texts[:12])]
     assert [answer["exit_layer"] for answer in fixed(texts[:12], speed=0)] == [NUM_LAYERS] * 12
-    with pytest.raises(ValueError, match="certified with max_length="):
-        classifier(texts[:12], max_disagreement=0.5, truncation=True, max_length=4)
+    shorter = tiny_tokenizer()
+    shorter.model_max_length = 4
+    short = pipeline("fast-text-classification", model=model, tokenizer=shorter)
+    for reading, other in (({"max_length": 4}, classifier), ({}, short)):
+        with pytest.raises(ValueError, match="certified with max_length="):
+            other(texts[:12], max_disagreement=0.5, truncation=True, **reading)
+    assert layers == [answer["exit_layer"] for answer in classifier(texts[:12], max_disagreement=0.5, truncation=True)]
+    with pytest.raises(ValueError, match="was certified without add_special_tokens"):
+        classifier(texts[:12], max_disagreement=0.5, add_special_tokens=False)
+    with pytest.raises(ValueError, match="max_length=4 tells how rows were cut that are tokenized already"):
+        certify(model, texts, tiny_tokenizer(), max_disagreement=0.5, max_length=4)
+    # The last word is the call's, and what it leaves out the constructor's.
+    sure = pipeline(
+        "fast-text-classification", model=model, tokenizer=tiny_tokenizer(), max_disagreement=0.6, confidence=0.99
+    )
+    for risk, dial in ((0.6, {}), (0.5, {"max_disagreement": 0.5})):
+        expected = model.predict(encoded(12), max_disagreement=risk, confidence=0.99)
+        found = sure(tiny_texts(12), **dial)
+        assert [answer["exit_layer"] for answer in found] == [answer.exit_layer for answer in expected]
+    assert [answer["exit_layer"] for answer in sure(texts[:12], speed=0)] == [NUM_LAYERS] * 12
     other = tiny_tokenizer()
     other.add_tokens(["unheard-of"])
     changed = pipeline("fast-text-classification", model=model, tokenizer=other)
@@ -250,8 +308,14 @@ def test_the_texts_of_the_gates_are_not_those_of_a_certificate():
     found = calibrate(model, record, exit_policy="learned")
     assert model.config.certification["rows"] == 1000  # the other half
     assert found.certified
-    with pytest.raises(ValueError, match="to which the gates of the exit policy were fitted: certify with others"):
-        certify(model, record, max_disagreement=0.05)
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
+    before = model.config.certification
+    for same in (record, record.select(order), record.select(order[:500])):
+        with pytest.raises(ValueError, match="of these are texts to which the gates of the exit policy were fitted"):
+            certify(model, same, max_disagreement=0.05)
+    with pytest.raises(ValueError, match="cannot be certified"):
+        certify(model, made_up_record(20, seed=1), max_disagreement=0.05)
+    assert model.config.certification is before  # a try that fails takes nothing away
     assert certify(model, made_up_record(seed=1), max_disagreement=0.05).rows == 2000
 
 
@@ -308,7 +372,13 @@ BROKEN = (
     {"errors": [0, 501]},
     {"errors": [-1, 0]},
     {"errors": [0]},
-    {"risks": {}, "more": 1},
+    {"risks": {}},
+    {"risks": {"0.9": [0.0, 0.0]}},
+    {"risks": {"0.90": [0.01, 0.02]}},
+    {"risks": {f"0.9{number}": [0.01, 0.02] for number in range(1, 99)}},
+    {"weights": [None]},
+    {"weights": ["zzz:0123456789abcdef"]},
+    {"setting": {"dtype": None, "engine": None, "tokenizer": None, "max_length": None}},
     {"risks": {"0.9": [0.1]}},
     {"risks": {"0.9": [0.2, 0.1]}},
     {"risks": {"0.9": [0.1, 1.1]}},
@@ -319,8 +389,7 @@ BROKEN = (
     {"reference": "not base64!"},
     {"reference": ""},
     {"reference": "AA=="},
-    {"reference": "////"},
-    {"reference": "A" * (1 << 21)},
+    {"reference": "////" * 4 * NUM_LAYERS},
     {"asked": []},
     {"weights": []},
     {"weights": ["none"]},

@@ -5,12 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert_hf import CascadeForSequenceClassification, SelfDistillationArguments, SelfDistillationTrainer, calibrate
-from fastbert_hf.evaluation import exit_uncertainties, record_exits, replay_at_speed
+from fastbert_hf import (
+    CascadeForSequenceClassification,
+    FastBertConfig,
+    FastBertForSequenceClassification,
+    SelfDistillationArguments,
+    SelfDistillationTrainer,
+    calibrate,
+)
+from fastbert_hf.evaluation import ExitRecord, exit_uncertainties, record_exits, replay_at_speed
 from fastbert_hf.modeling.dials import speed_for
 from fastbert_hf.modeling.exit_policies import ExitPolicy
 
-from ..common import NUM_LAYERS, stock, tiny_model, tiny_rows, tiny_texts, tiny_tokenizer, training_settings
+from ..common import (
+    NUM_LAYERS,
+    stock,
+    tiny_model,
+    tiny_rows,
+    tiny_text_config,
+    tiny_texts,
+    tiny_tokenizer,
+    training_settings,
+)
 from .common import made_up_record
 
 
@@ -104,6 +120,19 @@ def test_a_cascade_learns_gates_for_all_of_its_exits():
     replayed = replay_at_speed(record, cascade.config, speeds)
     answers = list(cascade.predict(rows, speed=speeds))
     assert replayed.exit_layer.tolist() == [answer.exit_layer for answer in answers]
+
+
+def test_models_of_one_layer_and_of_sure_exits_have_gates():
+    model = tiny_model()
+    one = FastBertForSequenceClassification(
+        FastBertConfig(text_config=tiny_text_config("bert", num_layers=1), num_labels=3)
+    ).eval()
+    calibrate(one, made_up_record(200, num_exits=1), exit_policy="learned")
+    assert one.config.gates == [[0.0, 0.0, 0.0, 0.0, -1000.0]]
+    record = made_up_record(1000, noise=0.02)
+    sure = ExitRecord(30 * record.exit_logits, record.layer_flops, record.exit_flops, record.labels)
+    calibrate(model, sure, exit_policy="learned")
+    assert max(abs(weight) for gate in model.config.gates[:-1] for weight in gate) < 1e4
 
 
 def test_a_training_forgets_the_gates(tmp_path):

@@ -76,6 +76,27 @@ def test_a_chosen_speed_is_a_linear_one():
     )
 
 
+@pytest.mark.parametrize("max_loss", [0.1, 0.3, 1.0, 3.0])
+def test_a_chosen_linear_speed_loses_no_more_than_it_may(max_loss):
+    for seed in range(5):
+        model, record = tiny_model(), made_up_record(600, seed=seed)
+        calibrate(model, record, linear=True)
+        assert choose_speed(model, record, max_loss=max_loss).loss <= max_loss + 1e-9
+
+
+def test_another_policy_has_thresholds_and_what_is_told_can_be_asked_for():
+    model, record = tiny_model(), made_up_record()
+    told = calibrate(model, record, linear=True)
+    for speedup, speed in told.speeds.items():
+        spent = [replay_at_speed(record, model.config, own).flops.sum().item() for own in (0.0, speed)]
+        assert spent[0] / spent[1] == pytest.approx(speedup, rel=0.02)
+    plain = tiny_model(exit_policy="margin")
+    tables = [sweep_speeds(own, record, [0.0, 0.3, 0.8], ["margin"]) for own in (model, plain)]
+    assert tables[0]["executed_flops"].tolist() == tables[1]["executed_flops"].tolist()
+    certificate = model.certify(made_up_record(seed=1), max_disagreement=0.05)
+    assert 0 < certificate.speed < 1 and list(model.predict(encoded(4), speed=certificate.speed))
+
+
 def test_a_linear_speed_is_of_the_use_that_was_calibrated(linear):
     model, _ = linear
     rows = encoded(4)
