@@ -164,7 +164,18 @@ def plot_reliability(results: dict[str, dict]) -> Figure | None:
 
 def numbers(results: dict[str, dict]) -> dict[str, str]:
     """Return the numbers inside the sentences, by the names that they have in the template."""
-    names = ("gain_3", "gain_4", "worst", "off_learned", "off_entropy", "got_least", "got_greatest", "got_within")
+    names = (
+        "gain_3",
+        "gain_4",
+        "worst",
+        "worst_set",
+        "worst_agreement",
+        "off_learned",
+        "off_entropy",
+        "got_least",
+        "got_greatest",
+        "got_within",
+    )
     names += ("seconds", "broken", "uncorrected", "price")
     sets = known_sets(results)
     if not sets:
@@ -173,7 +184,9 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
         {name: difference(result, "learned", "accuracy", place) for name, result in sets.items()} for place in (1, 2)
     ]
     gains = [{name: value for name, value in found.items() if value is not None} for found in gains]
-    worst = min(min(found.values()) for found in gains)
+    worst, worst_set, place = min(
+        (value, name, place) for place, found in enumerate(gains, start=1) for name, value in found.items()
+    )
     offs = [
         mean(result["policies"]["entropy"]["off"] for result in sets.values()),
         mean(seed["off"] for result in sets.values() for seed in result["policies"]["learned"]["seeds"]),
@@ -195,6 +208,8 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
         "gain_3": f"{mean(gains[0].values()):.2f}",
         "gain_4": f"{mean(gains[1].values()):.2f}",
         "worst": f"{max(-worst, 0):.2f}",
+        "worst_set": f"{worst_set} at {contract_measures.COMPARED[place]:g}x",
+        "worst_agreement": f"{difference(sets[worst_set], 'learned', 'agreement', place):.2f}",
         "off_learned": f"{100 * offs[1]:.1f}",
         "off_entropy": f"{100 * offs[0]:.1f}",
         "got_least": f"{min(medians):.2f}",

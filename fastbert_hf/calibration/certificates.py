@@ -21,7 +21,7 @@ from ..modeling.dials import CONFIDENCE, certified_point, check_risk, not_certif
 from ..modeling.exit_policies import ExitPolicy
 from ..modeling.processing_cascade import CascadeProcessor, tokenizer_digest
 from .curves import curve_of
-from .texts import MOST_SHARED, check_batch_size, limit_of, own_tokenizer, share_known
+from .texts import MOST_SHARED, check_batch_size, check_record, limit_of, own_tokenizer, share_known
 
 
 try:
@@ -138,6 +138,7 @@ def certify(
     record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
     config = model.config
     check_certifiable(model)
+    check_record(model, record)
     known = share_known(record, (config.calibration or {}).get("texts", ""))
     if config.exit_policy == "learned" and known > MOST_SHARED:
         raise ValueError(

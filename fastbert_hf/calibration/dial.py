@@ -17,7 +17,7 @@ from ..modeling.processing_cascade import CascadeProcessor
 from .certificates import certification_of, read_certificate
 from .curves import curve_of, points_of
 from .policy_report import best_of, compare_policies, fitted_gates, halves, with_fields
-from .texts import check_batch_size, known_again, limit_of, own_tokenizer
+from .texts import check_batch_size, check_record, known_again, limit_of, own_tokenizer
 
 
 # Fewer tell too little.
@@ -103,8 +103,8 @@ def calibrate(
         [`Calibration`]
 
     Raises:
-        ValueError: If there are too few texts, the record is of a model with other layers, or the students learnt from
-            weights that changed since. That a record was made with these weights is for the caller to see to.
+        ValueError: If there are too few texts, the record is of another model, or the students learnt from weights
+            that changed since.
 
     Example:
 
@@ -129,6 +129,7 @@ def calibrate(
     tokenizer = own_tokenizer(model, texts_or_rows, tokenizer)
     max_length = limit_of(model, texts_or_rows, tokenizer, max_length)
     record = as_record(model, texts_or_rows, tokenizer, batch_size=batch_size, progress=progress)
+    check_record(model, record)
     check_number(len(record.exit_logits))
     if unit == "flops" and (record.layer_flops is None or record.exit_flops is None):
         raise ValueError('the record has no FLOPs: make it with record_exits(model, texts), or give unit="layers".')

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..evaluation.exit_record import ExitRecord
 from ..modeling.families import max_text_tokens
 from ..modeling.processing_cascade import find_tokenizer
+from ..modeling.teacher_digest import tells_of_training
 
 
 def own_tokenizer(model: PreTrainedModel, rows: Any, tokenizer: Any) -> Any:
@@ -51,6 +52,17 @@ def limit_of(model: PreTrainedModel, rows: Any, tokenizer: Any, max_length: int 
     members = getattr(model, "members", [model])
     own = [own.model_max_length for own in tokenizers]
     return min(*own, *(max_text_tokens(member.config.text_config) for member in members))
+
+
+def check_record(model: PreTrainedModel, record: ExitRecord) -> None:
+    """Raise a `ValueError` if a record was made with other weights than those of a model, as far as that is known."""
+    for member, digest in zip(getattr(model, "members", [model]), record.weights, strict=False):
+        found = member.weights_digest()
+        if digest and found and tells_of_training(found, digest):
+            raise ValueError(
+                "the record was made with other weights than those of this model: record it anew with "
+                "record_exits(model, texts, tokenizer=tokenizer)."
+            )
 
 
 def check_batch_size(batch_size: Any) -> None:

@@ -31,6 +31,8 @@ class ExitRecord:
         labels (`torch.Tensor` of shape `[rows]`, long, *optional*): Gold labels, where the data has them.
         member_layers (`tuple[int, ...]`, *optional*):
             Layers of each member of a cascade, which add up to L. One model of L layers unless given.
+        weights (`tuple[str, ...]`, *optional*):
+            Digest of the weights of each member that was recorded, empty where there is none. Unknown unless given.
     """
 
     exit_logits: torch.Tensor
@@ -38,6 +40,7 @@ class ExitRecord:
     exit_flops: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     member_layers: tuple[int, ...] = ()
+    weights: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.exit_logits.dim() != 3 or self.exit_logits.shape[0] == 0:
@@ -54,6 +57,7 @@ class ExitRecord:
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} must be {meaning} = {list(shape)}, got {list(value.shape)}.")
         object.__setattr__(self, "member_layers", tuple(self.member_layers) or (layers,))
+        object.__setattr__(self, "weights", tuple(self.weights))
         if sum(self.member_layers) != layers:
             raise ValueError(
                 f"member_layers={self.member_layers} must add up to the {layers} exits of exit_logits. "
@@ -86,6 +90,7 @@ class ExitRecord:
             },
             labels=labels,
             member_layers=tuple(layers for record in records for layers in record.member_layers),
+            weights=tuple(digest for record in records for digest in record.weights or [""]),
         )
 
     @property
@@ -112,6 +117,7 @@ class ExitRecord:
             self.exit_logits[:, columns],
             *(None if costs is None else costs[:, columns] for costs in (self.layer_flops, self.exit_flops)),
             self.labels,
+            weights=self.weights[number - 1 : number],
         )
 
     def select(self, rows: torch.Tensor) -> ExitRecord:
@@ -122,7 +128,8 @@ class ExitRecord:
             rows (`torch.Tensor`): Their numbers, or a mask of shape `[rows]`.
         """
         parts = (self.exit_logits, self.layer_flops, self.exit_flops, self.labels)
-        return ExitRecord(*(None if part is None else part[rows] for part in parts), self.member_layers)
+        chosen = (None if part is None else part[rows] for part in parts)
+        return ExitRecord(*chosen, self.member_layers, self.weights)
 
 
 def record_exits(
@@ -248,6 +255,7 @@ def _record_model(
         torch.cat(exit_logits)[back].clone(),  # outside inference mode: a tensor like any other
         *executed_costs(model, lengths),
         labels=torch.cat(labels)[back] if labels[0] is not None else None,
+        weights=(model.weights_digest(),),
     )
 
 

@@ -91,6 +91,18 @@ def test_a_record_of_another_model_is_refused():
         arguments = {"max_disagreement": 0.05} if made_with is certify else {}
         with pytest.raises(ValueError, match="the record has 2 labels and the model 3"):
             made_with(tiny_model(), other, **arguments)
+    rows = encoded(400)
+    record = record_exits(tiny_model(), rows, progress=False)
+    assert calibrate(tiny_model(), record.select(torch.arange(399))).rows == 399  # the same weights
+    with pytest.raises(ValueError, match="the record was made with other weights than those of this model"):
+        certify(tiny_model(seed=1), record, max_disagreement=0.9)
+    cascades = [
+        CascadeForSequenceClassification.from_members([stock(num_layers=1), tiny_model(seed=seed)]) for seed in (0, 1)
+    ]
+    record = record_exits(cascades[0], rows, progress=False)
+    assert calibrate(cascades[0], record).rows == 400 and len(record.weights) == 2
+    with pytest.raises(ValueError, match="the record was made with other weights than those of this model"):
+        calibrate(cascades[1], record)
     for wrong in (0, -3, 2.5, "a", True):
         with pytest.raises(ValueError, match="max_length must be a whole number of at least 1"):
             certify(tiny_model(), record, max_disagreement=0.05, max_length=wrong)
