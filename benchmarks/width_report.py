@@ -134,7 +134,8 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
         "narrow-0.125": "dense_8",
     }
     for name, part in names.items():
-        found[f"frontier_{part}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else NOT_YET
+        there = "loses more than that at every speed" if name in sweeps else NOT_YET
+        found[f"frontier_{part}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else there
     alone = [sweeps[name] for name in sweeps if name in ("dense", "1")]
     both = [sweeps[name] for name in sweeps if name in ("0.25", "0.125")]
     gained = frontiers.gain(sweeps["dense"], alone, both, allowed) if sweeps else None

@@ -278,9 +278,12 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
                 raise ValueError(f"got {len(value)} {name} for {total} texts: give one for all, or one for each.")
         if isinstance(inputs, Dataset) and total is not None:
             inputs = map(inputs.__getitem__, range(total))
+        longest = None
         if arguments.get("max_disagreement") is not None:
-            self._check_reading(preprocess_params)
+            longest = self._check_reading(preprocess_params)
         encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, **preprocess_params)
+        if longest is not None:
+            encoded = no_longer_than(longest, encoded)
         answers = self._counted(self.model.predict(encoded, **arguments), self._counted_speed(arguments))
         progress = tqdm(answers, total=total, desc="Classifying") if shows_progress else answers
         for position, answer in enumerate(progress):
@@ -326,8 +329,11 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         finally:
             self.served.add(threshold, block, reference)
 
-    def _check_reading(self, reading: dict[str, Any]) -> None:
-        """Raise a `ValueError` if texts are not read as they were when the model was certified."""
+    def _check_reading(self, reading: dict[str, Any]) -> int | None:
+        """
+        Raise a `ValueError` if texts are not read as they were when the model was certified. Return how many tokens
+        a text may have to be read as then, `None` where longer ones are cut so, or it is not known.
+        """
         certification = self.model.config.certification
         others = {name: value for name, value in reading.items() if name not in READING}
         if others:
@@ -343,7 +349,11 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         limits = [max_text_tokens(member.text_config) for member in members]
         if reading.get("truncation"):
             limits += [reading.get("max_length") or own.model_max_length for own in tokenizers]
-        check_setting(certification, "max_disagreement", max_length=min(limits))
+        wanted = certification["setting"]["max_length"]
+        if wanted is None or min(limits) <= wanted:
+            check_setting(certification, "max_disagreement", max_length=min(limits))
+            return None
+        return wanted
 
     def _encode(self, inputs, block_texts, text_pair=None, allow_blank=True, **tokenizer_kwargs):
         """Yield the stream's texts as the tokenizer encodes them, many at a time and without padding."""
@@ -359,6 +369,20 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         for answer in answers if isinstance(answers, list) else [answers]:
             answer.update(told)
         return answers
+
+
+def no_longer_than(longest: int, encoded: Iterable[Any]) -> Iterator[Any]:
+    """Yield encoded texts as they are, and errors in place of those with more tokens."""
+    for position, row in enumerate(encoded):
+        parts = row if isinstance(row, (list, tuple)) else [row]
+        tokens = 0 if isinstance(row, Exception) else max(len(part["input_ids"]) for part in parts)
+        if tokens > longest:
+            yield ValueError(
+                f"input {position} has {tokens} tokens, and max_disagreement was certified for texts that are cut to "
+                f"{longest}: cut them so, truncation=True, max_length={longest}"
+            )
+        else:
+            yield row
 
 
 def given(**arguments: Any) -> dict[str, Any]:

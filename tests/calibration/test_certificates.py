@@ -259,6 +259,13 @@ def test_the_pipeline_checks_how_texts_are_read():
         with pytest.raises(ValueError, match="certified with max_length="):
             other(texts[:12], max_disagreement=0.5, truncation=True, **reading)
     assert layers == [answer["exit_layer"] for answer in classifier(texts[:12], max_disagreement=0.5, truncation=True)]
+    rows = [{"input_ids": row["input_ids"][:8]} for row in encoded(300)]
+    model.config.certification = None
+    certify(model, rows, tiny_tokenizer(), max_disagreement=0.5, max_length=8)
+    answers = classifier(["good", *texts[:2]], max_disagreement=0.5, on_error="return")
+    assert "exit_layer" in answers[0] and "cut them so, truncation=True, max_length=8" in answers[1]["error"]
+    assert classifier(texts[:2], max_disagreement=0.5, truncation=True, max_length=8)
+    certify(model, texts, tiny_tokenizer(), max_disagreement=0.5, progress=False)
     with pytest.raises(ValueError, match="was certified without add_special_tokens"):
         classifier(texts[:12], max_disagreement=0.5, add_special_tokens=False)
     with pytest.raises(ValueError, match="max_length=4 tells how rows were cut that are tokenized already"):
