@@ -56,14 +56,14 @@ def print_policies(found: Calibration) -> None:
 
 def print_dial(config: PreTrainedConfig, folder: str) -> None:
     """Print which speed-ups and certificates calls may ask for, if the model was calibrated."""
-    from ..modeling.dials import greatest_speedup, speed_for
+    from ..modeling.dials import SPEED_UPS, greatest_speedup, speed_for
     from ..sharing.dial_tables import certificates_of
 
     calibration = config.calibration
     if calibration is None:
         return
     greatest, policy = greatest_speedup(calibration), config.exit_policy
-    known = [speedup for speedup in (1.5, 2.0, 3.0, 4.0) if speedup <= greatest]
+    known = [speedup for speedup in SPEED_UPS if speedup <= greatest]
     speeds = ", ".join(f"{speedup:g}x is below {speed_for(calibration, speedup):.4g}" for speedup in known)
     speeds = f": with {policy} {speeds}" if speeds else ""
     print(f"Calls of {folder} may ask for a speedup up to {greatest:g}{speeds}.")
