@@ -15,11 +15,11 @@ from torch import nn
 from fastbert_hf.modeling.fast_feedforward import NeuronTrees, descend
 from fastbert_hf.training.feed_forward_conversion import (
     DenseLayer,
-    default_depth,
     from_dense,
     read_inputs,
     replace_each,
     split_tokens,
+    tree_of,
     tune_layer,
 )
 
@@ -113,9 +113,9 @@ def make_layer(run: WidthRun, layer_steps: int) -> Callable[[DenseLayer, torch.T
             layer = from_dense(dense, tokens, 0, size)
         else:
             generator = torch.Generator().manual_seed(SEED)
-            depth = default_depth(run.share)
-            directions = torch.randn(2**depth - 1, hidden_size, generator=generator)
-            layer = from_dense(dense, tokens, depth, size, node_weights=directions if run.kind == "random" else None)
+            tree = tree_of(run.share, neurons)
+            directions = torch.randn(2 ** tree["depth"] - 1, hidden_size, generator=generator)
+            layer = from_dense(dense, tokens, **tree, node_weights=directions if run.kind == "random" else None)
         if run.kind != "1x11":  # which its fit has gone through level by level
             tune_layer(layer, dense, tokens, layer_steps)
         return layer

@@ -17,7 +17,7 @@ from fastbert_hf.modeling import fast_feedforward
 from fastbert_hf.modeling.engine import OneDnnLinears
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
 from fastbert_hf.modeling.feed_forward_settings import feed_forward_layers
-from fastbert_hf.training.feed_forward_conversion import default_depth, split_tokens
+from fastbert_hf.training.feed_forward_conversion import split_tokens, tree_of
 
 
 # Hidden size, neurons and layers.
@@ -35,8 +35,7 @@ def make_trees(hidden_size: int, neurons: int) -> dict[str, Callable[[], nn.Modu
     """Return what makes each kind of layer, by its name."""
     activation = nn.GELU()
     leaves = {
-        f"{100 * share:g} %": partial(LeafTree, hidden_size, activation, default_depth(share), round(share * neurons))
-        for share in SHARES
+        f"{100 * share:g} %": partial(LeafTree, hidden_size, activation, **tree_of(share, neurons)) for share in SHARES
     }
     return {**leaves, "1x11": partial(NeuronTrees, hidden_size, activation, 1, 11)}
 
@@ -128,8 +127,7 @@ def whole_encoder(shape: str, repeats: int) -> list[dict]:
     neurons = SHAPES[shape][1]
     models = {"dense": model_of(shape)}
     for share in SHARES:
-        leaves = {"form": "leaves", "depth": default_depth(share), "leaf_size": round(share * neurons)}
-        models[f"{100 * share:g} %"] = model_of(shape, leaves)
+        models[f"{100 * share:g} %"] = model_of(shape, {"form": "leaves", **tree_of(share, neurons)})
     models["1x11"] = model_of(shape, {"form": "neurons", "trees": 1, "depth": 11})
     rows = []
     generator = torch.Generator().manual_seed(0)

@@ -29,10 +29,13 @@ class ConvertFeedforwardOptions(ConversionOptions):
     depth: int | None = field(
         default=None,
         metadata={
-            "help": "Levels of decisions, which lead to 2 ** depth leaves; twice the neurons in all unless given."
+            "help": "Levels of decisions to 2 ** depth leaves; unless given, they hold as many neurons as before."
         },
     )
-    master_share: float = field(default=0.0, metadata={"help": "Part of the neurons that every token meets."})
+    master_share: float | None = field(
+        default=None,
+        metadata={"help": "Part of the neurons that every token meets; half of the share at two leaves unless given."},
+    )
 
     def stage(self) -> Stage:
         """Return what changes the backbone."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
 from statistics import median
 
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 
 # Decisions of the first levels are one small product; deeper nodes are read one by one, on a token's way alone.
 LEVELS_AT_ONCE = 6
-# Below so many tokens for each leaf, PyTorch's own products spend their time on calls.
-FEW_TOKENS = 32
+# What is faster is measured for 1, 2, 4, ... tokens up to so many, and is the same for more.
+MANY_TOKENS = 1024
 # Standard deviation of new weights, as BERT's own and UltraFastBERT's.
 INITIAL_DEVIATION = 0.02
 
@@ -101,8 +100,15 @@ class LeafTree(nn.Module):
         """Return the leaf of every token, `[T]`, for tokens of shape `[T, hidden_size]`."""
         if self.depth == 0:
             return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        nodes, logits = self.ways(tokens)
-        return (2 * nodes[:, 0, -1] + 1 + (logits[:, 0, -1] > 0)) - (2**self.depth - 1)
+        if self.depth > LEVELS_AT_ONCE:
+            nodes, logits = self.ways(tokens)
+            node = 2 * nodes[:, 0, -1:] + 1 + (logits[:, 0, -1:] > 0)
+        else:  # two calls for each level
+            steps = (nn.functional.linear(tokens, self.node_weight, self.node_bias) > 0).long() + 1
+            node = steps[:, :1]
+            for _ in range(self.depth - 1):
+                node = steps.gather(1, node).add_(node, alpha=2)
+        return node[:, 0] - (2**self.depth - 1)
 
     def ways(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the nodes that decide for each token, and their logits: `[T, 1, depth]` each."""
@@ -133,13 +139,24 @@ class LeafTree(nn.Module):
 
     def sparse(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute for every token its own leaf alone: tokens are sorted by leaf, and each leaf is one product."""
-        has_few = len(tokens) < FEW_TOKENS * 2**self.depth
-        if uses_operators(tokens, self.leaf_in) and (has_few or operators_multiply_faster()):
-            groups = torch.ops.fastbert_hf.sort_by_leaf(tokens, self.node_weight, self.node_bias, self.depth)
-            product = torch.ops.fastbert_hf.grouped_linear
-            neurons = self._activate(product(tokens, *groups, self.leaf_in, self.leaf_in_bias))
-            return product(neurons, *groups, self.leaf_out, self.leaf_out_bias)
+        if uses_operators(tokens, self.leaf_in) and operators_are_faster(self, tokens):
+            return self.by_operators(tokens)
+        return self.by_pytorch(tokens)
+
+    def by_operators(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what `sparse` does, with the compiled operators."""
+        groups = torch.ops.fastbert_hf.sort_by_leaf(tokens, self.node_weight, self.node_bias, self.depth)
+        product = torch.ops.fastbert_hf.grouped_linear
+        neurons = self._activate(product(tokens, *groups, self.leaf_in, self.leaf_in_bias))
+        return product(neurons, *groups, self.leaf_out, self.leaf_out_bias)
+
+    def by_pytorch(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what `sparse` does, with PyTorch's own operators."""
         leaf = self.leaves_of(tokens)
+        if len(tokens) == 1 or self.depth == 0:
+            own = int(leaf[0]) if len(tokens) == 1 else 0
+            neurons = self._activate(torch.addmm(self.leaf_in_bias[own], tokens, self.leaf_in[own]))
+            return torch.addmm(self.leaf_out_bias[own], neurons, self.leaf_out[own])
         order = leaf.argsort(stable=True)
         counts = torch.bincount(leaf, minlength=2**self.depth).tolist()
         neurons = self._activate(grouped_linear(tokens[order], counts, self.leaf_in, self.leaf_in_bias))
@@ -320,26 +337,27 @@ def uses_operators(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-@cache
-def operators_multiply_faster() -> bool:
-    """Measure whether the operators' products of many tokens beat PyTorch's: some milliseconds, once in a process."""
-    generator = torch.Generator().manual_seed(0)
-    groups, size = 4, 2 * FEW_TOKENS
-    weight, bias = torch.rand(groups, 384, 192, generator=generator), torch.zeros(groups, 192)
-    tokens, order = torch.rand(groups * size, 384, generator=generator), torch.arange(groups * size)
-    counts = torch.full((groups,), size)
-    runs = {
-        "operators": lambda: torch.ops.fastbert_hf.grouped_linear(tokens, order, counts, weight, bias),
-        "PyTorch": lambda: grouped_linear(tokens, [size] * groups, weight, bias),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.inference_mode():
+# By the shape of a layer, how many tokens and threads: whether the operators are faster than PyTorch's own.
+_FASTER: dict[tuple, bool] = {}
+
+
+def operators_are_faster(layer: LeafTree, tokens: torch.Tensor) -> bool:
+    """
+    Return whether the operators are faster than PyTorch's own products for so many tokens in such a layer. It is
+    measured on these tokens, once in a process for each power of two: some milliseconds.
+    """
+    doublings = (min(len(tokens), MANY_TOKENS) - 1).bit_length() if len(tokens) else 0
+    key = (layer.leaf_in.shape, layer.gated, doublings, torch.get_num_threads())
+    if key not in _FASTER:
+        own, runs = tokens[:MANY_TOKENS], (layer.by_operators, layer.by_pytorch)
+        seconds: dict[Callable, list[float]] = {run: [] for run in runs}
         for _ in range(7):
-            for name, run in runs.items():
+            for run in runs:
                 start = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - start)
-    return median(seconds["operators"]) < median(seconds["PyTorch"])
+                run(own)
+                seconds[run].append(time.perf_counter() - start)
+        _FASTER[key] = median(seconds[runs[0]]) <= median(seconds[runs[1]])
+    return _FASTER[key]
 
 
 def follow(

@@ -23,7 +23,7 @@ constexpr int64_t kLanes = 8, kVectors = 2;
 constexpr int64_t kTokens = 6;
 // Up to so many tokens, weights are read from one end to the other; more of them share what the nearest cache holds.
 constexpr int64_t kFewTokens = 2;
-constexpr int64_t kWidth = kLanes * kVectors, kWidthOfFew = 8 * kWidth;
+constexpr int64_t kWidth = kLanes * kVectors;
 
 typedef float Lanes __attribute__((vector_size(sizeof(float) * kLanes)));
 
@@ -177,8 +177,11 @@ Tensor grouped_linear(
     int64_t group, first, count, column, last;
   };
   std::vector<Work> work;
+  // Of few tokens long pieces of rows are read, but every thread gets some.
+  const int64_t pieces = std::max<int64_t>(at::get_num_threads() / std::max<int64_t>(tokens.size(0), 1), 1);
+  const int64_t width_of_few = (outputs + pieces * kWidth - 1) / (pieces * kWidth) * kWidth;
   for (int64_t group = 0, first = 0; group < groups; first += numbers[group++]) {
-    const int64_t width = numbers[group] <= kFewTokens ? kWidthOfFew : kWidth;
+    const int64_t width = numbers[group] <= kFewTokens ? std::min(width_of_few, 8 * kWidth) : kWidth;
     for (int64_t column = 0; numbers[group] > 0 && column < outputs; column += width)
       work.push_back({group, first, numbers[group], column, std::min(column + width, outputs)});
   }

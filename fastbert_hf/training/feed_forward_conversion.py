@@ -32,7 +32,7 @@ def convert_feed_forward(
     tokenizer: PreTrainedTokenizerBase | None = None,
     share: float = 0.125,
     depth: int | None = None,
-    master_share: float = 0.0,
+    master_share: float | None = None,
     layers: list[int] | None = None,
     steps: int = 100,
     max_tokens: int = 30_000,
@@ -50,9 +50,12 @@ def convert_feed_forward(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's, where `rows` are texts.
         share (`float`): Part of the neurons that a token meets, in (0, 1]; the master's among them.
         depth (`int`, *optional*):
-            Levels of decisions; `2 ** depth` leaves. Unless given, all leaves together hold about twice the neurons of
-            the dense layer. 0 makes a narrower dense layer.
-        master_share (`float`): Part of the neurons that every token meets, at most `share`.
+            Levels of decisions; `2 ** depth` leaves. Unless given, all leaves together hold about the neurons of the
+            dense layer: more of them are a little better, and slow down texts whose few tokens reach most leaves. 0
+            makes a narrower dense layer.
+        master_share (`float`, *optional*):
+            Part of the neurons that every token meets, at most `share`. Unless given, half of `share` where there are
+            two leaves, of which few tokens would read both, and none where there are more.
         layers (`list[int]`, *optional*): Numbers of the layers to convert, from 1; all unless given.
         steps (`int`): Training steps of each layer on what it reads, after it was fitted.
         max_tokens (`int`): Tokens that each layer is fitted on, drawn at random from those of the rows.
@@ -77,20 +80,12 @@ def convert_feed_forward(
     check_is_dense(model)
     parts = get_encoder_family(model.config.text_config).feed_forward
     first_layer = parts.holders(model.fastbert.layers()[0])[0]
-    neurons = first_layer.get_submodule(parts.down).in_features
-    master_size = round(master_share * neurons)
-    depth = default_depth(share) if depth is None else depth
-    settings = {
-        "form": "leaves",
-        "depth": depth,
-        "leaf_size": max(round(share * neurons) - master_size, 1),
-        "master_size": master_size,
-        **({} if layers is None else {"layers": sorted(layers)}),
-    }
+    tree = tree_of(share, first_layer.get_submodule(parts.down).in_features, depth, master_share)
+    settings = {"form": "leaves", **tree, **({} if layers is None else {"layers": sorted(layers)})}
     check_feed_forward(settings, model.config.num_hidden_layers)
 
     def make_layer(dense: DenseLayer, tokens: torch.Tensor) -> LeafTree:
-        layer = from_dense(dense, tokens, depth, settings["leaf_size"], master_size)
+        layer = from_dense(dense, tokens, **tree)
         tune_layer(layer, dense, tokens, steps)
         return layer
 
@@ -150,18 +145,25 @@ def check_is_dense(model: PreTrainedModel) -> None:
         raise ValueError(f"the model is in {model.dtype}, and layers are fitted in float32: model.float()")
 
 
-def check_shares(share: float, master_share: float) -> None:
+def check_shares(share: float, master_share: float | None) -> None:
     """Raise a `ValueError` unless these may be the share of a token, and the part of it that all tokens meet."""
-    if not 0 < share <= 1 or not 0 <= master_share <= share:
+    if not 0 < share <= 1 or not 0 <= (master_share or 0) <= share:
         raise ValueError(
             f"share must be in (0, 1] and master_share from 0 to share, got share={share!r} and "
             f"master_share={master_share!r}. Example: share=0.25, master_share=0.0"
         )
 
 
-def default_depth(share: float) -> int:
-    """Return the depth at which leaves of so large a share hold about twice the neurons of the dense layer."""
-    return max(round(math.log2(2 / share)), 0)
+def tree_of(share: float, neurons: int, depth: int | None = None, master_share: float | None = None) -> dict[str, int]:
+    """
+    Return `depth`, `leaf_size` and `master_size` of a layer in which a token meets a share of so many neurons. The
+    other arguments are those of [`convert_feed_forward`].
+    """
+    depth = max(round(math.log2(1 / share)), 0) if depth is None else depth
+    if master_share is None:
+        master_share = share / 2 if depth == 1 else 0.0
+    master_size = round(master_share * neurons)
+    return {"depth": depth, "leaf_size": max(round(share * neurons) - master_size, 1), "master_size": master_size}
 
 
 def read_inputs(

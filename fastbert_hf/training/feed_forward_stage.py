@@ -19,7 +19,7 @@ class FeedForwardConversion(Stage):
 
     Args:
         learning_rate, num_train_epochs (`float`): As in every stage.
-        share (`float`), depth (`int`), master_share (`float`): As in [`convert_feed_forward`].
+        share (`float`), depth (`int`), master_share (`float`, *optional*): As in [`convert_feed_forward`].
 
     Example:
 
@@ -33,7 +33,7 @@ class FeedForwardConversion(Stage):
     num_train_epochs: float = 2.0
     share: float = 0.125
     depth: int | None = None
-    master_share: float = 0.0
+    master_share: float | None = None
 
     trainer_class = BackboneDistillationTrainer
     arguments_class = BackboneDistillationArguments

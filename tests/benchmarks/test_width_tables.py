@@ -49,8 +49,8 @@ def made(runs, dense, tokens) -> dict[str, nn.Module]:
 
 def test_controls_are_what_they_are_called(made, dense, tokens):
     tree, narrow, random = made["tree"], made["dense"], made["random"]
-    assert isinstance(tree, LeafTree) and (tree.depth, tree.leaf_size) == (4, 8)
-    assert (narrow.depth, narrow.leaf_size) == (0, 8) and (random.depth, random.leaf_size) == (4, 8)
+    assert isinstance(tree, LeafTree) and (tree.depth, tree.leaf_size) == (3, 8)
+    assert (narrow.depth, narrow.leaf_size) == (0, 8) and (random.depth, random.leaf_size) == (3, 8)
     assert not torch.allclose(random.node_weight, tree.node_weight)
     assert torch.bincount(random.leaves_of(tokens[:9000])).min() > 500  # as full as those of the tree
     assert (made["deleted"](tokens[:5]) == dense.outputs(tokens[:9000]).mean(0)).all()

@@ -20,7 +20,7 @@ from fastbert_hf.training import (
     FeedForwardConversion,
     convert_feed_forward,
 )
-from fastbert_hf.training.feed_forward_conversion import DenseLayer, from_dense, ridge, split_tokens
+from fastbert_hf.training.feed_forward_conversion import DenseLayer, from_dense, ridge, split_tokens, tree_of
 
 from ..common import FAMILIES, VOCAB_SIZE, ragged_batch, spread_out, tiny_model, tiny_text_config, tiny_tokenizer
 
@@ -179,6 +179,18 @@ def test_what_cannot_be_converted_is_refused():
         BackboneDistillationTrainer(model, teacher=tiny_model(num_labels=5))
 
 
+@pytest.mark.parametrize("neurons", [64, 1536, 3072])
+def test_unless_told_otherwise_a_layer_holds_no_more_neurons_than_before(neurons):
+    for share, depth in ((1.0, 0), (0.5, 1), (0.25, 2), (0.125, 3), (0.0625, 4)):
+        tree = tree_of(share, neurons)
+        assert tree["depth"] == depth and tree["leaf_size"] + tree["master_size"] == share * neurons
+        assert 2**depth * tree["leaf_size"] + tree["master_size"] <= neurons
+    # What is asked for is done.
+    assert tree_of(0.25, neurons, depth=3) == {"depth": 3, "leaf_size": neurons // 4, "master_size": 0}
+    half = {"depth": 2, "leaf_size": neurons // 8, "master_size": neurons // 8}
+    assert tree_of(0.25, neurons, master_share=0.125) == half
+
+
 def test_one_call_converts_distils_and_teaches_the_exits(tmp_path):
     classifier = tmp_path / "classifier"
     stock = AutoModelForSequenceClassification.from_config(tiny_text_config("bert"))
@@ -188,7 +200,7 @@ def test_one_call_converts_distils_and_teaches_the_exits(tmp_path):
     settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "output_dir": tmp_path / "fast"}
     stages = [FeedForwardConversion(share=0.25, depth=1, num_train_epochs=1), ExitTraining(num_train_epochs=1)]
     trained = train(classifier, texts, stages=stages, **settings)
-    assert trained.model.config.feed_forward == {"form": "leaves", "depth": 1, "leaf_size": 16, "master_size": 0}
+    assert trained.model.config.feed_forward == {"form": "leaves", "depth": 1, "leaf_size": 8, "master_size": 8}
     assert trained.model.config.distilled_for == teacher_digest(trained.model)
     answers = trained.pipeline()(texts[:4], speed=0.9)
     again = train(classifier, texts, stages=stages, **settings)  # finished
