@@ -9,6 +9,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling.configuration_cascade import CascadeConfig
 from .modeling.configuration_fastbert import FastBertConfig
+from .modeling.int8_quantizer import FastBertInt8Config
 from .modeling.modeling_cascade import CascadeForSequenceClassification
 from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
@@ -92,6 +93,7 @@ __all__ = [
     "CascadeProcessor",
     "FastBertConfig",
     "FastBertForSequenceClassification",
+    "FastBertInt8Config",
     "FastBertModel",
     "FastTextClassificationPipeline",
     "Measured",

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 import fastbert_hf
-from fastbert_hf.modeling import fast_feedforward
+from fastbert_hf.modeling import fast_feedforward, int8_layers
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
 
 generator = torch.Generator().manual_seed(1)
@@ -41,7 +41,22 @@ for layer in layers:
 cases = list(itertools.product(layers, (0, 1, 2, 3, 7, 8, 64, 300)))
 given = [torch.randn(tokens, next(iter(layer.parameters())).shape[-1] if isinstance(layer, NeuronTrees)
          else layer.node_weight.shape[1], generator=generator) for layer, tokens in cases]
+# What int8 layers do around their product, for tokens of every size, and some that have none.
+rounding = [(torch.randn(rows, width, generator=generator) * 10 ** torch.randn(rows, 1, generator=generator), levels)
+            for rows, width in ((0, 8), (1, 5), (3, 16), (7, 37), (64, 384), (300, 1536)) for levels in (255, 127)]
+rounding += [(torch.zeros(3, 20), 255), (torch.rand(9, 40) + 5, 255), (-torch.rand(9, 40) - 5, 127),
+             (torch.tensor([[1.0] * 40 + [float("nan")], [1.0] * 41, [float("inf")] * 41]), 255)]
+
+def rounded(tokens, levels):
+    steps, scale, zero = int8_layers.quantise_tokens(tokens, levels)
+    fits = scale[:, 0].isfinite()
+    outputs = steps[:, :33].float()
+    sums = torch.linspace(-1, 1, outputs.shape[1])
+    int8_layers.scale_tokens(outputs, scale, zero, sums, sums + 1 if levels == 255 else None)
+    return fits, steps[fits], scale[fits], zero[fits], outputs[fits]
+
 with torch.no_grad():
+    rounded_before = [rounded(*case) for case in rounding]
     before = [layer(tokens) for (layer, _), tokens in zip(cases, given)]
     fastbert_hf.load_operators()
     fastbert_hf.load_operators()
@@ -54,6 +69,7 @@ with torch.no_grad():
     assert choices == fast_feedforward._FASTER and len(choices) == 5 * 6, len(choices)
     fast_feedforward.operators_are_faster = lambda layer, tokens: True
     with torch.profiler.profile() as profile:
+        rounded_after = [rounded(*case) for case in rounding]
         after = [layer(tokens) for (layer, _), tokens in zip(cases, given)]
     used = {event.key for event in profile.key_averages() if event.key.startswith("fastbert_hf::")}
     alone = [torch.cat([layer(token[None]) for token in tokens]) if len(tokens) == 7 else None
@@ -69,6 +85,10 @@ with FlopCounterMode(display=False) as counter, torch.no_grad():
 assert counter.get_total_flops() == 2 * 64 * (4 * 384 + 2 * 192 * 384), counter.get_total_flops()
 worst = max((ours - stock).abs().max().item() if len(stock) else 0 for ours, stock in zip(after, before))
 of_one = max((ours - own).abs().max().item() for ours, own in zip(after, alone) if own is not None)
+for ours, stock in zip(rounded_after, rounded_before):
+    assert all(torch.equal(*pair) for pair in zip(ours[:4], stock[:4]))
+    torch.testing.assert_close(ours[4], stock[4], rtol=1e-5, atol=1e-5)
+assert rounded_after[-1][0].tolist() == [False, True, False]
 # With gradients, in another precision or on a part of a tensor, PyTorch's own ones go on.
 layer, tokens = layers[0], given[3]
 layer(tokens).sum().backward()
@@ -103,6 +123,8 @@ def test_operators_compute_what_pytorch_computes(tmp_path):
         "fastbert_hf::descend",
         "fastbert_hf::grouped_linear",
         "fastbert_hf::neuron_trees",
+        "fastbert_hf::quantise_tokens",
+        "fastbert_hf::scale_tokens_",
         "fastbert_hf::sort_by_leaf",
     ]
 

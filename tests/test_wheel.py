@@ -65,6 +65,6 @@ def test_nothing_else_is_in_the_wheel(names):
     assert others == {
         *expected,
         "fastbert_hf/py.typed",
-        "fastbert_hf/operators/feed_forward.cpp",
+        "fastbert_hf/operators/operators.cpp",
         "fastbert_hf/sharing/model_card_template.md",
     }

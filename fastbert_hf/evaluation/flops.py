@@ -26,6 +26,14 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_p
         return 2 * math.prod(tokens_shape) * weight_shape[0]
 
 
+if hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.ops.onednn.qlinear_pointwise not in flop_registry:
+
+    @register_flop_formula(torch.ops.onednn.qlinear_pointwise)
+    def _int8_linear_flops(tokens_shape, x_scale, x_zero_point, weight_shape, scale_shape, *args, **kwargs) -> int:
+        """Count the products of int8 layers as those of any other."""
+        return 2 * math.prod(tokens_shape) * scale_shape[0]
+
+
 def paper_flops(
     model: PreTrainedModel,
     exit_layer: torch.Tensor,

@@ -24,7 +24,7 @@ from .exit_policies import ExitPolicy, config_thresholds, exit_range, row_speeds
 from .modeling_fastbert import FastBertForSequenceClassification
 from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
 from .packed_batch import PackedBatch
-from .pretrained_fastbert import FastBertPreTrainedModel
+from .pretrained_fastbert import FastBertPreTrainedModel, is_quantised_config
 from .processing_cascade import CascadeProcessor, warn_of_other_tokenizer
 from .scheduler import Member, answer_rows, answer_texts
 from .stock_checkpoints import LOADING_ARGUMENTS, dtype_of
@@ -115,6 +115,11 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
             )
         models = [as_member(member, **kwargs) for member in members]
         check_order(models)
+        if any(is_quantised_config(model.config) for model in models):
+            raise ValueError(
+                "a member is quantised: put the members together as they were before, and quantise the cascade, with "
+                "cascade.use_int8_layers()."
+            )
         dtype = common_dtype(models, kwargs.get("dtype"))
         processor = CascadeProcessor.from_members(members, tokenizers, **kwargs)
         config = CascadeConfig(

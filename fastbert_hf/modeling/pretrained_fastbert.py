@@ -15,6 +15,8 @@ from .adapter_checks import base_of_adapter
 from .checkpoint_checks import explained
 from .checkpoint_files import find_weights, read_shapes
 from .configuration_fastbert import FastBertConfig
+from .int8_layers import put_int8_layers
+from .int8_quantizer import FastBertInt8Config
 from .packed_attention import ATTENTION_KERNELS
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
 from .weight_checks import HARMLESS, IS_EXIT, check_total_size, check_weights
@@ -29,6 +31,8 @@ class FastBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The forward takes no loss keywords, so gradient accumulation averages the micro-batches.
     accepts_loss_kwargs = False
+    # Of int8 weights, in whatever dtype the rest is.
+    _keep_in_fp32_modules_strict = frozenset({"weight_scale"})
     # A stock pooler and the like, which no exit reads: Transformers need not report them.
     _keys_to_ignore_on_load_unexpected = [HARMLESS]
 
@@ -120,6 +124,27 @@ class FastBertPreTrainedModel(PreTrainedModel):
             check_shapes=not kwargs.get("ignore_mismatched_sizes"),
             is_quantised=is_quantised,
         )
+
+    def use_int8_layers(self, modules_to_not_convert: list[str] | None = None) -> list[str]:
+        """
+        Put int8 layers in place of the linear layers and the word embeddings of the backbone, in place, as
+        `quantization_config=FastBertInt8Config(...)` does when a model is loaded.
+
+        Args:
+            modules_to_not_convert (`list[str]`, *optional*): As in [`FastBertInt8Config`].
+
+        Returns:
+            `list` of `str`: The names of what was replaced.
+        """
+        settings = FastBertInt8Config(modules_to_not_convert)
+        if is_quantised_config(self.config):
+            raise ValueError("the model is quantised already: load the one in float32.")
+        replaced = self._put_int8_layers(settings.modules_to_not_convert)
+        self.config.quantization_config = settings
+        return replaced
+
+    def _put_int8_layers(self, modules_to_not_convert: list[str]) -> list[str]:
+        return put_int8_layers(self, modules_to_not_convert)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested_attention = requested_attention or next(iter(ATTENTION_KERNELS))

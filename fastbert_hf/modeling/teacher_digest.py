@@ -16,8 +16,8 @@ SAMPLE = 1024
 # come from elsewhere.
 PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
 PLAIN_MODULES += (f"{__name__.rpartition('.')[0]}.",)
-# Of dtypes, by what a digest calls them, narrowest first.
-BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+# Of dtypes, by what a digest calls them, narrowest first. A model is in int8 if any of its weights are.
+BITS = {"int8": 8, "bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
 # By the bytes of a value, as what its bits are added up.
 BITS_AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,8 +61,11 @@ def digest_of_modules(parts: list[nn.Module], whole: bool = False) -> str | None
         return None
     samples = [weight.detach().flatten()[:: weight.numel() // SAMPLE | 1].cpu().double() for weight in weights]
     values = torch.cat(samples)
-    holds = (name for name in BITS if torch.equal(values.to(getattr(torch, name)).double(), values))
+    floats = [name for name in BITS if getattr(torch, name).is_floating_point]
+    holds = (name for name in floats if torch.equal(values.to(getattr(torch, name)).double(), values))
     dtype = next(holds, "float64")  # NaN equals nothing
+    if any(weight.dtype is torch.int8 for weight in weights):
+        dtype = "int8"
     # Neither names nor order count, which change between versions of Transformers.
     digests = sorted({sha256(sample.numpy().astype("<f8").tobytes()).digest() for sample in samples})
     if whole:

@@ -12,9 +12,10 @@ import torch
 @cache
 def load_operators(verbose: bool = False) -> None:
     """
-    Compile the operators of fast feed-forward layers for this processor, and load them into this process. From then
-    on such layers use them in inference, in float32 on the CPU; without them they compute the same with PyTorch's own.
-    The first call takes some seconds; its result is kept in PyTorch's folder of extensions (`TORCH_EXTENSIONS_DIR`).
+    Compile the operators of fast feed-forward and of int8 layers for this processor, and load them into this process.
+    From then on such layers use them in inference, in float32 on the CPU; without them they compute the same with
+    PyTorch's own. The first call takes some seconds; its result is kept in PyTorch's folder of extensions
+    (`TORCH_EXTENSIONS_DIR`).
 
     Args:
         verbose (`bool`): Whether to show what the compiler says.
@@ -37,7 +38,7 @@ def load_operators(verbose: bool = False) -> None:
         load(
             # Of its own for each kind of processor: several may share a home folder.
             f"fastbert_hf_operators_{torch.backends.cpu.get_cpu_capability().lower()}",
-            [str(Path(__file__).with_name("feed_forward.cpp"))],
+            [str(Path(__file__).with_name("operators.cpp"))],
             extra_cflags=flags,
             is_python_module=False,
             verbose=verbose,

@@ -1,4 +1,5 @@
-// The sparse paths of fast feed-forward layers on the CPU: float32, contiguous, without gradients.
+// Sparse paths of fast feed-forward layers, and what int8 layers do around their product, on the CPU: float32,
+// contiguous, without gradients.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -259,6 +260,78 @@ Tensor neuron_trees(
   return result;
 }
 
+// As `quantise_tokens` of int8_layers.py: each row is read from memory once.
+std::tuple<Tensor, Tensor, Tensor> quantise_tokens(const Tensor& rows, int64_t levels, double smallest) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  typedef int32_t Integers __attribute__((vector_size(sizeof(int32_t) * kLanes)));
+  const int64_t count = rows.size(0), width = rows.size(1);
+  Tensor result = at::empty({count, width}, rows.options().dtype(at::kByte));
+  Tensor scales = at::empty({count, 1}, rows.options()), zeros = at::empty({count, 1}, rows.options());
+  const float *given = rows.const_data_ptr<float>(), last = static_cast<float>(levels);
+  uint8_t* output = result.data_ptr<uint8_t>();
+  float *scale = scales.data_ptr<float>(), *zero = zeros.data_ptr<float>();
+  at::parallel_for(0, count, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) {
+      const float* row = given + number * width;
+      uint8_t* own = output + number * width;
+      Lanes largest = {}, least = {}, unfit = {};  // the last becomes NaN where a value is not finite
+      int64_t place = 0;
+      for (; place + kLanes <= width; place += kLanes) {
+        const Lanes lanes = load(row + place);
+        largest = lanes > largest ? lanes : largest;
+        least = lanes < least ? lanes : least;
+        unfit += lanes * 0.0f;
+      }
+      float most = 0, fewest = 0, fault = 0;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        most = std::max(most, largest[lane]);
+        fewest = std::min(fewest, least[lane]);
+        fault += unfit[lane];
+      }
+      for (; place < width; ++place) {
+        most = std::max(most, row[place]);
+        fewest = std::min(fewest, row[place]);
+        fault += row[place] * 0.0f;
+      }
+      const float step = std::max((most - fewest) / last, static_cast<float>(smallest));
+      const float nothing = std::nearbyint(-fewest / step);
+      scale[number] = step + fault;
+      zero[number] = nothing;
+      constexpr float kHalfEven = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds as torch.round does
+      for (place = 0; place + kLanes <= width; place += kLanes) {
+        const Lanes level = ((load(row + place) / step + kHalfEven) - kHalfEven) + nothing;
+        const Lanes capped = level > last ? Lanes{} + last : level;
+        const Bytes bytes = __builtin_convertvector(__builtin_convertvector(capped, Integers), Bytes);
+        __builtin_memcpy(own + place, &bytes, sizeof(bytes));
+      }
+      for (; place < width; ++place)
+        own[place] = static_cast<uint8_t>(std::min(std::nearbyint(row[place] / step) + nothing, last));
+    }
+  });
+  return {result, scales, zeros};
+}
+
+// As `scale_tokens` of int8_layers.py.
+void scale_tokens_(
+    Tensor& rows, const Tensor& scales, const Tensor& zeros, const Tensor& sums, const std::optional<Tensor>& bias) {
+  const int64_t count = rows.size(0), width = rows.size(1);
+  const float *scale = scales.const_data_ptr<float>(), *zero = zeros.const_data_ptr<float>();
+  const float *sum = sums.const_data_ptr<float>();
+  const float* added = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  float* output = rows.data_ptr<float>();
+  at::parallel_for(0, count, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) {
+      float* own = output + number * width;
+      const float times = scale[number], nothing = zero[number];
+      if (added == nullptr)
+        for (int64_t place = 0; place < width; ++place) own[place] = (own[place] - nothing * sum[place]) * times;
+      else
+        for (int64_t place = 0; place < width; ++place)
+          own[place] = (own[place] - nothing * sum[place]) * times + added[place];
+    }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fastbert_hf, library) {
@@ -268,6 +341,8 @@ TORCH_LIBRARY(fastbert_hf, library) {
   library.def(
       "neuron_trees(Tensor tokens, Tensor weight, Tensor bias, Tensor table, Tensor? out_bias, int levels, "
       "int activation) -> Tensor");
+  library.def("quantise_tokens(Tensor rows, int levels, float smallest) -> (Tensor, Tensor, Tensor)");
+  library.def("scale_tokens_(Tensor(a!) rows, Tensor scales, Tensor zeros, Tensor sums, Tensor? bias) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(fastbert_hf, CPU, library) {
@@ -275,4 +350,6 @@ TORCH_LIBRARY_IMPL(fastbert_hf, CPU, library) {
   library.impl("sort_by_leaf", &sort_by_leaf);
   library.impl("grouped_linear", &grouped_linear);
   library.impl("neuron_trees", &neuron_trees);
+  library.impl("quantise_tokens", &quantise_tokens);
+  library.impl("scale_tokens_", &scale_tokens_);
 }

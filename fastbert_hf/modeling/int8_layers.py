@@ -1,0 +1,267 @@
+"""Layers with int8 weights that round what they read to eight bits, too, with a scale for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+
+# The largest int8 whose negative is one, too.
+LARGEST_WEIGHT = 127
+# Steps between the least and the greatest value of a token: with 8 bits, and with 7. Products of two bytes are added
+# in 16 bits on processors without VNNI, and overflow there unless one of them has a bit less.
+LEVELS = (255, 127)
+# Rows of zeros have no scale of their own.
+SMALLEST_SCALE = 1e-30
+
+
+def quantise_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Return weights as int8, `[rows, width]`, and the float32 scale of each row, `[rows]`: \\( w \approx q s \\) with
+    \\( s = \max |w| / 127 \\).
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(-1).div_(LARGEST_WEIGHT).clamp_min_(SMALLEST_SCALE)
+    return torch.div(weight, scale[:, None]).round_().to(torch.int8), scale
+
+
+def quantise_tokens(rows: torch.Tensor, levels: int = LEVELS[0]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"""
+    Round the hidden states of tokens, each by itself: \\( x \approx (q - z) s \\), where q goes from 0 to `levels` and
+    0 is met exactly.
+
+    Args:
+        rows (`torch.Tensor` of shape `[rows, width]`): In float32.
+        levels (`int`): 255 or 127.
+
+    Returns:
+        `tuple` of three `torch.Tensor`: q as uint8, `[rows, width]`, then s and z in float32, `[rows, 1]` each. A row
+        with NaN or infinity has a scale that is not finite.
+    """
+    if is_for_operators(rows):
+        return torch.ops.fastbert_hf.quantise_tokens(rows, levels, SMALLEST_SCALE)
+    greatest, least = rows.amax(-1, keepdim=True).clamp_min_(0), rows.amin(-1, keepdim=True).clamp_max_(0)
+    scale = (greatest - least).div_(levels).clamp_min_(SMALLEST_SCALE)
+    zero = least.neg_().div_(scale).round_()
+    return torch.div(rows, scale).round_().add_(zero).clamp_max_(levels).to(torch.uint8), scale, zero
+
+
+def scale_tokens(
+    rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, sums: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """
+    Make of products with what [`quantise_tokens`] gave those with the tokens themselves, in place, and add a bias.
+
+    Args:
+        rows (`torch.Tensor` of shape `[rows, outputs]`): The products.
+        scale, zero (`torch.Tensor` of shape `[rows, 1]`): As they came with the tokens.
+        sums, bias (`torch.Tensor` of shape `[outputs]`): The sum of the weights of each output; its bias, if any.
+    """
+    if is_for_operators(rows) and (bias is None or bias.dtype is torch.float32):
+        torch.ops.fastbert_hf.scale_tokens_(rows, scale, zero, sums, bias)
+        return
+    rows.addcmul_(zero, sums, value=-1).mul_(scale)
+    if bias is not None:
+        rows += bias
+
+
+def is_for_operators(rows: torch.Tensor) -> bool:
+    """Return whether the compiled operators were loaded and can take these float32 rows."""
+    return (
+        rows.device.type == "cpu"
+        and rows.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and hasattr(torch.ops.fastbert_hf, "quantise_tokens")
+    )
+
+
+class Int8Linear(nn.Linear):
+    """
+    A linear layer whose weights are int8 with a scale for each output, and which rounds each token that it reads to
+    eight bits with a scale of its own, so that an answer never depends on its batch-mates. Sums are exact whole
+    numbers: a row of a batch gives what it gives alone, to the bit.
+
+    On processors without VNNI, tokens are rounded to seven bits. With gradients, and where oneDNN cannot multiply, the
+    same is computed in float32; rounding lets gradients through unchanged. The weights do not learn.
+
+    Args:
+        in_features, out_features (`int`), bias (`bool`), device: As in `nn.Linear`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
+        self._packed = PackedWeights()
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Linear) -> Self:
+        """Return what takes the place of a linear layer; its weights are rounded unless they are on `meta`."""
+        weight = linear.weight
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, weight.device)
+        if not weight.is_meta:
+            layer.weight.data, layer.weight_scale.data = quantise_weights(weight)
+            if linear.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: there are no int8 weights to start from."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows = tokens.reshape(-1, self.in_features).float()
+        own = (rows, self.bias) if self.bias is not None else (rows,)
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own)
+        levels = exact_levels() if rows.device.type == "cpu" else None
+        if learns or levels is None:
+            outputs = self._in_float(rows, levels or LEVELS[0])
+        else:
+            quantised, scale, zero = quantise_tokens(rows, levels)
+            outputs, sums = self._packed.multiply(quantised, self.weight, self.weight_scale)
+            scale_tokens(outputs, scale, zero, sums, self.bias)
+        return outputs.to(tokens.dtype).view(*tokens.shape[:-1], self.out_features)
+
+    def _in_float(self, rows: torch.Tensor, levels: int) -> torch.Tensor:
+        with torch.no_grad():
+            quantised, scale, zero = quantise_tokens(rows.detach(), levels)
+            rounded = quantised.float().sub_(zero).mul_(scale)
+        if rows.requires_grad:
+            rounded = rows + (rounded - rows.detach())
+        weight = self.weight.float() * self.weight_scale.float()[:, None]
+        return nn.functional.linear(rounded, weight, None if self.bias is None else self.bias.float())
+
+
+class Int8Embedding(nn.Embedding):
+    """
+    An embedding whose rows are int8 with a scale each.
+
+    Args:
+        num_embeddings, embedding_dim (`int`), padding_idx (`int`, *optional*), device: As in `nn.Embedding`.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device: Any = None):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        weight = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(num_embeddings, device=device), requires_grad=False)
+        # In the dtype of the model, which those of the weights do not tell.
+        self.register_buffer("dtype_of_output", torch.empty(0, device=device), persistent=False)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, embedding: nn.Embedding) -> Self:
+        """Return what takes the place of an embedding, as [`Int8Linear.of`]."""
+        weight = embedding.weight
+        layer = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, weight.device)
+        if not weight.is_meta:
+            layer.weight.data, layer.weight_scale.data = quantise_weights(weight)
+        return layer.train(embedding.training)
+
+    def reset_parameters(self) -> None:
+        """Do nothing, as [`Int8Linear`]."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        rows = nn.functional.embedding(input_ids, self.weight)
+        return (rows * self.weight_scale[input_ids].unsqueeze(-1)).to(self.dtype_of_output.dtype)
+
+
+class PackedWeights:
+    """The weights of a layer as oneDNN reads them, made when they are first needed. They are never saved."""
+
+    def __init__(self) -> None:
+        self._made: tuple | None = None
+
+    def multiply(
+        self, rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return uint8 rows times int8 weights times their scales, and the sums of these weights, in float32."""
+        made = self._made
+        key = tuple((own.data_ptr(), 0 if own.is_inference() else own._version) for own in (weight, weight_scale))
+        if made is None or made[0] != key:
+            scale = weight_scale.detach().float()
+            packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight), dtype=torch.long)
+            sums = weight.sum(1, dtype=torch.int64).float() * scale
+            made = self._made = key, packed, scale, zeros, sums
+        _, packed, scale, zeros, sums = made
+        return multiply(rows, packed, scale, zeros), sums
+
+    def __deepcopy__(self, memo: dict) -> PackedWeights:
+        return PackedWeights()
+
+    def __reduce__(self) -> tuple:
+        return PackedWeights, ()
+
+
+def multiply(rows: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return uint8 rows times packed weights times their scales, in float32."""
+    return torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@cache
+def exact_levels() -> int | None:
+    """
+    Return the most levels with which oneDNN's products are exact on this processor, `None` if it has none that are.
+    It is tried on the products that overflow first: less than a millisecond, once in a process.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return None
+    width = 256
+    weight = torch.full((32, width), LARGEST_WEIGHT, dtype=torch.int8)
+    weight[1::2] = -LARGEST_WEIGHT
+    wanted = weight.sum(1).float()
+    with torch.inference_mode():
+        packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(32, dtype=torch.long)
+        for levels in LEVELS:
+            # As many rows as a token has alone and as a batch has: other kernels may take them.
+            for rows in (1, 64):
+                tokens = torch.full((rows, width), levels, dtype=torch.uint8)
+                if not torch.equal(
+                    multiply(tokens, packed, torch.ones(32), zeros), (levels * wanted).expand(rows, -1)
+                ):
+                    break
+            else:
+                return levels
+    return None
+
+
+def put_int8_layers(model: nn.Module, modules_to_not_convert: Iterable[str] | None = None) -> list[str]:
+    """
+    Put int8 layers in place of the linear layers and the word embeddings of every backbone of a model.
+
+    Args:
+        model (`nn.Module`): With one encoder or several, each called `backbone`. Its exits stay as they are.
+        modules_to_not_convert (iterable of `str`, *optional*):
+            Modules that stay as they are: a part of their names between dots, as in `"layer.11"` or `"output.dense"`.
+
+    Returns:
+        `list` of `str`: The names of what was replaced.
+    """
+    kept, replaced = list(modules_to_not_convert or ()), []
+    for name, backbone in list(model.named_modules()):
+        if name.rpartition(".")[2] != "backbone":
+            continue
+        words = backbone.get_input_embeddings()
+        made: dict[nn.Module, nn.Module] = {}  # what layers share stays shared
+        for inner, module in list(backbone.named_modules(remove_duplicate=False)):
+            full_name = f"{name}.{inner}"
+            is_linear = isinstance(module, nn.Linear) and not isinstance(module, Int8Linear)
+            is_words = module is words and not isinstance(module, Int8Embedding)
+            if not (is_linear or is_words) or any(f".{part}." in f".{full_name}." for part in kept):
+                continue
+            if module not in made:
+                made[module] = (Int8Linear if is_linear else Int8Embedding).of(module)
+            backbone.set_submodule(inner, made[module])
+            replaced.append(full_name)
+    return replaced

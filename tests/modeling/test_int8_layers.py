@@ -1,0 +1,216 @@
+"""Int8 layers: exact sums, tokens rounded each by itself, and what a processor without VNNI does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from fastbert_hf.modeling.int8_layers import (
+    LEVELS,
+    Int8Embedding,
+    Int8Linear,
+    exact_levels,
+    quantise_tokens,
+    quantise_weights,
+)
+
+
+SHAPES = ((1, 1), (5, 3), (48, 96), (384, 130))
+
+
+def layer_of(inputs: int, outputs: int, bias: bool = True) -> tuple[nn.Linear, Int8Linear]:
+    torch.manual_seed(inputs)
+    linear = nn.Linear(inputs, outputs, bias)
+    return linear, Int8Linear.of(linear)
+
+
+def tokens_of(rows: int, inputs: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    spread = 10 ** torch.randn(rows, 1, generator=generator)  # tokens of different sizes
+    return torch.randn(rows, inputs, generator=generator) * spread + torch.rand(rows, 1, generator=generator)
+
+
+def wanted(layer: Int8Linear, tokens: torch.Tensor, levels: int) -> torch.Tensor:
+    """What the layer should give, in whole numbers and float64."""
+    greatest, least = tokens.amax(1, keepdim=True).clamp(min=0), tokens.amin(1, keepdim=True).clamp(max=0)
+    scale = ((greatest - least) / levels).clamp(min=1e-30)
+    zero = (-least / scale).round()
+    steps = ((tokens / scale).round() + zero).clamp(0, levels) - zero
+    products = steps.long() @ layer.weight.long().T
+    outputs = products.double() * scale.double() * layer.weight_scale.double()
+    return outputs if layer.bias is None else outputs + layer.bias.double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 17, 200])
+@torch.no_grad()
+def test_sums_are_exact(shape, bias, rows):
+    _, layer = layer_of(*shape, bias)
+    tokens = tokens_of(rows, shape[0])
+    expected = wanted(layer, tokens, exact_levels() or LEVELS[0])
+    size = tokens.abs().amax(1, keepdim=True)
+    assert ((layer(tokens).double() - expected).abs() / size).max() < 1e-5
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_tokens_are_off_by_half_a_step(levels):
+    tokens = tokens_of(50, 64)
+    steps, scale, zero = quantise_tokens(tokens, levels)
+    assert steps.dtype is torch.uint8 and steps.max() == levels
+    off = ((steps.float() - zero) * scale - tokens).abs() / scale
+    # A whole step only where rounding of the greatest and of the least value add up.
+    assert off.max() < 1.001 and off.flatten().kthvalue(off.numel() * 99 // 100).values < 0.501
+    # 0 is met exactly, as in rows that an activation has cut.
+    cut = tokens.relu()
+    steps, scale, zero = quantise_tokens(cut, levels)
+    assert (((steps.float() - zero) * scale)[cut == 0] == 0).all()
+
+
+def test_weights_are_off_by_half_a_step_at_most():
+    weight = torch.randn(20, 33)
+    weight[3] = 0
+    quantised, scale = quantise_weights(weight)
+    assert quantised.dtype is torch.int8 and quantised.abs().max() == 127
+    assert (quantised.float() * scale[:, None] - weight).abs().le(scale[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_a_row_gives_what_it_gives_alone_to_the_bit(shape):
+    _, layer = layer_of(*shape)
+    tokens = tokens_of(70, shape[0])
+    whole = layer(tokens)
+    for rows in (1, 2, 5, 33):
+        assert torch.equal(torch.cat([layer(part) for part in tokens.split(rows)]), whole), rows
+    assert torch.equal(layer(tokens.flip(0)).flip(0), whole)
+    assert torch.equal(layer(tokens.view(7, 10, -1)).flatten(0, 1), whole)
+
+
+@torch.inference_mode()
+def test_it_is_near_the_layer_that_it_was():
+    linear, layer = layer_of(384, 130)
+    tokens = tokens_of(100, 384)
+    off = (layer(tokens) - linear(tokens)).norm(dim=1) / linear(tokens).norm(dim=1)
+    assert off.max() < 0.03
+
+
+@torch.inference_mode()
+def test_a_token_that_is_not_finite_spoils_itself_alone():
+    _, layer = layer_of(48, 96)
+    tokens = tokens_of(4, 48)
+    clean = layer(tokens)
+    for fault in (float("nan"), float("inf"), -float("inf")):
+        broken = tokens.clone()
+        broken[1, 40] = fault
+        outputs = layer(broken)
+        assert not outputs[1].isfinite().any()
+        assert torch.equal(outputs[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+@torch.inference_mode()
+def test_zeros_give_the_bias_and_no_rows_none():
+    _, layer = layer_of(48, 96)
+    assert torch.equal(layer(torch.zeros(2, 48)), layer.bias.expand(2, -1))
+    assert layer(torch.zeros(0, 48)).shape == (0, 96)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.inference_mode()
+def test_what_comes_in_says_what_goes_out(dtype):
+    _, layer = layer_of(48, 96)
+    tokens = tokens_of(9, 48).to(dtype)
+    outputs = layer(tokens)
+    assert outputs.dtype is dtype
+    torch.testing.assert_close(outputs, layer(tokens.float()).to(dtype))
+
+
+def test_rounding_lets_gradients_through():
+    linear, layer = layer_of(48, 96)
+    tokens = tokens_of(9, 48).requires_grad_()
+    with torch.inference_mode():
+        expected = layer(tokens)
+    outputs = layer(tokens)
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+    outputs.square().sum().backward()
+    rounded = nn.Linear(48, 96)
+    rounded.weight.data, rounded.bias.data = layer.weight * layer.weight_scale[:, None], linear.bias.data
+    (gradient,) = torch.autograd.grad(outputs.detach().mul(2).mul(rounded(tokens)).sum(), tokens)
+    torch.testing.assert_close(tokens.grad, gradient, rtol=1e-4, atol=1e-3)
+    assert layer.weight.grad is None and layer.bias.grad.any()
+
+
+@torch.no_grad()
+def test_changed_weights_are_packed_anew():
+    _, layer = layer_of(48, 96)
+    tokens, (other, _) = tokens_of(9, 48), quantise_weights(torch.randn(96, 48))
+    before = layer(tokens)
+    layer.weight.copy_(other)
+    assert not torch.equal(layer(tokens), before)
+    expected = wanted(layer, tokens, exact_levels() or LEVELS[0])
+    torch.testing.assert_close(layer(tokens).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_copies_pickles_and_threads_agree():
+    _, layer = layer_of(384, 130)
+    tokens = tokens_of(60, 384)
+    expected = layer(tokens)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(tokens), expected)
+    fresh = copy.deepcopy(layer)
+
+    def answer(_) -> torch.Tensor:
+        with torch.inference_mode():
+            return fresh(tokens)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(outputs, expected) for outputs in pool.map(answer, range(32)))
+
+
+def test_embeddings_give_rounded_rows():
+    torch.manual_seed(0)
+    embedding = nn.Embedding(50, 16, padding_idx=1)
+    rounded = Int8Embedding.of(embedding)
+    ids = torch.tensor([[3, 7, 1], [49, 0, 3]])
+    assert (rounded(ids) - embedding(ids)).abs().max() < embedding.weight.abs().max() / 254 + 1e-6
+    assert not rounded(ids)[0, 2].any() and torch.equal(rounded(ids)[0, 0], rounded(ids)[1, 2])
+    assert rounded.state_dict().keys() == {"weight", "weight_scale"}
+
+
+# Products of a byte and an int8, two of them added in 16 bits, overflow on processors without VNNI.
+WITHOUT_VNNI = """
+import json, sys, torch
+from torch import nn
+from fastbert_hf.modeling.int8_layers import Int8Linear, exact_levels
+torch.manual_seed(0)
+layer = Int8Linear.of(nn.Linear(256, 64))
+layer.weight.data = torch.full((64, 256), 127, dtype=torch.int8)
+tokens = torch.rand(40, 256, generator=torch.Generator().manual_seed(1))
+with torch.inference_mode():
+    outputs = layer(tokens)
+expected = tokens.double().sum(1, keepdim=True) * 127 * layer.weight_scale.double() + layer.bias.double()
+print(json.dumps({"levels": exact_levels(), "off": ((outputs - expected).abs() / expected).max().item()}))
+"""
+
+
+@pytest.mark.skipif(exact_levels() is None, reason="needs oneDNN")
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
+def test_sums_do_not_overflow_on_older_processors(isa):
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "-c", WITHOUT_VNNI]
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    measured = json.loads(finished.stdout)
+    assert measured["levels"] in LEVELS and measured["off"] < 0.01
+    if isa == "AVX2":
+        assert measured["levels"] == 127
