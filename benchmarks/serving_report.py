@@ -57,8 +57,11 @@ def write(docs_dir: Path) -> None:
         "settings": settings_of(results),
         "width_layer": width_table(results, "width_layer"),
         "width_encoder": width_table(results, "width_encoder"),
-        "width_settings": width_settings(results),
+        "width_settings": settings_of_run(results, "width_layer"),
         "length": length_table(results),
+        "int8": int8_table(results),
+        "int8_memory": int8_memory(results),
+        "int8_settings": settings_of_run(results, "int8"),
     }
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
@@ -128,6 +131,33 @@ def options_table(results: dict) -> str:
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
+def int8_table(results: dict) -> str:
+    """Return how many times faster int8 and bfloat16 are than float32."""
+    rows = [row for name in ("int8", "int8_exits") for row in results.get(name, {}).get("result", [])]
+    if not rows:
+        return NOT_YET
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        range_of = f"{row['least']:.2f} to {row['greatest']:.2f}"
+        cells.setdefault((row["shape"], row["case"]), {})[row["kind"]] = f"{row['ratio']:.2f}x ({range_of})"
+    lines = [f"| shape | what | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
+    lines += [f"| {shape} | {case} | {' | '.join(map(own.get, kinds))} |" for (shape, case), own in cells.items()]
+    return "\n".join(lines)
+
+
+def int8_memory(results: dict) -> str:
+    """Return the share of the memory of float32 that int8 takes at its peak."""
+    of_shape = results.get("int8_memory", {}).get("result")
+    if of_shape is None:
+        return NOT_YET
+    return " and ".join(
+        f"{own['ratio']:.2f} of float32 for {shape} ({own['kibibytes']['int8'] / 1024:.0f} of "
+        f"{own['kibibytes']['float32'] / 1024:.0f} MiB)"
+        for shape, own in of_shape.items()
+    )
+
+
 def length_table(results: dict) -> str:
     """Return how many times faster shorter texts are answered, beside the FLOPs that they save."""
     rows = results.get("length", {}).get("result")
@@ -170,9 +200,9 @@ def width_table(results: dict, name: str) -> str:
     return "\n".join(lines)
 
 
-def width_settings(results: dict) -> str:
-    """Return where the times of the widths were taken."""
-    settings = results.get("width_layer", {}).get("settings")
+def settings_of_run(results: dict, name: str) -> str:
+    """Return where the times of a comparison were taken."""
+    settings = results.get(name, {}).get("settings")
     return (
         NOT_YET
         if settings is None

@@ -64,6 +64,9 @@ NAMES = {
     "width_layer": "fast feed-forward layers against dense ones",
     "width_encoder": "models with fast feed-forward layers against dense ones, speed 0",
     "length": "models whose texts become shorter against all tokens, speed 0, against the executed FLOPs",
+    "int8": "int8 and bfloat16 against float32, speed 0: a stream, and short texts one at a time",
+    "int8_exits": "the same with exits on, a stream",
+    "int8_memory": "peak memory of int8 against float32",
     "memory": "peak memory of streams of 10,000 and 100,000 texts",
 }
 
@@ -133,6 +136,18 @@ def measure(name: str, arguments: Arguments) -> object:
         import length_speed
 
         return [row for shape in runs.SHAPES for row in length_speed.against_all_tokens(shape, repeats)]
+    if name.startswith("int8"):
+        import precision_speed
+
+        if name == "int8_memory":
+            return {shape: precision_speed.peak_memory(shape) for shape in runs.SHAPES}
+        if name == "int8":
+            shorter = {"BERT-base": 2, "MiniLM": 1}
+            cases = [(shape, streams[shape][: arguments.texts // by]) for shape, by in shorter.items()]
+            return [row for case in cases for row in precision_speed.against_float32(*case, repeats)]
+        cases = [(shape, share) for shape in runs.SHAPES for share in (0.5, 0.25)]
+        streams["MiniLM"] *= 2
+        return [row for of, share in cases for row in precision_speed.with_exits(of, streams[of], repeats, share)]
     if name == "growth":
         return runs.growth(texts["MiniLM"], repeats)
     return runs.memory_of_streams()

@@ -9,17 +9,22 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
 from .adapter_checks import base_of_adapter
 from .checkpoint_checks import explained
 from .checkpoint_files import find_weights, read_shapes
 from .configuration_fastbert import FastBertConfig
+from .engine import beats_float32
 from .int8_layers import put_int8_layers
 from .int8_quantizer import FastBertInt8Config
 from .packed_attention import ATTENTION_KERNELS
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
 from .weight_checks import HARMLESS, IS_EXIT, check_total_size, check_weights
+
+
+logger = logging.get_logger(__name__)
 
 
 class FastBertPreTrainedModel(PreTrainedModel):
@@ -43,6 +48,9 @@ class FastBertPreTrainedModel(PreTrainedModel):
         """
         Load a model as [`PreTrainedModel.from_pretrained`] does, from safetensors only. The config and the headers of
         the weights are checked before the model is built, so that a broken or hostile checkpoint costs one error.
+
+        A model that was saved in half precision is loaded in float32 where the processor is slower in half precision,
+        which is measured, unless `dtype` says what it shall be.
 
         Args:
             pretrained_model_name_or_path (`str` or `PathLike`):
@@ -75,6 +83,8 @@ class FastBertPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} has no weights for {', '.join(missing[:3])}"
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: save the checkpoint again."
             )
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
+            use_faster_dtype(model)
         # Loading puts new parameters in place of the frozen ones.
         for module in model.modules():
             if hasattr(module, "_freeze_students"):
@@ -164,6 +174,21 @@ class FastBertPreTrainedModel(PreTrainedModel):
             given = attn_implementation
             attn_implementation = given.get("", given.get("text_config", self.config._attn_implementation))
         self.config._attn_implementation_internal = self.get_correct_attn_implementation(attn_implementation)
+
+
+def use_faster_dtype(model: PreTrainedModel) -> None:
+    """Turn a model in half precision into float32, in place, where that is faster on its processor."""
+    dtype, devices = model.dtype, {parameter.device.type for parameter in model.parameters()}
+    if dtype not in (torch.float16, torch.bfloat16) or devices != {"cpu"} or beats_float32(dtype):
+        return
+    logger.warning_once(
+        f"The model was saved in {dtype}, in which this processor is slower than in float32, so it is loaded in "
+        f"float32. To keep it as it is: from_pretrained(..., dtype={dtype})"
+    )
+    model.float()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.dtype = torch.float32
 
 
 def is_quantised_config(config: PreTrainedConfig) -> bool:

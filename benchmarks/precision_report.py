@@ -1,0 +1,76 @@
+"""The part "Precision" of docs/results.md: a table from the numbers of precision_tables.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+from report_cells import NOT_YET, markdown, percent
+
+
+# As precision_runs.py has them, which needs the data.
+KINDS = ("float32", "bfloat16", "int8", "int8, 7 bits")
+SETS = ("sst2", "mrpc", "trec", "banking77")  # those of which a target was set
+
+
+def load(folder: Path) -> list[dict]:
+    """Return the numbers of every finished set."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def table(results: list[dict]) -> str:
+    """Return accuracy, and the agreement with float32, of every set."""
+    if not results:
+        return NOT_YET
+    header = ["set", *(f"{kind}, speed {speed}" for speed in ("0", "0.5") for kind in KINDS)]
+    lines = []
+    for result in results:
+        cells = [result["set"]]
+        for speed in ("0", "0.5"):
+            for kind in KINDS:
+                own = result["speeds"][speed][kind]
+                agreement = "" if kind == "float32" else f" ({percent(own['agreement'])})"
+                cells.append(percent(own["accuracy"]) + agreement)
+        lines.append(cells)
+    lines.append(["**mean**", *(f"**{cell}**" for cell in mean_cells(results))])
+    return markdown(header, lines)
+
+
+def mean_cells(results: list[dict]) -> list[str]:
+    cells = []
+    for speed in ("0", "0.5"):
+        for kind in KINDS:
+            own = [result["speeds"][speed][kind] for result in results]
+            agreement = "" if kind == "float32" else f" ({percent(mean(of['agreement'] for of in own))})"
+            cells.append(percent(mean(of["accuracy"] for of in own)) + agreement)
+    return cells
+
+
+def numbers(results: list[dict]) -> dict[str, str]:
+    """Return the numbers inside the sentences, by the names that they have in the template."""
+    found = {}
+    for kind, part in (("int8", "int8"), ("int8, 7 bits", "int7")):
+        at_zero = [result["speeds"]["0"] for result in results]
+        lost = {
+            result["set"]: own["float32"]["accuracy"] - own[kind]["accuracy"]
+            for result, own in zip(results, at_zero, strict=True)
+        }
+        agreement = {result["set"]: own[kind]["agreement"] for result, own in zip(results, at_zero, strict=True)}
+        of_target = [name for name in SETS if name in lost]
+        there = bool(lost)
+        found[f"{part}_lost"] = f"{100 * mean(lost.values()) + 0.0:.2f}" if there else NOT_YET
+        found[f"{part}_lost_most"] = f"{100 * max(lost.values()):.2f}" if there else NOT_YET
+        found[f"{part}_lost_most_set"] = max(lost, key=lost.get) if there else NOT_YET
+        found[f"{part}_agreement"] = percent(mean(agreement.values())) if there else NOT_YET
+        found[f"{part}_agreement_least"] = percent(min(agreement.values())) if there else NOT_YET
+        found[f"{part}_agreement_least_set"] = min(agreement, key=agreement.get) if there else NOT_YET
+        whole = len(of_target) == len(SETS)
+        found[f"{part}_lost_of_target"] = f"{100 * max(lost[of] for of in SETS):.2f}" if whole else NOT_YET
+        found[f"{part}_agreement_of_target"] = percent(min(agreement[of] for of in SETS)) if whole else NOT_YET
+    return found
+
+
+def parts(results: list[dict]) -> dict[str, str]:
+    """Return what the template of results.md takes from here."""
+    return {"precision": table(results), **numbers(results)}
