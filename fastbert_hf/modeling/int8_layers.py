@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from .compiled_layers import untraced
+
 
 # The largest int8 whose negative is one, too.
 LARGEST_WEIGHT = 127
@@ -71,12 +73,7 @@ def scale_tokens(
 
 def is_for_operators(rows: torch.Tensor) -> bool:
     """Return whether the compiled operators were loaded and can take these float32 rows."""
-    return (
-        rows.device.type == "cpu"
-        and rows.is_contiguous()
-        and not torch.compiler.is_compiling()
-        and hasattr(torch.ops.fastbert_hf, "quantise_tokens")
-    )
+    return rows.device.type == "cpu" and rows.is_contiguous() and hasattr(torch.ops.fastbert_hf, "quantise_tokens")
 
 
 class Int8Linear(nn.Linear):
@@ -116,6 +113,7 @@ class Int8Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing: there are no int8 weights to start from."""
 
+    @untraced  # torch.compile cannot look into packed weights
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = tokens.reshape(-1, self.in_features).float()
         own = (rows, self.bias) if self.bias is not None else (rows,)

@@ -128,3 +128,15 @@ def test_the_stock_trainer_compiles_a_model_whose_layers_are_compiled(tmp_path, 
     for actual, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         assert_close(actual, wanted)
     assert len(changed_parameters(model, before)) > 20
+
+
+def test_int8_layers_stay_out_of_the_graphs():
+    model = two_layers().eval()
+    model.use_int8_layers()
+    expected = answers(model, (3, 17, 9), 0.3)
+    backend = Counted()
+    model.compile(backend=backend)
+    for (depth, logits), (own_depth, own_logits) in zip(expected, answers(model, (3, 17, 9), 0.3), strict=True):
+        assert depth == own_depth
+        assert_close(own_logits, logits)
+    assert backend.graphs > 1
