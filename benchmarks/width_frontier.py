@@ -67,7 +67,7 @@ class ControlConversion(FeedForwardConversion):
         neurons = model.config.text_config.intermediate_size
         model.config.feed_forward = {
             "random": {"form": "leaves", **tree_of(self.share, neurons)},
-            "deleted": {"form": "neurons", "trees": 0, "depth": 0, "bias": True},
+            "deleted": {"form": "neurons", "trees": 0, "bias": True},
         }[self.kind]
         rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer}
         return self.trainer_class(model, arguments, teacher=dense, **rows)

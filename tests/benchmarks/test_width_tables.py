@@ -11,7 +11,7 @@ from torch import nn
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
 from fastbert_hf.training.feed_forward_conversion import DenseLayer, measure_layer
 
-from ..common import load_script
+from ..common import load_script, ragged_batch, tiny_model
 
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -105,3 +105,35 @@ def test_the_cheapest_speed_is_chosen_on_dev_and_told_of_test(report):
     assert frontiers.cheapest(dense, narrow, 0.001) is None
     assert frontiers.gain(dense, [dense], [narrow], 0.01) == pytest.approx(2.5)
     assert frontiers.gain(dense, [dense], [narrow], 0.001) is None
+
+
+def test_kept_neurons_are_those_of_the_control(runs, tmp_path):
+    frontier = load_script(BENCHMARKS / "width_frontier.py")
+    model, dense = frontier.keep_top(tiny_model(), 0.25), tiny_model()
+    state = torch.randn(9, 32)
+    for layer, own in zip(dense.fastbert.layers(), model.fastbert.layers(), strict=True):
+        whole = DenseLayer(layer.intermediate.dense, layer.output.dense, layer.intermediate.intermediate_act_fn)
+        neurons = own.intermediate(state)
+        assert ((neurons != 0).sum(1) == 16).all()
+        torch.testing.assert_close(own.output.dense(neurons), runs.TopNeurons(whole, 16)(state))
+    # It is saved as the stock model whose weights it has.
+    model.save_pretrained(tmp_path)
+    again = frontier.FastBertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.state_dict().keys() == dense.state_dict().keys()
+    expected = model(**ragged_batch()).logits
+    assert not torch.allclose(again(**ragged_batch()).logits, expected)
+    torch.testing.assert_close(frontier.keep_top(again, 0.25)(**ragged_batch()).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["random", "deleted"])
+def test_controls_of_the_frontier_are_models_that_load(kind, tmp_path):
+    frontier = load_script(BENCHMARKS / "width_frontier.py")
+    conversion, *_ = frontier.stages_of(kind, 0.25 if kind == "random" else 0.0)
+    generator = torch.Generator().manual_seed(3)
+    rows = [{"input_ids": torch.randint(5, 100, (12,), generator=generator).tolist()} for _ in range(60)]
+    model = tiny_model()
+    conversion.make_trainer(tmp_path / "work", model, rows, None, None, use_cpu=True, report_to="none")
+    model.save_pretrained(tmp_path / "model")
+    again = frontier.FastBertForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(again(**ragged_batch()).logits, model.eval()(**ragged_batch()).logits)
+    assert again.config.feed_forward["form"] == {"random": "leaves", "deleted": "neurons"}[kind]
