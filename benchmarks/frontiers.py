@@ -86,7 +86,9 @@ def plot(full: dict, sweeps: Mapping[str, dict], titles: Mapping[str, str], what
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         whole = pd.DataFrame(full["test"]).iloc[0]
-        for (name, sweep), colour, marker in zip(sweeps.items(), COLOURS, MARKERS, strict=False):
+        for (name, sweep), colour, marker in zip(
+            sweeps.items(), COLOURS[: len(sweeps)], MARKERS[: len(sweeps)], strict=True
+        ):
             table = pd.DataFrame(sweep["test"])
             speed_ups = whole["executed_flops"] / table["executed_flops"]
             axes.plot(speed_ups, 100 * table["accuracy"], color=colour, label=titles[name])

@@ -22,6 +22,9 @@ TITLES = {
     "deleted": "layer deleted, bias only",
 }
 
+# Of the models of the frontier: there are as many lines as colours.
+NOT_DRAWN = ("random-0.25", "top_k-0.25", "deleted")
+
 
 def load(folder: Path) -> dict[str, dict]:
     """Return the numbers of every finished run by its name."""
@@ -87,11 +90,18 @@ def titles_of(sweeps: dict[str, dict]) -> dict[str, str]:
 
 
 def title_of(name: str) -> str:
-    if name in ("dense", "1"):
+    kind, share = width_frontier.MODELS[name]
+    if kind == "full":
         return "exits alone" if name == "dense" else "exits alone, trained on"
-    share, depth = width_frontier.MODELS[name]
-    layer = "a dense layer of" if depth == 0 else "a tree with"
-    return f"{layer} {100 * share:g} % of the neurons, with exits"
+    of = f"{100 * share:g} % of the neurons"
+    titles = {
+        "tree": f"a tree with {of}, with exits",
+        "dense": f"a dense layer of {of}, with exits",
+        "random": f"a tree with {of}, random routing, with exits",
+        "top_k": f"each token's top {100 * share:g} % of the neurons, with exits",
+        "deleted": "no feed-forward layer, with exits",
+    }
+    return titles[kind]
 
 
 def plot_frontier(results: dict[str, dict]) -> Figure | None:
@@ -99,7 +109,8 @@ def plot_frontier(results: dict[str, dict]) -> Figure | None:
     sweeps = frontier_of(results)
     if not sweeps:
         return None
-    return frontiers.plot(sweeps["dense"], sweeps, titles_of(sweeps), "all layers and neurons")
+    drawn = {name: sweep for name, sweep in sweeps.items() if name not in NOT_DRAWN}
+    return frontiers.plot(sweeps["dense"], drawn, titles_of(drawn), "all layers and neurons")
 
 
 def parts(results: dict[str, dict]) -> dict[str, str]:
@@ -116,8 +127,8 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     found["lost_1x11"] = _points(lost(results, "1x11", width_runs.LONG_PATH, "distilled"))
     found["lost_12"] = _points(lost(results, "dense", width_runs.LONG_PATH, "distilled"))
     found["lost_deleted"] = _points(lost(results, "deleted", 0.0, "distilled"))
-    found["lost_untrained"] = _points(lost(results, "tree", 0.125, "converted"))
-    found["lost_dense_untrained"] = _points(lost(results, "dense", 0.125, "converted"))
+    for share in (0.25, 0.125):
+        found[f"lost_untrained_{1 / share:g}"] = _points(lost(results, "tree", share, "converted"))
     settings = next((result["settings"] for result in results.values() if "log" in result), None)
     found["width_steps"] = NOT_YET if settings is None else str(settings["steps"])
     sweeps, taken = frontier_of(results), results.get("times")
@@ -126,15 +137,12 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     allowed = frontiers.LOST[0]
     points = {name: frontiers.cheapest(sweeps["dense"], sweeps[name], allowed, "test") for name in sweeps}
     names = {
-        "dense": "dense",
-        "1": "1",
-        "0.25": "4",
-        "0.125": "8",
-        "narrow-0.25": "dense_4",
-        "narrow-0.125": "dense_8",
+        **{"dense": "dense", "1": "1", "0.25": "4", "0.125": "8", "deleted": "deleted"},
+        **{"narrow-0.25": "dense_4", "narrow-0.125": "dense_8", "random-0.25": "random_4", "random-0.125": "random_8"},
+        **{"top_k-0.25": "top_k_4", "top_k-0.125": "top_k_8"},
     }
     for name, part in names.items():
-        there = "loses more than that at every speed" if name in sweeps else NOT_YET
+        there = "none, as it loses more than that at every speed" if name in sweeps else NOT_YET
         found[f"frontier_{part}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else there
     alone = [sweeps[name] for name in sweeps if name in ("dense", "1")]
     both = [sweeps[name] for name in sweeps if name in ("0.25", "0.125")]

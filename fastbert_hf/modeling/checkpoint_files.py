@@ -72,7 +72,12 @@ def find_weights(
 
 def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in safetensors files, whose headers are checked against the files' sizes."""
-    shapes, bytes_left = {}, LARGEST_HEADERS
+    return {name: shape for name, (shape, _) in read_headers(files).items()}
+
+
+def read_headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and the dtype, as safetensors calls it, of every tensor, as [`read_shapes`]."""
+    headers, bytes_left = {}, LARGEST_HEADERS
     for file in files:
         with open(file, "rb") as weights:
             length = int.from_bytes(weights.read(8), "little")
@@ -86,10 +91,11 @@ def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
         try:
             # NumPy's mapping of the file takes no memory, PyTorch's asks for all of it.
             with safe_open(file, framework="np") as weights:
-                shapes.update({name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()})
+                slices = {name: weights.get_slice(name) for name in weights.keys()}
+                headers.update({name: (tuple(own.get_shape()), own.get_dtype()) for name, own in slices.items()})
         except Exception as error:  # the library's own class of error has no name outside it
             raise OSError(f"{file} is no whole safetensors file ({error}). Download or save it again.") from error
-    return shapes
+    return headers
 
 
 def check_index(path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Self
 
@@ -17,6 +17,8 @@ LARGEST_WEIGHT = 127
 # Steps between the least and the greatest value of a token: with 8 bits, and with 7. Products of two bytes are added
 # in 16 bits on processors without VNNI, and overflow there unless one of them has a bit less.
 LEVELS = (255, 127)
+# From this on, sums are no 32-bit numbers any more.
+MOST_INT32 = 2**31
 # Rows of zeros have no scale of their own.
 SMALLEST_SCALE = 1e-30
 
@@ -76,97 +78,143 @@ def is_for_operators(rows: torch.Tensor) -> bool:
     return rows.device.type == "cpu" and rows.is_contiguous() and hasattr(torch.ops.fastbert_hf, "quantise_tokens")
 
 
-class Int8Linear(nn.Linear):
+class Int8Weights(nn.Module):
+    """
+    Part of a layer with int8 weights: buffers, as they do not learn, with scales that stay in float32 whatever the
+    model is cast to.
+    """
+
+    def _make_weights(self, rows: int, width: int, device: Any) -> None:
+        self.register_buffer("weight", torch.empty(rows, width, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.empty(rows, dtype=torch.float32, device=device))
+
+    def _round(self, weight: torch.Tensor) -> None:
+        if not weight.is_meta:
+            self.weight, self.weight_scale = quantise_weights(weight.detach())
+
+    def reset_parameters(self) -> None:
+        """Do nothing: there are no int8 weights to start from."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype is not torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+
+class Int8Linear(Int8Weights, nn.Linear):
     """
     A linear layer whose weights are int8 with a scale for each output, and which rounds each token that it reads to
     eight bits with a scale of its own, so that an answer never depends on its batch-mates. Sums are exact whole
     numbers: a row of a batch gives what it gives alone, to the bit.
 
-    On processors without VNNI, tokens are rounded to seven bits. With gradients, and where oneDNN cannot multiply, the
-    same is computed in float32; rounding lets gradients through unchanged. The weights do not learn.
+    On processors without VNNI, tokens are rounded to seven bits. Where oneDNN cannot multiply, the same is computed in
+    float32. Rounding lets gradients through unchanged; the weights do not learn.
 
     Args:
-        in_features, out_features (`int`), bias (`bool`), device: As in `nn.Linear`.
+        in_features, out_features (`int`), bias (`bool`), device, dtype: As in `nn.Linear`; the dtype is the bias's.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
+        self._make_weights(out_features, in_features, device)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._packed = PackedWeights()
 
     @classmethod
     @torch.no_grad()
     def of(cls, linear: nn.Linear) -> Self:
         """Return what takes the place of a linear layer; its weights are rounded unless they are on `meta`."""
-        weight = linear.weight
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, weight.device)
-        if not weight.is_meta:
-            layer.weight.data, layer.weight_scale.data = quantise_weights(weight)
-            if linear.bias is not None:
-                layer.bias.copy_(linear.bias)
+        weight, bias = linear.weight, linear.bias
+        layer = cls(linear.in_features, linear.out_features, bias is not None, weight.device, weight.dtype)
+        layer._round(weight)
+        if bias is not None and not bias.is_meta:
+            layer.bias.copy_(bias)
         return layer.train(linear.training)
-
-    def reset_parameters(self) -> None:
-        """Do nothing: there are no int8 weights to start from."""
 
     @untraced  # torch.compile cannot look into packed weights
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = tokens.reshape(-1, self.in_features).float()
-        own = (rows, self.bias) if self.bias is not None else (rows,)
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own)
-        levels = exact_levels() if rows.device.type == "cpu" else None
-        if learns or levels is None:
-            outputs = self._in_float(rows, levels or LEVELS[0])
+        bias = None if self.bias is None else self.bias.float()
+        if torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad)):
+            outputs = RoundedProduct.apply(rows, self)
+            outputs = outputs if bias is None else outputs + bias
         else:
-            quantised, scale, zero = quantise_tokens(rows, levels)
-            outputs, sums = self._packed.multiply(quantised, self.weight, self.weight_scale)
-            scale_tokens(outputs, scale, zero, sums, self.bias)
+            outputs = self.product(rows, bias)
         return outputs.to(tokens.dtype).view(*tokens.shape[:-1], self.out_features)
 
-    def _in_float(self, rows: torch.Tensor, levels: int) -> torch.Tensor:
-        with torch.no_grad():
-            quantised, scale, zero = quantise_tokens(rows.detach(), levels)
-            rounded = quantised.float().sub_(zero).mul_(scale)
-        if rows.requires_grad:
-            rounded = rows + (rounded - rows.detach())
-        weight = self.weight.float() * self.weight_scale.float()[:, None]
-        return nn.functional.linear(rounded, weight, None if self.bias is None else self.bias.float())
+    def product(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return rounded tokens times weights, plus a bias: `[rows, out_features]` in float32."""
+        levels = exact_levels() if rows.device.type == "cpu" else None
+        if levels is None or self.in_features * levels * (LARGEST_WEIGHT + 1) >= MOST_INT32:
+            steps, scale, zero = quantise_tokens(rows, levels or LEVELS[0])
+            rounded = steps.float().sub_(zero).mul_(scale)
+            with torch.autocast(rows.device.type, enabled=False):
+                return nn.functional.linear(rounded, self.dequantised(), bias)
+        steps, scale, zero = quantise_tokens(rows, levels)
+        outputs, sums = self._packed.multiply(steps, self.weight, self.weight_scale)
+        scale_tokens(outputs, scale, zero, sums, bias)
+        return outputs
+
+    def dequantised(self) -> torch.Tensor:
+        """Return the weights in float32."""
+        return self.weight.float() * self.weight_scale[:, None]
 
 
-class Int8Embedding(nn.Embedding):
+class RoundedProduct(torch.autograd.Function):
+    """The product of an [`Int8Linear`], and the gradient of the tokens as if they had not been rounded."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.layer.dequantised(), None
+
+
+class Int8Embedding(Int8Weights, nn.Embedding):
     """
     An embedding whose rows are int8 with a scale each.
 
     Args:
         num_embeddings, embedding_dim (`int`), padding_idx (`int`, *optional*), device: As in `nn.Embedding`.
+        dtype (`torch.dtype`, *optional*): Of what comes out.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device: Any = None):
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        weight = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(num_embeddings, device=device), requires_grad=False)
+        self._make_weights(num_embeddings, embedding_dim, device)
         # In the dtype of the model, which those of the weights do not tell.
-        self.register_buffer("dtype_of_output", torch.empty(0, device=device), persistent=False)
+        self.register_buffer("dtype_of_output", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     @classmethod
     @torch.no_grad()
     def of(cls, embedding: nn.Embedding) -> Self:
         """Return what takes the place of an embedding, as [`Int8Linear.of`]."""
-        weight = embedding.weight
-        layer = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, weight.device)
-        if not weight.is_meta:
-            layer.weight.data, layer.weight_scale.data = quantise_weights(weight)
+        weight, padding_idx = embedding.weight, embedding.padding_idx
+        layer = cls(embedding.num_embeddings, embedding.embedding_dim, padding_idx, weight.device, weight.dtype)
+        layer._round(weight)
         return layer.train(embedding.training)
-
-    def reset_parameters(self) -> None:
-        """Do nothing, as [`Int8Linear`]."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         rows = nn.functional.embedding(input_ids, self.weight)
@@ -186,10 +234,9 @@ class PackedWeights:
         made = self._made
         key = tuple((own.data_ptr(), 0 if own.is_inference() else own._version) for own in (weight, weight_scale))
         if made is None or made[0] != key:
-            scale = weight_scale.detach().float()
-            packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight), dtype=torch.long)
-            sums = weight.sum(1, dtype=torch.int64).float() * scale
-            made = self._made = key, packed, scale, zeros, sums
+            packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), zeros_of(len(weight))
+            sums = weight.sum(1, dtype=torch.int64).float() * weight_scale
+            made = self._made = key, packed, weight_scale, zeros, sums
         _, packed, scale, zeros, sums = made
         return multiply(rows, packed, scale, zeros), sums
 
@@ -215,23 +262,34 @@ def exact_levels() -> int | None:
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return None
-    width = 256
-    weight = torch.full((32, width), LARGEST_WEIGHT, dtype=torch.int8)
-    weight[1::2] = -LARGEST_WEIGHT
-    wanted = weight.sum(1).float()
-    with torch.inference_mode():
-        packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(32, dtype=torch.long)
-        for levels in LEVELS:
-            # As many rows as a token has alone and as a batch has: other kernels may take them.
-            for rows in (1, 64):
-                tokens = torch.full((rows, width), levels, dtype=torch.uint8)
-                if not torch.equal(
-                    multiply(tokens, packed, torch.ones(32), zeros), (levels * wanted).expand(rows, -1)
-                ):
-                    break
-            else:
-                return levels
+    try:
+        with torch.inference_mode(), torch.device("cpu"):
+            width, outputs = 256, 32
+            weight = torch.full((outputs, width), LARGEST_WEIGHT, dtype=torch.int8)
+            weight[1::2] = -LARGEST_WEIGHT
+            wanted = weight.sum(1).float()
+            packed, scale = torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(outputs, dtype=torch.float32)
+            for levels in LEVELS:
+                # As many rows as a token has alone and as a batch has: other kernels may take them.
+                found = [
+                    multiply(torch.full((rows, width), levels, dtype=torch.uint8), packed, scale, zeros_of(outputs))
+                    for rows in (1, 64)
+                ]
+                if all(torch.equal(own, (levels * wanted).expand_as(own)) for own in found):
+                    return levels
+    except RuntimeError:  # a build that has the operator and not the kernel
+        return None
     return None
+
+
+def zeros_of(outputs: int) -> torch.Tensor:
+    """Return the zero points of weights, which have none."""
+    return torch.zeros(outputs, dtype=torch.long, device="cpu")
+
+
+def has_int8_layers(model: nn.Module) -> bool:
+    """Tell whether any layer of a model has int8 weights."""
+    return any(isinstance(part, Int8Weights) for part in model.modules())
 
 
 def put_int8_layers(model: nn.Module, modules_to_not_convert: Iterable[str] | None = None) -> list[str]:
@@ -246,6 +304,8 @@ def put_int8_layers(model: nn.Module, modules_to_not_convert: Iterable[str] | No
     Returns:
         `list` of `str`: The names of what was replaced.
     """
+    if any(".base_layer." in f"{name}." or ".lora_" in name for name, _ in model.named_modules()):
+        raise ValueError("the model has adapters, which int8 layers would round: convert it first, or merge them.")
     kept, replaced = list(modules_to_not_convert or ()), []
     for name, backbone in list(model.named_modules()):
         if name.rpartition(".")[2] != "backbone":

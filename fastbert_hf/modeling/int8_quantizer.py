@@ -21,7 +21,7 @@ from .int8_layers import quantise_weights
 
 METHOD = "fastbert_int8"
 # Names in a config.json, which comes from anywhere.
-MOST_NAMES, LONGEST_NAME = 10_000, 200
+MOST_NAMES, LONGEST_NAME = 1_000, 200
 
 
 class FastBertInt8Config(QuantizationConfigMixin):

@@ -21,6 +21,7 @@ from .dials import speed_of_call
 from .encoded_texts import check_on_error, checked_speeds, read_texts
 from .engine import TorchEngine
 from .exit_policies import ExitPolicy, config_thresholds, exit_range, row_speeds
+from .int8_layers import has_int8_layers
 from .modeling_fastbert import FastBertForSequenceClassification
 from .modeling_outputs import FastBertSequenceClassifierOutput, Prediction
 from .packed_batch import PackedBatch
@@ -114,12 +115,12 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
                 f"from_pretrained ({', '.join(LOADING_ARGUMENTS)})."
             )
         models = [as_member(member, **kwargs) for member in members]
-        check_order(models)
-        if any(is_quantised_config(model.config) for model in models):
+        if any(is_quantised_config(model.config) or has_int8_layers(model) for model in models):
             raise ValueError(
                 "a member is quantised: put the members together as they were before, and quantise the cascade, with "
                 "cascade.use_int8_layers()."
             )
+        check_order(models)
         dtype = common_dtype(models, kwargs.get("dtype"))
         processor = CascadeProcessor.from_members(members, tokenizers, **kwargs)
         config = CascadeConfig(

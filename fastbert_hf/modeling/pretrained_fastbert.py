@@ -14,14 +14,15 @@ from transformers.utils.hub import resolve_revision
 
 from .adapter_checks import base_of_adapter
 from .checkpoint_checks import explained
-from .checkpoint_files import find_weights, read_shapes
+from .checkpoint_files import find_weights, read_headers
 from .configuration_fastbert import FastBertConfig
 from .engine import beats_float32
-from .int8_layers import put_int8_layers
-from .int8_quantizer import FastBertInt8Config
+from .int8_layers import Int8Weights, has_int8_layers, put_int8_layers
+from .int8_quantizer import METHOD, FastBertInt8Config
 from .packed_attention import ATTENTION_KERNELS
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
-from .weight_checks import HARMLESS, IS_EXIT, check_total_size, check_weights
+from .teacher_digest import teacher_digest, tells_of_training
+from .weight_checks import HARMLESS, IS_EXIT, check_dtypes, check_total_size, check_weights
 
 
 logger = logging.get_logger(__name__)
@@ -83,6 +84,13 @@ class FastBertPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} has no weights for {', '.join(missing[:3])}"
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: save the checkpoint again."
             )
+        if any(bool((part.weight_scale <= 0).any()) for part in model.modules() if isinstance(part, Int8Weights)):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has int8 weights whose scale is not above 0: save the checkpoint "
+                "again."
+            )
+        if kwargs.get("quantization_config") is not None and model.config.distilled_for is not None:
+            model.config.distilled_for = teacher_digest(model)  # which what is trained from now on will not have
         if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
             use_faster_dtype(model)
         # Loading puts new parameters in place of the frozen ones.
@@ -111,7 +119,10 @@ class FastBertPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config or base, **download, **fields)
         weights_name = getattr(config, "transformers_weights", None)
         files = find_weights(base, weights_name, kwargs.get("variant"), **download)
-        cls._check_weights(read_shapes(files), config, kwargs)
+        headers = read_headers(files)
+        cls._check_weights({name: shape for name, (shape, _) in headers.items()}, config, kwargs)
+        if settings_of_quantiser(config).get("quant_method") == METHOD or not is_quantised_config(config):
+            check_dtypes({name: dtype for name, (_, dtype) in headers.items()})
         # The files were just downloaded.
         return {**kwargs, "force_download": False}, is_adapter
 
@@ -122,6 +133,10 @@ class FastBertPreTrainedModel(PreTrainedModel):
         check_total_size(shapes, config, is_quantised)
         with torch.device("meta"), explained("the model that the config describes cannot be built"):
             model = cls(copy.deepcopy(config))
+        if is_quantised and settings_of_quantiser(config)["quant_method"] == METHOD:
+            settings = FastBertInt8Config(**settings_of_quantiser(config))
+            put_int8_layers(model, settings.modules_to_not_convert)
+            is_quantised = False  # all that is saved is known
         if kwargs.get("key_mapping"):
             return
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -147,14 +162,33 @@ class FastBertPreTrainedModel(PreTrainedModel):
             `list` of `str`: The names of what was replaced.
         """
         settings = FastBertInt8Config(modules_to_not_convert)
-        if is_quantised_config(self.config):
+        if is_quantised_config(self.config) or has_int8_layers(self):
             raise ValueError("the model is quantised already: load the one in float32.")
+        models = [part for part in self.modules() if getattr(part, "teacher", None) is not None]
+        are_known = [
+            part.config.distilled_for is not None
+            and not tells_of_training(teacher_digest(part) or "", part.config.distilled_for)
+            for part in models
+        ]
         replaced = self._put_int8_layers(settings.modules_to_not_convert)
         self.config.quantization_config = settings
+        for part, is_known in zip(models, are_known, strict=True):
+            part.train(part.training)  # forgets the digest
+            if is_known:
+                part.config.distilled_for = teacher_digest(part)
         return replaced
 
     def _put_int8_layers(self, modules_to_not_convert: list[str]) -> list[str]:
         return put_int8_layers(self, modules_to_not_convert)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any):
+        """Save the model as [`PreTrainedModel.save_pretrained`] does, unless it could not be loaded again."""
+        if has_int8_layers(self) and settings_of_quantiser(self.config).get("quant_method") != METHOD:
+            raise ValueError(
+                "a part of the model has int8 layers, or it is a part of a model that has, which its config does not "
+                "say: convert what you save as a whole, with use_int8_layers()."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested_attention = requested_attention or next(iter(ATTENTION_KERNELS))
@@ -179,24 +213,30 @@ class FastBertPreTrainedModel(PreTrainedModel):
 def use_faster_dtype(model: PreTrainedModel) -> None:
     """Turn a model in half precision into float32, in place, where that is faster on its processor."""
     dtype, devices = model.dtype, {parameter.device.type for parameter in model.parameters()}
-    if dtype not in (torch.float16, torch.bfloat16) or devices != {"cpu"} or beats_float32(dtype):
+    is_foreign = getattr(model, "is_quantized", False) and not has_int8_layers(model)
+    if dtype not in (torch.float16, torch.bfloat16) or is_foreign or devices != {"cpu"} or beats_float32(dtype):
         return
     logger.warning_once(
         f"The model was saved in {dtype}, in which this processor is slower than in float32, so it is loaded in "
         f"float32. To keep it as it is: from_pretrained(..., dtype={dtype})"
     )
-    model.float()
+    torch.nn.Module.float(model)  # Transformers' own refuses int8 weights, which are not touched
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.config.dtype = torch.float32
 
 
-def is_quantised_config(config: PreTrainedConfig) -> bool:
-    """Tell whether weights are packed in a way that Transformers knows, by the config or the backbone's."""
+def settings_of_quantiser(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what a config, or the backbone's, says of packed weights; nothing where they are not."""
     settings = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
-    settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    return settings.to_dict() if hasattr(settings, "to_dict") else settings or {}
+
+
+def is_quantised_config(config: PreTrainedConfig) -> bool:
+    """Tell whether weights are packed in a way that Transformers knows, by the config or the backbone's."""
+    settings = settings_of_quantiser(config)
     return bool(settings) and AutoHfQuantizer.supports_quant_method(settings)
 
 

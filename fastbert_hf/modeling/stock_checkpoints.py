@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from .adapter_checks import find_adapter
 from .families import ENCODER_FAMILIES, get_encoder_family
+from .int8_layers import has_int8_layers
 
 
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -175,6 +176,8 @@ def copy_of(model: PreTrainedModel, dtype: str | torch.dtype | None = None, **kw
     """Return a copy of a loaded model, which needs no other arguments of `from_pretrained`."""
     if kwargs:
         raise ValueError(f"the model is loaded already: leave out {', '.join(kwargs)}, or give its name.")
+    if has_int8_layers(model):
+        raise ValueError("the encoder has int8 layers: give the one in float32, and convert what comes out.")
     return copy.deepcopy(model).to(dtype_of(dtype) or model.dtype)
 
 

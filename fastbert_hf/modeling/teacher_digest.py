@@ -55,8 +55,11 @@ def digest_of_modules(parts: list[nn.Module], whole: bool = False) -> str | None
     """
     if any(not type(module).__module__.startswith(PLAIN_MODULES) for part in parts for module in part.modules()):
         return None
-    weights = [weight for part in parts for weight in part.parameters()]
-    is_here = (type(weight) is nn.Parameter and not weight.is_meta and weight.numel() > 0 for weight in weights)
+    weights = [weight for part in parts for weight in weights_of(part)]
+    is_here = (
+        type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta and weight.numel() > 0
+        for weight in weights
+    )
     if not weights or not all(is_here):  # replicas of DataParallel have none
         return None
     samples = [weight.detach().flatten()[:: weight.numel() // SAMPLE | 1].cpu().double() for weight in weights]
@@ -74,6 +77,12 @@ def digest_of_modules(parts: list[nn.Module], whole: bool = False) -> str | None
         )
         digests += sorted({str(int(total)).encode() for total in sums})
     return f"{dtype}:{sha256(b''.join(digests)).hexdigest()[:16]}"
+
+
+def weights_of(module: nn.Module) -> list[torch.Tensor]:
+    """Return all that a module computes with: its parameters, and the int8 weights, which are buffers."""
+    int8 = [part for part in module.modules() if hasattr(part, "weight_scale")]
+    return [*module.parameters(), *(weight for part in int8 for weight in (part.weight, part.weight_scale))]
 
 
 def is_digest(value: object) -> bool:
@@ -125,7 +134,7 @@ class ChecksStudents:
         Return a digest of all weights, made as that of the teacher is; empty where there is none. It is made anew
         where a weight was changed in place or is another one.
         """
-        weights = tuple((weight.data_ptr(), version_of(weight)) for weight in self.parameters())
+        weights = tuple((weight.data_ptr(), version_of(weight)) for weight in weights_of(self))
         known = self._weights_digest
         if known is None or known[0] != weights:
             known = self._weights_digest = (weights, {})

@@ -19,6 +19,7 @@ SPARE_PARAMETERS = 10_000_000
 IS_EXIT = re.compile(r"(exits|shared_pooler)\.").match
 # What checkpoints may hold beside: a stock pooler that no exit reads, and ids that are counted anew.
 HARMLESS = r"backbone\.(pooler\.(dense\.)?(weight|bias)|embeddings\.(position_ids|token_type_ids))$"
+FLOATS = ("F64", "F32", "F16", "BF16")
 IS_HARMLESS = re.compile(rf"(members\.\d+\.)?(fastbert\.)?{HARMLESS}").match
 
 
@@ -77,6 +78,23 @@ def check_weights(
             f"the weights are not those of the model that the config describes: they {listed}. Load the config that "
             "was saved with them; ignore_mismatched_sizes=True makes what differs in shape, such as exits, anew."
         )
+
+
+def check_dtypes(dtypes: dict[str, str]) -> None:
+    """
+    Raise a `ValueError` unless weights are numbers in floating point, or int8 with float32 scales beside them.
+
+    Args:
+        dtypes (`dict`): Those of the tensors in a file, by their names, as safetensors calls them.
+    """
+    for name, dtype in dtypes.items():
+        is_scaled = f"{name}_scale" in dtypes
+        wanted = ("I8",) if is_scaled else ("F32",) if name.endswith(".weight_scale") else FLOATS
+        if dtype not in wanted and not IS_HARMLESS(name):
+            raise ValueError(
+                f"the weights hold {name} in {dtype}, where {' or '.join(wanted)} was expected: save the checkpoint "
+                "again with model.save_pretrained(folder)."
+            )
 
 
 def without_packed(

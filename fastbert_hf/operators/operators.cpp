@@ -297,6 +297,10 @@ std::tuple<Tensor, Tensor, Tensor> quantise_tokens(const Tensor& rows, int64_t l
       const float nothing = std::nearbyint(-fewest / step);
       scale[number] = step + fault;
       zero[number] = nothing;
+      if (!std::isfinite(scale[number])) {  // there are no bytes for it
+        std::fill(own, own + width, uint8_t{0});
+        continue;
+      }
       constexpr float kHalfEven = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds as torch.round does
       for (place = 0; place + kLanes <= width; place += kLanes) {
         const Lanes level = ((load(row + place) / step + kHalfEven) - kHalfEven) + nothing;

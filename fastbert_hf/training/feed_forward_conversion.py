@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..modeling.families import FeedForwardParts, get_encoder_family, max_text_tokens
 from ..modeling.fast_feedforward import LeafTree
 from ..modeling.feed_forward_settings import check_feed_forward, feed_forward_holders, put_feed_forward
+from ..modeling.int8_layers import has_int8_layers
 from ..rows import PaddingCollator, encoded_rows
 
 
@@ -141,6 +142,8 @@ def check_is_dense(model: PreTrainedModel) -> None:
         raise ValueError(
             f"the model was converted already (config.feed_forward={model.config.feed_forward}): load the dense one."
         )
+    if has_int8_layers(model):
+        raise ValueError("the model has int8 layers, and layers are fitted in float32: convert it before, then round.")
     if model.dtype is not torch.float32:
         raise ValueError(f"the model is in {model.dtype}, and layers are fitted in float32: model.float()")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, pipeline
 
@@ -23,6 +24,7 @@ from fastbert_hf import (
 from fastbert_hf.evaluation import executed_flops
 from fastbert_hf.modeling.int8_layers import Int8Embedding, Int8Linear, exact_levels
 from fastbert_hf.modeling.teacher_digest import teacher_digest
+from fastbert_hf.training import convert_feed_forward
 
 from ..common import FAMILIES, ragged_batch, tiny_model, tiny_text_config, tiny_texts, tiny_tokenizer
 
@@ -131,18 +133,140 @@ def test_bad_settings_are_refused(saved, tmp_path):
         CascadeForSequenceClassification.from_members(members)
 
 
-def test_broken_int8_checkpoints_are_refused(saved, tmp_path):
-    load(saved).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["modules_to_not_convert"] = ["x" * 1000]
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="must be a list of names"):
-        FastBertForSequenceClassification.from_pretrained(tmp_path)
+QUERY = "fastbert.backbone.encoder.layer.0.attention.self.query"
+WORDS = "fastbert.backbone.embeddings.word_embeddings"
+
+
+def with_settings(**settings):
+    def change(config: dict, weights: dict) -> None:
+        config["quantization_config"] |= settings
+
+    return change
+
+
+def without_settings(config: dict, weights: dict) -> None:
     del config["quantization_config"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="weight_scale"):
-        FastBertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def without_scales(config: dict, weights: dict) -> None:
+    without_settings(config, weights)
+    for name in [name for name in weights if name.endswith("weight_scale")]:
+        del weights[name]
+
+
+def with_weight(name: str, change):
+    def replace(config: dict, weights: dict) -> None:
+        weights[name] = change(weights[name])
+
+    return replace
+
+
+def without_weight(name: str):
+    def remove(config: dict, weights: dict) -> None:
+        del weights[name]
+
+    return remove
+
+
+BROKEN = {
+    "a name too long": (with_settings(modules_to_not_convert=["x" * 1000]), "must be a list of names"),
+    "no list": (with_settings(modules_to_not_convert={"a": 1}), "must be a list of names"),
+    "another setting": (with_settings(bits=4), "has no 'bits'"),
+    "no settings": (without_settings, "also hold .*weight_scale"),
+    "no settings and no scales": (without_scales, "in I8, where F64"),
+    "other settings": (with_settings(modules_to_not_convert=["query"]), "also hold .*weight_scale"),
+    "words in float": (with_settings(modules_to_not_convert=["word_embeddings"]), "also hold .*weight_scale"),
+    "a weight in float": (with_weight(f"{QUERY}.weight", torch.Tensor.float), "in F32, where I8"),
+    "a weight in bytes": (with_weight(f"{QUERY}.weight", lambda own: own.to(torch.uint8)), "in U8, where I8"),
+    "a scale in whole numbers": (with_weight(f"{QUERY}.weight_scale", torch.Tensor.int), "in I32, where F32"),
+    "a scale of 0": (with_weight(f"{WORDS}.weight_scale", lambda own: own * 0), "scale is not above 0"),
+    "a scale below 0": (with_weight(f"{QUERY}.weight_scale", torch.neg), "scale is not above 0"),
+    "a weight too short": (with_weight(f"{QUERY}.weight", lambda own: own[:-1].clone()), r"of shape \[31, 32\]"),
+    "no weight": (without_weight(f"{QUERY}.weight"), r"lack backbone\.encoder\.layer\.0\.attention\.self\.query"),
+    "no scale": (without_weight(f"{WORDS}.weight_scale"), "lack backbone.embeddings.word_embeddings.weight_scale"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_int8_checkpoints_are_refused(case, saved, tmp_path):
+    load(saved).save_pretrained(tmp_path)
+    change, message = BROKEN[case]
+    config, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    change(config, weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_int8_weights_do_not_learn_and_the_rest_does(saved, tmp_path):
+    model = load(saved)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(**ragged_batch()).logits.square().sum().backward()
+    optimizer.step()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert f"{QUERY}.bias" in changed
+    assert not any(f"{name}_scale" in before or name.endswith("weight_scale") for name in changed)
+
+
+def test_casts_keep_the_scales(texts):
+    model = tiny_model()
+    expected = logits_of(copy.deepcopy(model), texts)
+    model.use_int8_layers()
+    scales = {name: own.clone() for name, own in model.state_dict().items() if name.endswith("weight_scale")}
+    model.bfloat16()
+    assert model.dtype is torch.bfloat16
+    assert (logits_of(model, texts).float() - expected).abs().max() < 0.3 * expected.std()
+    model.float()
+    assert scales and all(torch.equal(model.state_dict()[name], own) for name, own in scales.items())
+    half = tiny_model().bfloat16()
+    half.use_int8_layers()
+    assert (logits_of(half, texts).float() - expected).abs().max() < 0.3 * expected.std()
+
+
+def test_what_could_not_come_back_is_not_saved(saved, tmp_path):
+    cascade = CascadeForSequenceClassification.from_members([tiny_model(seed=1), tiny_model(seed=2)])
+    cascade.members[1].use_int8_layers()
+    with pytest.raises(ValueError, match="convert what you save as a whole"):
+        cascade.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantised already"):
+        cascade.use_int8_layers()
+    whole = CascadeForSequenceClassification.from_members([tiny_model(seed=1), tiny_model(seed=2)])
+    whole.use_int8_layers()
+    with pytest.raises(ValueError, match="convert what you save as a whole"):
+        whole.members[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="give the one in float32"):
+        FastBertForSequenceClassification.from_backbone(load(saved).fastbert.backbone, num_labels=2)
+    with pytest.raises(ValueError, match="convert it before"):
+        convert_feed_forward(load(saved), [{"input_ids": [2, 3]}], progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_adapters_is_not_rounded():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["query"])).get_base_model()
+    with pytest.raises(ValueError, match="has adapters"):
+        model.use_int8_layers()
+
+
+def test_students_of_another_teacher_stay_refused(texts):
+    model = tiny_model()
+    model.config.distilled_for = teacher_digest(model)
+    with torch.no_grad():
+        model.teacher.out_proj.weight += 1
+    model.eval()
+    model.use_int8_layers()
+    assert not model.config.distilled_for.startswith("int8")
+    fresh = tiny_model()
+    fresh.config.distilled_for = teacher_digest(fresh)
+    fresh.use_int8_layers()
+    assert fresh.config.distilled_for == teacher_digest(fresh)
+    logits_of(fresh, texts, 0.5)
+    with torch.no_grad():
+        fresh.teacher.out_proj.weight += 1
+    with pytest.raises(ValueError, match="was trained after the students"):
+        logits_of(fresh.eval(), texts, 0.5)
 
 
 def test_cascades_are_quantised_as_a_whole(texts, tmp_path):
@@ -168,12 +292,7 @@ def test_students_of_the_float_model_still_answer_and_are_not_certified_for_int8
         logits_of(quantised, texts, 0.5)
     with pytest.raises(ValueError, match="weights"):
         list(quantised.predict(texts, max_disagreement=0.9))
-    # Trained on, it is another model.
-    with torch.no_grad():
-        quantised.teacher.out_proj.weight += 1
-    quantised.config.distilled_for = teacher_digest(load(tmp_path))
-    with pytest.raises(ValueError, match="was trained after the students"):
-        logits_of(quantised.eval(), texts, 0.5)
+    assert quantised.config.distilled_for == teacher_digest(quantised)
 
 
 def test_exits_learn_on_the_quantised_backbone(saved, texts, tmp_path):
