@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Self
 
@@ -289,7 +289,12 @@ def zeros_of(outputs: int) -> torch.Tensor:
 
 def has_int8_layers(model: nn.Module) -> bool:
     """Tell whether any layer of a model has int8 weights."""
-    return any(isinstance(part, Int8Weights) for part in model.modules())
+    return any(True for _ in int8_scales(model))
+
+
+def int8_scales(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the scales of all int8 weights of a model."""
+    return (part.weight_scale for part in model.modules() if isinstance(part, Int8Weights))
 
 
 def put_int8_layers(model: nn.Module, modules_to_not_convert: Iterable[str] | None = None) -> list[str]:

@@ -17,7 +17,7 @@ from .checkpoint_checks import explained
 from .checkpoint_files import find_weights, read_headers
 from .configuration_fastbert import FastBertConfig
 from .engine import beats_float32
-from .int8_layers import Int8Weights, has_int8_layers, put_int8_layers
+from .int8_layers import has_int8_layers, int8_scales, put_int8_layers
 from .int8_quantizer import METHOD, FastBertInt8Config
 from .packed_attention import ATTENTION_KERNELS
 from .stock_checkpoints import DOWNLOAD_ARGUMENTS
@@ -84,7 +84,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} has no weights for {', '.join(missing[:3])}"
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: save the checkpoint again."
             )
-        if any(bool((part.weight_scale <= 0).any()) for part in model.modules() if isinstance(part, Int8Weights)):
+        if any(bool((scale <= 0).any()) for scale in int8_scales(model)):
             raise ValueError(
                 f"{pretrained_model_name_or_path} has int8 weights whose scale is not above 0: save the checkpoint "
                 "again."
