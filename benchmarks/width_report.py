@@ -142,7 +142,7 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
         **{"top_k-0.25": "top_k_4", "top_k-0.125": "top_k_8"},
     }
     for name, part in names.items():
-        there = "none, as it loses more than that at every speed" if name in sweeps else NOT_YET
+        there = "nothing that loses so little" if name in sweeps else NOT_YET
         found[f"frontier_{part}"] = f"{points[name]['speed_up']:.1f}x" if points.get(name) else there
     alone = [sweeps[name] for name in sweeps if name in ("dense", "1")]
     both = [sweeps[name] for name in sweeps if name in ("0.25", "0.125")]
