@@ -37,7 +37,7 @@ def test_feed_forward_layers_are_converted_and_told_of(words, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "mean_exit_layer" in printed and f"its card are in {tmp_path / 'fast'}." in printed
     fast = FastBertForSequenceClassification.from_pretrained(tmp_path / "fast")
-    assert fast.config.feed_forward["leaf_size"] == 16
+    assert (fast.config.feed_forward["leaf_size"], fast.config.feed_forward["master_size"]) == (8, 8)
 
 
 @pytest.mark.parametrize("retraining", ["distillation", "labels"])
