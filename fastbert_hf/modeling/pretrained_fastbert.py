@@ -51,7 +51,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
         the weights are checked before the model is built, so that a broken or hostile checkpoint costs one error.
 
         A model that was saved in half precision is loaded in float32 where the processor is slower in half precision,
-        which is measured, unless `dtype` says what it shall be.
+        which is measured, unless `dtype` says what it shall be; `"auto"` keeps it as it was saved.
 
         Args:
             pretrained_model_name_or_path (`str` or `PathLike`):
@@ -91,7 +91,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
             )
         if kwargs.get("quantization_config") is not None and model.config.distilled_for is not None:
             model.config.distilled_for = teacher_digest(model)  # which what is trained from now on will not have
-        if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             use_faster_dtype(model)
         # Loading puts new parameters in place of the frozen ones.
         for module in model.modules():

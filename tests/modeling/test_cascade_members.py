@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from fastbert_hf import CascadeForSequenceClassification, FastBertForSequenceClassification
+from fastbert_hf.modeling.engine import beats_float32
 
 from ..common import assert_close, stock, tiny_model, tiny_texts, tiny_tokenizer
 
@@ -55,12 +56,14 @@ def test_members_from_a_disk_answer_in_every_dtype(folders, batch, tmp_path, sav
     made.save_pretrained(tmp_path)
     asked = {} if loaded is None else {"dtype": loaded}
     cascade = CascadeForSequenceClassification.from_pretrained(tmp_path, **asked)
-    assert dtypes(cascade) == {loaded or saved}
+    is_slow = loaded is None and saved is torch.bfloat16 and not beats_float32(saved)
+    expected_dtype = torch.float32 if is_slow else loaded or saved
+    assert dtypes(cascade) == {expected_dtype}
     with torch.no_grad():
         for speed in (0, 0.6, 1):
             output, expected = cascade(**batch, speed=speed), made(**batch, speed=speed)
-            assert output.logits.dtype == (loaded or saved)
-            if loaded in (None, saved):
+            assert output.logits.dtype == expected_dtype
+            if expected_dtype is saved:
                 assert output.exit_member.tolist() == expected.exit_member.tolist()
                 assert_close(output.logits.float(), expected.logits.float())
     built = AutoModelForSequenceClassification.from_config(cascade.config, dtype=torch.bfloat16)
@@ -69,7 +72,7 @@ def test_members_from_a_disk_answer_in_every_dtype(folders, batch, tmp_path, sav
 
 def test_members_of_several_dtypes_need_one(folders):
     with pytest.raises(ValueError, match=r"float32, torch.bfloat16, but a cascade is saved in one dtype: choose it"):
-        CascadeForSequenceClassification.from_members([folders["small"], folders["half"]])
+        CascadeForSequenceClassification.from_members([folders["small"], tiny_model().bfloat16()])
     cascade = CascadeForSequenceClassification.from_members([stock(num_layers=1), tiny_model()], dtype="bfloat16")
     assert dtypes(cascade) == {torch.bfloat16} and cascade.config.dtype == torch.bfloat16
 
