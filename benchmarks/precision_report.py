@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from statistics import mean
 
+from precision_runs import KINDS, SPEEDS
 from report_cells import NOT_YET, markdown, percent
 
 
-# As precision_runs.py has them, which needs the data.
-KINDS = ("float32", "bfloat16", "int8", "int8, 7 bits")
 SETS = ("sst2", "mrpc", "trec", "banking77")  # those of which a target was set
 
 
@@ -23,28 +22,21 @@ def table(results: list[dict]) -> str:
     """Return accuracy, and the agreement with float32, of every set."""
     if not results:
         return NOT_YET
-    header = ["set", *(f"{kind}, speed {speed}" for speed in ("0", "0.5") for kind in KINDS)]
-    lines = []
-    for result in results:
-        cells = [result["set"]]
-        for speed in ("0", "0.5"):
-            for kind in KINDS:
-                own = result["speeds"][speed][kind]
-                agreement = "" if kind == "float32" else f" ({percent(own['agreement'])})"
-                cells.append(percent(own["accuracy"]) + agreement)
-        lines.append(cells)
-    lines.append(["**mean**", *(f"**{cell}**" for cell in mean_cells(results))])
+    header = ["set", *(f"{kind}, speed {speed:g}" for speed in SPEEDS for kind in KINDS)]
+    lines = [[result["set"], *cells([result])] for result in results]
+    lines.append(["**mean**", *(f"**{cell}**" for cell in cells(results))])
     return markdown(header, lines)
 
 
-def mean_cells(results: list[dict]) -> list[str]:
-    cells = []
-    for speed in ("0", "0.5"):
+def cells(results: list[dict]) -> list[str]:
+    """Return accuracy, and in brackets agreement, of every speed and kind: the means over some sets."""
+    found = []
+    for speed in SPEEDS:
         for kind in KINDS:
-            own = [result["speeds"][speed][kind] for result in results]
+            own = [result["speeds"][f"{speed:g}"][kind] for result in results]
             agreement = "" if kind == "float32" else f" ({percent(mean(of['agreement'] for of in own))})"
-            cells.append(percent(mean(of["accuracy"] for of in own)) + agreement)
-    return cells
+            found.append(percent(mean(of["accuracy"] for of in own)) + agreement)
+    return found
 
 
 def numbers(results: list[dict]) -> dict[str, str]:

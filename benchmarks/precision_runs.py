@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from contract_runs import SETS, load, trained_model
@@ -21,17 +20,6 @@ TEST_ROWS = 2000
 # Bits of the tokens: seven is what processors without VNNI use.
 BITS = {"int8": 8, "int8, 7 bits": 7}
 KINDS = ("float32", "bfloat16", *BITS)
-
-
-@contextmanager
-def bits_of_tokens(bits: int) -> Iterator[None]:
-    """Let int8 layers round tokens to so many bits."""
-    exact_levels = int8_layers.exact_levels
-    int8_layers.exact_levels = lambda: 2**bits - 1
-    try:
-        yield
-    finally:
-        int8_layers.exact_levels = exact_levels
 
 
 def measure(model: FastBertForSequenceClassification, rows, speed: float) -> dict[str, torch.Tensor]:
@@ -56,7 +44,7 @@ def execute(name: str, data_dir: Path, models_dir: Path) -> dict:
             "bfloat16": measure(copy.deepcopy(model).bfloat16(), rows, speed),
         }
         for kind, bits in BITS.items():
-            with bits_of_tokens(bits):
+            with patch.object(int8_layers, "exact_levels", lambda levels=2**bits - 1: levels):
                 answers[kind] = measure(int8, rows, speed)
         result["speeds"][f"{speed:g}"] = {
             kind: {

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from serving_runs import CUT, in_turn, load_tokenizer, model_that_leaves, own_model, ratios
@@ -34,25 +35,13 @@ print(json.dumps({"before": before, "after": memory("VmHWM")}))
 """
 
 
-def without_operators(run: Callable[[], object]) -> Callable[[], object]:
-    """Return the same run with PyTorch's own operators alone."""
-
-    def run_without() -> object:
-        used, int8_layers.is_for_operators = int8_layers.is_for_operators, lambda rows: False
-        try:
-            return run()
-        finally:
-            int8_layers.is_for_operators = used
-
-    return run_without
-
-
 def sides_of(
     model: FastBertForSequenceClassification, answer: Callable[[FastBertForSequenceClassification], object]
 ) -> dict[str, Callable[[], object]]:
     """Return what each kind of a model does in a turn."""
     int8 = copy.deepcopy(model)
     int8.use_int8_layers()
+    without_operators = patch.object(int8_layers, "is_for_operators", lambda rows: False)
     return {
         "float32": partial(answer, model),
         "bfloat16": partial(answer, copy.deepcopy(model).bfloat16()),

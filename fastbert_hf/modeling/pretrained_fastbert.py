@@ -89,8 +89,9 @@ class FastBertPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} has int8 weights whose scale is not above 0: save the checkpoint "
                 "again."
             )
-        if kwargs.get("quantization_config") is not None and model.config.distilled_for is not None:
-            model.config.distilled_for = teacher_digest(model)  # which what is trained from now on will not have
+        if has_int8_layers(model) and not model.hf_quantizer.pre_quantized:
+            for part in taught_parts(model):
+                part.config.distilled_for = teacher_digest(part)  # which it will not have once it is trained on
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             use_faster_dtype(model)
         # Loading puts new parameters in place of the frozen ones.
@@ -164,18 +165,14 @@ class FastBertPreTrainedModel(PreTrainedModel):
         settings = FastBertInt8Config(modules_to_not_convert)
         if is_quantised_config(self.config) or has_int8_layers(self):
             raise ValueError("the model is quantised already: load the one in float32.")
-        models = [part for part in self.modules() if getattr(part, "teacher", None) is not None]
-        are_known = [
-            part.config.distilled_for is not None
-            and not tells_of_training(teacher_digest(part) or "", part.config.distilled_for)
-            for part in models
-        ]
+        taught = taught_parts(self)
+        digests = [teacher_digest(part) for part in taught]
         replaced = self._put_int8_layers(settings.modules_to_not_convert)
         self.config.quantization_config = settings
-        for part, is_known in zip(models, are_known, strict=True):
-            part.train(part.training)  # forgets the digest
-            if is_known:
+        for part, digest in zip(taught, digests, strict=True):
+            if digest is not None and not tells_of_training(digest, part.config.distilled_for):
                 part.config.distilled_for = teacher_digest(part)
+            part.train(part.training)  # forgets the digest
         return replaced
 
     def _put_int8_layers(self, modules_to_not_convert: list[str]) -> list[str]:
@@ -208,6 +205,15 @@ class FastBertPreTrainedModel(PreTrainedModel):
             given = attn_implementation
             attn_implementation = given.get("", given.get("text_config", self.config._attn_implementation))
         self.config._attn_implementation_internal = self.get_correct_attn_implementation(attn_implementation)
+
+
+def taught_parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Return the model, or the members of a cascade, whose students know their teacher."""
+    return [
+        part
+        for part in model.modules()
+        if getattr(part, "teacher", None) is not None and part.config.distilled_for is not None
+    ]
 
 
 def use_faster_dtype(model: PreTrainedModel) -> None:
