@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .engines.exported_models import FastBertOnnx, FastBertOpenVino
 from .modeling.configuration_cascade import CascadeConfig
 from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.int8_quantizer import FastBertInt8Config
@@ -20,6 +21,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .calibration import calibrate
+    from .engines.exporter import export
     from .evaluation.speed_choice import choose_speed
     from .operators import load_operators
     from .training import SelfDistillationArguments, SelfDistillationTrainer, train
@@ -34,6 +36,10 @@ AutoConfig.register("fastbert_cascade", CascadeConfig)
 # A cascade has no encoder of its own below its classifiers.
 AutoModel.register(CascadeConfig, CascadeForSequenceClassification)
 AutoModelForSequenceClassification.register(CascadeConfig, CascadeForSequenceClassification)
+for exported in (FastBertOnnx, FastBertOpenVino):
+    AutoConfig.register(exported.config_class.model_type, exported.config_class)
+    AutoModel.register(exported.config_class, exported)
+    AutoModelForSequenceClassification.register(exported.config_class, exported)
 PIPELINE_REGISTRY.register_pipeline(
     "fast-text-classification",
     pipeline_class=FastTextClassificationPipeline,
@@ -46,7 +52,7 @@ del FastTextClassificationPipeline._registered_impl
 # The code that travels with weights keeps the stock push; the package adds a model card and, on request, that code.
 for pushed in (FastBertForSequenceClassification, CascadeForSequenceClassification, FastTextClassificationPipeline):
     pushed.push_to_hub = push_to_hub
-del push_to_hub, pushed
+del push_to_hub, pushed, exported
 
 
 def _certify(model, *arguments, **named):
@@ -71,6 +77,7 @@ _LATER = {
     "SelfDistillationTrainer": "training",
     "calibrate": "calibration",
     "choose_speed": "evaluation.speed_choice",
+    "export": "engines.exporter",
     "load_operators": "operators",
     "train": "training",
 }
@@ -95,6 +102,8 @@ __all__ = [
     "FastBertForSequenceClassification",
     "FastBertInt8Config",
     "FastBertModel",
+    "FastBertOnnx",
+    "FastBertOpenVino",
     "FastTextClassificationPipeline",
     "Measured",
     "SelfDistillationArguments",
@@ -102,6 +111,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "choose_speed",
+    "export",
     "load_operators",
     "save_with_code",
     "train",

@@ -189,6 +189,11 @@ class FastBertConfig(PreTrainedConfig):
                 "This is the config of a 'fastbert_cascade' checkpoint, not of a FastBERT model: load it with "
                 "CascadeForSequenceClassification.from_pretrained(name)."
             )
+        if str(model_type).startswith("fastbert_") and model_type != cls.model_type:
+            raise ValueError(
+                f"This is the config of a {shortened(model_type)} checkpoint, which export wrote for another engine: "
+                "load it with AutoModelForSequenceClassification.from_pretrained(name)."
+            )
         if model_type != cls.model_type:
             raise ValueError(
                 f"This is the config of a {shortened(model_type)} checkpoint, not of a FastBERT model, and loading "

@@ -233,7 +233,7 @@ def setting_of(model: PreTrainedModel) -> dict[str, str]:
     device = model.device.type
     autocast = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
     dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
-    return {"dtype": str(dtype).removeprefix("torch."), "engine": "torch"}
+    return {"dtype": str(dtype).removeprefix("torch."), "engine": model.engine_name}
 
 
 def check_setting(certification: Mapping[str, Any], dial: str, **found: Any) -> None:

@@ -84,21 +84,7 @@ class MeanExitPooler(LinearExitPooler):
     """The same on the mean of the text's tokens, for backbones whose lower layers put little into the first one."""
 
     def read(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-        sizes = packed_batch.sizes
-        if sizes is not None:  # a merged token counts as many as it is made of
-            hidden_states = hidden_states * sizes.unsqueeze(-1).to(hidden_states.dtype)
-        groups = hidden_states[0].split(packed_batch.group_tokens)
-        sums = [
-            tokens.unflatten(0, (texts, -1)).mean(1) * (1 if sizes is None else length)
-            for tokens, (texts, length) in zip(groups, packed_batch.groups, strict=True)
-        ]
-        if sizes is None:
-            return torch.cat(sums)
-        of_texts = [
-            own.view(texts, -1).sum(1)
-            for own, (texts, _) in zip(sizes[0].split(packed_batch.group_tokens), packed_batch.groups, strict=True)
-        ]
-        return torch.cat(sums) / torch.cat(of_texts).unsqueeze(1).to(hidden_states.dtype)
+        return packed_batch.mean_of_texts(hidden_states)
 
 
 # What `exit_type` can be: how the hidden states of a text become one vector. No other code knows which there are.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, singledispatch
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from .packed_batch import PackedBatch
 PACKED_ATTENTION = "fastbert_packed"
 
 
+@singledispatch
 def attend_within_texts(
     packed_batch: PackedBatch,
     query: torch.Tensor,
@@ -26,7 +27,8 @@ def attend_within_texts(
     first_token_only: bool = False,
 ) -> torch.Tensor:
     """
-    Attend inside each text only, and return `[1, queries, heads, head_dim]`.
+    Attend inside each text only, and return `[1, queries, heads, head_dim]`. What stands for a packed batch where a
+    graph is made of a layer registers its own way.
 
     Args:
         packed_batch (`PackedBatch`): Where the texts are.

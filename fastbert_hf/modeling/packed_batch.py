@@ -8,6 +8,11 @@ from functools import cached_property
 import torch
 
 
+# Sums over a text's tokens come out the same to the bit whatever its batch-mates are, as vectors of any processor are
+# cut at the same places and what is added is zero.
+PADDED_TO = 16
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """
@@ -67,6 +72,39 @@ class PackedBatch:
     def first_tokens(self) -> torch.Tensor:
         """Place of each text's first token in the packed row, `[texts]`."""
         return (self.lengths.cumsum(0) - self.lengths).to(self.position_ids.device)
+
+    @cached_property
+    def padded_form(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Where the tokens would be in a padded batch, for engines that attend in one, on the CPU: the place of each
+        text's tokens in the packed row, `[texts, columns]`, those of padding at 0; the place of each packed token in
+        that padded form, flattened, `[total_tokens]`; and whether there is a token, `[texts, columns]`. There are as
+        many columns as the longest text has tokens, and some more: a multiple of `PADDED_TO`.
+        """
+        columns = torch.arange(-(-int(self.lengths.max()) // PADDED_TO) * PADDED_TO)
+        is_token = columns < self.lengths[:, None]
+        first = (self.lengths.cumsum(0) - self.lengths)[:, None]
+        return (first + columns).masked_fill_(~is_token, 0), is_token.flatten().nonzero()[:, 0], is_token
+
+    def mean_of_texts(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Return the mean of each text's tokens, `[texts, hidden_size]`, out of `[1, total_tokens, hidden_size]`. A
+        merged token counts as many as it is made of.
+        """
+        if self.sizes is not None:
+            hidden_states = hidden_states * self.sizes.unsqueeze(-1).to(hidden_states.dtype)
+        groups = hidden_states[0].split(self.group_tokens)
+        sums = [
+            tokens.unflatten(0, (texts, -1)).mean(1) * (1 if self.sizes is None else length)
+            for tokens, (texts, length) in zip(groups, self.groups, strict=True)
+        ]
+        if self.sizes is None:
+            return torch.cat(sums)
+        of_texts = [
+            own.view(texts, -1).sum(1)
+            for own, (texts, _) in zip(self.sizes[0].split(self.group_tokens), self.groups, strict=True)
+        ]
+        return torch.cat(sums) / torch.cat(of_texts).unsqueeze(1).to(hidden_states.dtype)
 
     def keep(self, kept: torch.Tensor, hidden_states: torch.Tensor) -> tuple[PackedBatch, torch.Tensor]:
         """Keep some texts, by a mask `[texts]` on the CPU, and return the smaller batch with its hidden states."""

@@ -93,7 +93,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         **kwargs,
     ):
         model_type = model.config.model_type
-        if model_type not in ("fastbert", "fastbert_cascade"):
+        if not model_type.startswith("fastbert"):
             raise ValueError(
                 f"fast-text-classification needs a FastBERT model, got one of type {model_type!r}. Wrap it with "
                 "FastBertForSequenceClassification.from_classifier(name) and self-distil it first."

@@ -33,6 +33,7 @@ class FastBertPreTrainedModel(PreTrainedModel):
 
     config_class = FastBertConfig
     base_model_prefix = "fastbert"
+    engine_name = "torch"  # what runs the layers, by which certificates know it
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     # The forward takes no loss keywords, so gradient accumulation averages the micro-batches.

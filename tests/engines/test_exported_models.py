@@ -1,0 +1,409 @@
+"""Exported models: asked in every way, whole folders and broken ones, certificates, threads, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+
+from fastbert_hf import (
+    CascadeForSequenceClassification,
+    FastBertForSequenceClassification,
+    FastBertOnnx,
+    FastBertOpenVino,
+    calibrate,
+    export,
+)
+from fastbert_hf.engines import exporter
+from fastbert_hf.engines.exported_models import EXPORTED_MODELS
+from fastbert_hf.evaluation import record_exits, replay_at_speed
+
+from ..common import assert_close, ragged_batch, random_gates, tiny_model, tiny_texts, tiny_tokenizer
+
+
+KINDS = (("onnx", None), ("onnx", "int8"), ("openvino", None), ("openvino", "int8"))
+FORMATIONS = ({"batch_size": 1}, {"batch_size": 7}, {"batch_tokens": 50}, {"rebatch": False}, {"batch_tokens": 4096})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return the folder of one model for each backend and precision, made when it is first asked for."""
+    made = {}
+
+    def folder_of(backend: str, quantize: str | None = None) -> Path:
+        if (backend, quantize) not in made:
+            folder = tmp_path_factory.mktemp(f"{backend}-{quantize}") / "model"
+            settings = {"quantize": quantize, "tokenizer": tiny_tokenizer(), "progress": False}
+            made[backend, quantize] = export(tiny_model(), folder, backend, **settings)
+        return made[backend, quantize]
+
+    return folder_of
+
+
+@pytest.fixture
+def onnx(folders, tmp_path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(folders("onnx"), tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 40, (40,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(5, 100, (length,), generator=generator).tolist()} for length in lengths]
+
+
+def load(folder: Path, **settings):
+    return AutoModelForSequenceClassification.from_pretrained(folder, **settings)
+
+
+def answers(model, texts, speed: float | list[float] = 0.78, **how) -> tuple[torch.Tensor, list[int]]:
+    found = list(model.predict(texts, speed=speed, **how))
+    return torch.stack([answer.logits for answer in found]), [answer.exit_layer for answer in found]
+
+
+@pytest.mark.parametrize(("backend", "quantize"), KINDS)
+def test_an_answer_does_not_depend_on_its_batch_mates_to_the_bit(folders, texts, backend, quantize):
+    model = load(folders(backend, quantize), num_threads=2)
+    logits, layers = answers(model, texts)
+    assert len(set(layers)) > 1
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    for formation in FORMATIONS:
+        other, other_layers = answers(model, [texts[place] for place in order], **formation)
+        assert [layers[place] for place in order] == other_layers
+        assert torch.equal(other, logits[order])
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_int8_answers_as_in_pytorch(folders, texts, backend):
+    model = tiny_model()
+    model.use_int8_layers()
+    (wanted, _), (found, _) = (answers(own, texts, 0.0) for own in (model, load(folders(backend, "int8"))))
+    # Tiny layers amplify a step of rounding: the errors of int8 itself are as large.
+    exact, _ = answers(tiny_model(), texts, 0.0)
+    assert (found - wanted).abs().mean() < 2 * (wanted - exact).abs().mean()
+    assert (found - wanted).abs().max() < 0.2 * wanted.std()
+
+
+def test_seven_bits_are_taken_where_bytes_overflow(folders, texts, monkeypatch):
+    model = load(folders("onnx", "int8"))
+    assert model.graphs.levels in (255, 127)
+    (exact, _), (eight, _) = answers(load(folders("onnx")), texts, 0.0), answers(model, texts, 0.0)
+    own_run, asked = model.graphs.run, []
+
+    def overflowing(name, given):
+        outputs = own_run(name, given)
+        if name != "probe":
+            return outputs
+        asked.append(float(given["levels"]))
+        return [outputs[0] * (0.9 if given["levels"] == 255 else 1.0)]
+
+    model.graphs._levels = None
+    monkeypatch.setattr(model.graphs, "run", overflowing)
+    assert model.graphs.levels == 127
+    assert asked == [255.0, 255.0, 127.0, 127.0]
+    seven, _ = answers(model, texts, 0.0)
+    assert (eight - exact).abs().mean() < (seven - exact).abs().mean() < 0.1 * exact.std()
+    model.graphs._levels = None
+    monkeypatch.setattr(model.graphs, "run", lambda name, given: [own * 0 for own in own_run(name, given)])
+    with pytest.raises(RuntimeError, match="adds products of bytes wrongly"):
+        model.graphs.levels  # noqa: B018
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_replay_tells_what_predict_answers(folders, texts, backend):
+    model = load(folders(backend))
+    record = record_exits(model, texts, progress=False)
+    assert record.layer_flops.gt(0).all()
+    for policy in ("entropy", "margin", "patience"):
+        model.config.exit_policy = policy
+        for speed in (0.2, 0.7):
+            logits, layers = answers(model, texts, speed)
+            replayed = replay_at_speed(record, model.config, speed)
+            assert replayed.exit_layer.tolist() == layers
+            assert_close(replayed.logits, logits, 1e-6)
+
+
+def test_the_pipeline_runs_a_folder(folders):
+    clf = pipeline("fast-text-classification", model=str(folders("onnx")))
+    own = pipeline("fast-text-classification", model=tiny_model(), tokenizer=tiny_tokenizer())
+    texts = tiny_texts()
+    assert type(clf.model) is FastBertOnnx
+    for arguments in ({"speed": 0.5}, {"speed": 0.0, "top_k": None}, {"max_layers": 2}):
+        for one, other in zip(clf(texts, **arguments), own(texts, **arguments), strict=True):
+            one, other = (answer if isinstance(answer, list) else [answer] for answer in (one, other))
+            assert [(row["label"], row["exit_layer"]) for row in one] == [
+                (row["label"], row["exit_layer"]) for row in other
+            ]
+            assert [row["score"] for row in one] == pytest.approx([row["score"] for row in other], abs=1e-5)
+    assert type(AutoModel.from_pretrained(folders("openvino"))) is FastBertOpenVino
+
+
+def test_a_calibration_goes_along_and_a_certificate_does_not(folders, tmp_path):
+    model, texts = tiny_model(), tiny_texts(300, seed=3)
+    tokenizer = tiny_tokenizer()
+    calibrate(model, texts, tokenizer, progress=False)
+    exported = load(export(model, tmp_path / "onnx", tokenizer=tokenizer, progress=False))
+    encoded = tokenizer(texts[:20])
+    (one, layers), (other, other_layers) = (answers(own, encoded, None, speedup=1.3) for own in (model, exported))
+    assert layers == other_layers
+    assert_close(one, other, 1e-4)
+    with pytest.raises(ValueError, match="certified with engine='torch', and here it is 'onnx'"):
+        list(exported.predict(encoded, max_disagreement=0.5))
+    exported.certify(texts, tokenizer, max_disagreement=0.5, progress=False)
+    assert exported.config.certification["setting"]["engine"] == "onnx"
+    assert len(list(exported.predict(encoded, max_disagreement=0.5))) == 20
+    exported.save_pretrained(tmp_path / "certified")
+    again = load(tmp_path / "certified")
+    assert len(list(again.predict(encoded, max_disagreement=0.5))) == 20
+    model.config.certification = again.config.certification
+    with pytest.raises(ValueError, match="certified with engine='onnx', and here it is 'torch'"):
+        list(model.predict(encoded, max_disagreement=0.5))
+    # Another export of the same model has other files, which a certificate is of, too.
+    int8 = load(export(model, tmp_path / "int8", quantize="int8", tokenizer=tokenizer, progress=False))
+    assert len(list(int8.predict(encoded, speedup=1.3))) == 20
+    with pytest.raises(ValueError, match="the weights of this model have changed since it was calibrated"):
+        list(int8.predict(encoded, max_disagreement=0.5))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_threads_share_a_model(folders, texts, backend):
+    model = load(folders(backend), num_threads=1)
+    wanted, _ = answers(load(folders(backend), num_threads=1), texts)
+    with ThreadPoolExecutor(4) as pool:
+        for found, _ in pool.map(lambda _: answers(model, texts), range(12)):
+            assert torch.equal(found, wanted)
+
+
+def test_copies_and_saved_ones_answer_the_same(folders, texts, tmp_path):
+    model = load(folders("onnx"))
+    wanted, _ = answers(model, texts)
+    model.config.speed = 0.25
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.config.speed == 0.25
+    for own in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again):
+        assert torch.equal(answers(own, texts)[0], wanted)
+    model.save_pretrained(folders("onnx"))  # in place
+    assert torch.equal(answers(load(folders("onnx")), texts)[0], wanted)
+
+
+def lose(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def change_byte(folder: Path) -> None:
+    content = bytearray((folder / "layers_02.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "layers_02.onnx").write_bytes(bytes(content))
+
+
+def with_field(name: str, value):
+    def change(folder: Path) -> None:
+        stages = json.loads((folder / "stages.json").read_text())
+        stages[name] = {**stages[name], **value} if isinstance(value, dict) else value
+        (folder / "stages.json").write_text(json.dumps(stages))
+
+    return change
+
+
+def with_text(text: str):
+    return lambda folder: (folder / "stages.json").write_text(text)
+
+
+BROKEN = {
+    "half written": (lose("stages.json"), "has no stages.json, so it is no exported model, or was not written"),
+    "a lost layer": (lose("layers_03.onnx"), "has no layers_03.onnx, which stages.json names"),
+    "a changed byte": (change_byte, "layers_02.onnx is not what was written there"),
+    "no JSON": (with_text("{"), "is not what fastbert_hf.export writes"),
+    "a list": (with_text("[1]"), "is not what fastbert_hf.export writes"),
+    "no object": (with_text("1"), "is not what fastbert_hf.export writes"),
+    "too deep": (with_text("[" * 100_000), "is not what fastbert_hf.export writes"),
+    "too large": (with_text(" " * 2_000_000), "as it has 2,000,000 bytes"),
+    "another format": (with_field("format", 2), "has format 2, and this version reads 1"),
+    "no such backend": (with_field("backend", "tensorrt"), "is not what fastbert_hf.export writes"),
+    "an unhashable backend": (with_field("backend", ["onnx"]), "is not what fastbert_hf.export writes"),
+    "another number of layers": (with_field("num_layers", 3), "is not what fastbert_hf.export writes"),
+    "no number of layers": (with_field("layers_per_stage", 0), "is not what fastbert_hf.export writes"),
+    "true layers": (with_field("num_layers", True), "is not what fastbert_hf.export writes"),
+    "a file elsewhere": (with_field("files", {"../../etc/passwd": "0" * 64}), "is not what fastbert_hf.export writes"),
+    "a wrong digest": (with_field("files", {"exit_01.onnx": 7}), "is not what fastbert_hf.export writes"),
+    "a further field": (with_field("code", "import os"), "is not what fastbert_hf.export writes"),
+    "no digest": (with_field("weights", "x"), "is not what fastbert_hf.export writes"),
+    "no rotary types": (with_field("rotary", None), "is not what fastbert_hf.export writes"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_one_clear_error(onnx, name):
+    breaks, message = BROKEN[name]
+    breaks(onnx)
+    with pytest.raises(ValueError, match=message):
+        load(onnx)
+
+
+def test_a_config_of_another_model_is_refused(onnx):
+    config = json.loads((onnx / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    (onnx / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is of 4 layers, and the config beside it of 5"):
+        load(onnx)
+
+
+def test_code_in_a_folder_is_not_run(onnx, tmp_path):
+    (onnx / "fastbert_reader.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("modeling_fastbert.py", "sitecustomize.py"):
+        shutil.copyfile(onnx / "fastbert_reader.py", onnx / name)
+    pipeline("fast-text-classification", model=str(onnx))("word5 word6")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_is_loaded_by_its_own_class(folders):
+    with pytest.raises(ValueError, match="was written for 'openvino'.*load it with FastBertOpenVino"):
+        FastBertOnnx.from_pretrained(folders("openvino"), config=FastBertOnnx.from_pretrained(folders("onnx")).config)
+    with pytest.raises(ValueError, match="'fastbert_onnx' checkpoint, which export wrote for another engine"):
+        FastBertForSequenceClassification.from_pretrained(folders("onnx"))
+
+
+def test_what_is_no_exported_model_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'fastbert' checkpoint"):
+        FastBertOnnx.from_pretrained(tmp_path)
+
+
+def test_what_only_pytorch_can_do_is_refused(folders, texts):
+    model = load(folders("onnx"))
+    batch = ragged_batch()
+    for act, message in {
+        (lambda: model.train()): "cannot learn",
+        (lambda: model.half()): "cannot be moved or cast",
+        (lambda: model.to("meta")): "cannot be moved or cast",
+        (lambda: model.use_int8_layers()): "quantize=",
+        (lambda: model(inputs_embeds=torch.zeros(1, 2, 32))): "reads input_ids, not inputs_embeds",
+        (lambda: model(**batch, output_hidden_states=True)): "no output_hidden_states",
+        (lambda: model(**batch, retention=0.5)): "coarsening",
+        (lambda: export(model, "elsewhere")): "export takes a FastBertForSequenceClassification, got FastBertOnnx",
+        (lambda: load(folders("onnx"), dtype=torch.float16)): "answers in float32",
+        (lambda: load(folders("onnx"), num_threads=0)): "num_threads must be a whole number",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            act()
+    with pytest.raises(TypeError, match="does not know device_map"):
+        load(folders("onnx"), device_map="auto")
+    assert not model.training
+    assert len(list(model.eval().predict(texts[:2], speed=0.5))) == 2
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    shorter = tiny_model(coarsening={"layers": [2], "retention": [0.5]})
+    trees = tiny_model(feed_forward={"form": "leaves", "depth": 1, "leaf_size": 32})
+    cascade = CascadeForSequenceClassification.from_members([model, tiny_model(seed=1)])
+    stale = tiny_model(distilled_for="float32:0123456789abcdef")
+    for own, settings, message in (
+        (shorter, {}, "config.coarsening cannot be exported"),
+        (trees, {}, "config.feed_forward cannot be exported"),
+        (cascade, {}, "export each member"),
+        (model, {"quantize": "int4"}, "quantize='int4' is not known"),
+        (model, {"layers_per_stage": 5}, "layers_per_stage must be from 1 to 4"),
+        (model, {"layers_per_stage": True}, "layers_per_stage must be from 1 to 4"),
+        (model, {"backend": "tensorrt"}, "backend='tensorrt' is not known; choose one of onnx, openvino"),
+        (model, {"tokenizer": None}, "the tokenizer of this FastBertForSequenceClassification is not known"),
+        (stale, {}, "was trained after the students"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(own, tmp_path / "folder", **{"tokenizer": tokenizer, "progress": False, **settings})
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="holds another checkpoint, which an export would overwrite"):
+        export(model, tmp_path / "checkpoint", tokenizer=tokenizer)
+
+
+def test_an_export_that_fails_leaves_the_folder_as_it_was(onnx, texts, monkeypatch):
+    wanted, _ = answers(load(onnx), texts)
+    before = sorted(file.name for file in onnx.iterdir())
+
+    def fill_wrongly(program, graph):
+        for value in graph.state_dict().values():
+            value.mul_(1.01)
+        own_fill(program, graph)
+
+    own_fill = exporter.fill
+    monkeypatch.setattr(exporter, "fill", fill_wrongly)
+    with pytest.raises(RuntimeError, match="the graphs answer otherwise than the model"):
+        export(tiny_model(seed=1), onnx, tokenizer=tiny_tokenizer(), progress=False)
+    assert sorted(file.name for file in onnx.iterdir()) == before
+    assert sorted(file.name for file in onnx.parent.iterdir()) == [onnx.name]
+    assert torch.equal(answers(load(onnx), texts)[0], wanted)
+
+
+def test_an_engine_that_is_missing_is_named_with_its_extra(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"backend='onnx' needs onnxruntime.*pip install 'fastbert-hf\[onnx\]'"):
+        export(tiny_model(), tmp_path / "folder", tokenizer=tiny_tokenizer())
+    with pytest.raises(ImportError, match=r"pip install 'fastbert-hf\[onnx\]'"):
+        load(folders("onnx"))
+
+
+# As in an environment that has these three packages alone.
+WITHOUT_TORCH = """
+import json, sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "fastbert_hf", "onnx", "onnxscript", "safetensors"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Nothing())
+sys.path.insert(0, sys.argv[1])
+from fastbert_reader import Reader
+given = json.loads(sys.stdin.read())
+answers = []
+for folder, texts, arguments in given:
+    answers.append(Reader(folder, num_threads=1)(texts, **arguments))
+print(json.dumps(answers))
+"""
+
+
+def test_the_reader_answers_the_same_without_torch(folders, tmp_path):
+    texts, tokenizer = tiny_texts(150), tiny_tokenizer()
+    pairs = [{"text": one, "text_pair": other} for one, other in zip(texts[:20], texts[20:40], strict=True)]
+    model = tiny_model(exit_policy="learned", gates=random_gates(3, 4), id2label={0: "a", 1: "b", 2: "ü"})
+    calibrate(model, texts, tokenizer, exit_policy="margin", linear=True, progress=False)
+    learned = export(model, tmp_path / "all", tokenizer=tokenizer, layers_per_stage=3, progress=False)
+    roberta = export(tiny_model("roberta"), tmp_path / "roberta", tokenizer=tokenizer, progress=False)
+    policies = {}
+    for policy in ("entropy", "confidence", "margin", "patience", "learned"):
+        policies[policy] = shutil.copytree(learned, tmp_path / policy)
+        config = json.loads((learned / "config.json").read_text())
+        config.update(exit_policy=policy, calibration=None, certification=None, patience=2, gates=random_gates(3, 4))
+        (policies[policy] / "config.json").write_text(json.dumps(config))
+    given = [(folder, texts, {"speed": 0.6}) for folder in policies.values()]
+    given += [(learned, texts, arguments) for arguments in ({}, {"speed": 0.3}, {"speedup": 1.2}, {"speed": 0.0})]
+    given += [(policies["entropy"], texts, {"speed": 0.5, "min_exit_layer": 2, "max_layers": 3})]
+    given += [(folders("onnx", "int8"), texts, {"speed": 0.5}), (learned, pairs, {"speed": 0.5})]
+    given += [(roberta, texts, {"speed": 0.5}), (roberta, pairs, {"speed": 0.5})]
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(learned)],
+        input=json.dumps(given, default=str),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for (folder, rows, arguments), found in zip(given, json.loads(finished.stdout), strict=True):
+        wanted = pipeline("fast-text-classification", model=str(folder))(rows, **arguments)
+        assert [(answer["label"], answer["exit_layer"]) for answer in found] == [
+            (answer["label"], answer["exit_layer"]) for answer in wanted
+        ]
+        assert [answer["score"] for answer in found] == pytest.approx([own["score"] for own in wanted], abs=1e-6)
+
+
+def test_every_exported_model_is_in_the_table():
+    assert {name: own.engine_name for name, own in EXPORTED_MODELS.items()} == {"onnx": "onnx", "openvino": "openvino"}
