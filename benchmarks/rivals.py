@@ -4,7 +4,6 @@ This package beside what users would take instead on a CPU, in one process: writ
     python benchmarks/rivals.py --data_dir $FASTBERT_DATA   # everything, one thread
     python benchmarks/rivals.py --only minilm --sides stock torch ours --texts 64 --test_texts 64 --repeats 2  # a try
     python benchmarks/rivals.py --threads 2 --label 2_threads
-    python benchmarks/rivals.py --folders "ours onnx int8=outputs/onnx_int8"  # an exported model of ours, too
     python benchmarks/rivals.py --list_names
     python benchmarks/rivals.py --report_only  # the tables of what is there
 
@@ -43,10 +42,6 @@ class Arguments:
     texts: int = field(default=512, metadata={"help": "Texts that are timed in a list; a quarter of them for base."})
     single_texts: int = field(default=100, metadata={"help": "Texts of dev that are answered one at a time."})
     test_texts: int = field(default=0, metadata={"help": "Texts for accuracy; 0 is all of test."})
-    folders: list[str] = field(
-        default_factory=list,
-        metadata={"help": "More sides as NAME=FOLDER: exported minilm models that fast-text-classification loads."},
-    )
     compiled: bool = field(
         default=False, metadata={"help": "Also time torch.compile, which takes minutes before its first answer."}
     )
@@ -83,7 +78,7 @@ def main() -> None:
         from rivals_engines import ENGINES
 
         print("\n".join(f"{name:14} {what}" for name, what in NAMES.items()))
-        own = ["ours float32", "ours int8", *(given.partition("=")[0] for given in arguments.folders)]
+        own = ["ours float32", "ours int8", "ours, onnx", "ours, openvino"]
         print("sides: " + "; ".join(["stock pipeline", *ENGINES, "sentence-transformers, onnx and openvino", *own]))
         return
     if arguments.report_only:
@@ -95,9 +90,6 @@ def main() -> None:
     for needed in ("zh/douban_book_review", "en/sst2"):
         if not Path(arguments.data_dir, needed, "test.tsv.gz").is_file():
             raise SystemExit(f"no {needed}/test.tsv.gz in {arguments.data_dir!r}: give --data_dir or FASTBERT_DATA")
-    wrong = [given for given in arguments.folders if not Path(given.partition("=")[2], "config.json").is_file()]
-    if wrong:
-        raise SystemExit(f"--folders takes NAME=FOLDER of saved models, got {wrong[0]!r}")
 
     import rivals_measures
 
@@ -110,7 +102,7 @@ def main() -> None:
             continue
         for name, result in rivals_measures.measure(model, names, arguments):
             settings = {**asdict(arguments), **rivals_measures.machine(), "what": NAMES[name]}
-            for place in ("data_dir", "docs_dir", "list_names", "report_only", "only", "folders"):
+            for place in ("data_dir", "docs_dir", "list_names", "report_only", "only"):
                 del settings[place]
             settings["data"] = "zh/douban_book_review" if model == "base" else "en/sst2"
             path = folder / f"rivals_{'_'.join(filter(None, (name, arguments.label)))}.json"

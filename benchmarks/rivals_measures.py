@@ -64,9 +64,8 @@ def measure(model: str, names: list[str], arguments) -> Iterator[tuple[str, dict
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     np.random.seed(arguments.seed)
-    given = dict(text.partition("=")[::2] for text in arguments.folders) if model == "minilm" else {}
     with TemporaryDirectory(prefix="fastbert-rivals-") as folder:
-        case = Case(model, arguments.data_dir, arguments.threads, Path(folder), given)
+        case = Case(model, arguments.data_dir, arguments.threads, Path(folder))
         sides = sides_of(case)
         if not arguments.compiled:
             sides = {name: side for name, side in sides.items() if not name.endswith("compiled")}

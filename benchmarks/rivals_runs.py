@@ -2,7 +2,7 @@
 The sides of rivals.py: each answers a list of texts with one engine, and all have the same weights.
 
 To add an engine, write a converter in rivals_engines.py and its row there. To add anything else, write a `Side` with
-`prepare` and `logits`, and its row in `sides_of`. Exported models of this package need neither: `--folders`.
+`prepare` and `logits`, and its row in `sides_of`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ import torch
 from rivals_engines import ENGINES
 from serving_runs import CUT, REVIEWS, load_tokenizer, model_that_leaves, own_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, TextClassificationPipeline, pipeline
+from transformers import BertConfig, BertForSequenceClassification, BertModel, TextClassificationPipeline
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastbert_hf
-from fastbert_hf import FastBertForSequenceClassification
+from fastbert_hf import FastBertForSequenceClassification, FastBertOnnx, FastBertOpenVino
 
 
 SORTED_BATCHES = (1, 4, 8, 16, 32, 64)
 PIPELINE_BATCHES = (1, 8, 32)
 # Of the layers, in the model whose texts leave by chance.
 SHARE = 1 / 3
+EXPORTED = {"onnx": FastBertOnnx, "openvino": FastBertOpenVino}
 SHAPE_OF = {"minilm": "MiniLM", "base": "BERT-base"}
 # Fewer for random weights, of which nothing but the time is asked.
 CALIBRATION_TEXTS = {"minilm": 300, "base": 32}
@@ -122,15 +123,14 @@ class Case:
         data_dir (`str`): Folder of the data sets.
         threads (`int`): For every engine.
         folder (`Path`): For files of converted models.
-        folders (`dict`): Exported models of this package by the name of their side.
     """
 
     name: str
     data_dir: str
     threads: int
     folder: Path
-    folders: dict[str, str] = field(default_factory=dict)
     converted: dict[str, Path] = field(default_factory=dict)
+    made: dict[str, FastBertForSequenceClassification] = field(default_factory=dict)
 
     @property
     def shape(self) -> str:
@@ -178,6 +178,30 @@ class Case:
         fastbert_hf.load_operators()
         model = self._own()
         model.use_int8_layers()
+        return model
+
+    def exported(self, kind: str) -> FastBertForSequenceClassification:
+        """Return the model as another engine runs it, `"onnx"`, `"onnx int8"`, ...; exits leave as in PyTorch."""
+        if kind in self.made:
+            return self.made[kind]
+        backend, _, quantize = kind.partition(" ")
+        folder = self.folder / kind.replace(" ", "_")
+        settings = {"quantize": quantize or None, "tokenizer": self.tokenizer, "progress": False}
+        fastbert_hf.export(own_model(self.shape), folder, backend, **settings)
+        model = EXPORTED[backend].from_pretrained(folder, num_threads=self.threads)
+        own_run = model.graphs.run
+        by_chance = {
+            f"exit_{depth:02d}": hook
+            for depth, own in enumerate(self.float32.exits, start=1)
+            for hook in own._forward_hooks.values()
+        }
+
+        def run(name: str, given: dict) -> list[torch.Tensor]:
+            outputs = own_run(name, given)
+            return [by_chance[name](None, None, outputs[0])] if name in by_chance else outputs
+
+        model.graphs.run = run
+        self.made[kind] = model
         return model
 
     def _own(self) -> FastBertForSequenceClassification:
@@ -285,7 +309,7 @@ class OwnPipeline(Side):
     The pipeline of this package, which needs no batch size.
 
     Args:
-        kind (`str`): `"float32"`, `"int8"`, or the folder of an exported model.
+        kind (`str`): `"float32"` or `"int8"` in PyTorch, or that of an exported model: `"onnx"`, `"onnx int8"`, ...
         speed (`str`): `"full"`, `"config"`, `"chosen"` on dev, or `"share"` of the layers, by chance.
     """
 
@@ -297,14 +321,9 @@ class OwnPipeline(Side):
         self.only_times = speed == "share"
 
     def prepare(self) -> None:
-        if self.kind in ("float32", "int8"):
-            model = getattr(self.case, self.kind)
-            self.pipeline = fastbert_hf.FastTextClassificationPipeline(
-                model=model, tokenizer=self.case.tokenizer, device="cpu"
-            )
-        else:
-            self.pipeline = pipeline("fast-text-classification", model=self.kind, device="cpu")
-            model = self.pipeline.model
+        in_torch = self.kind in ("float32", "int8")
+        model = getattr(self.case, self.kind) if in_torch else self.case.exported(self.kind)
+        self.pipeline = fastbert_hf.FastTextClassificationPipeline(model, tokenizer=self.case.tokenizer, device="cpu")
         given = {"full": lambda: 0.0, "config": lambda: model.config.speed, "share": lambda: 0.5}
         self.speed = given.get(self.asked, lambda: self.case.chosen_speed(model))()
         self.notes["speed"] = self.speed
@@ -367,7 +386,8 @@ def sides_of(case: Case) -> dict[str, Side]:
     sides: dict[str, Side] = {"stock pipeline": StockPipeline(case)}
     sides |= {name: SortedSide(case, convert) for name, convert in ENGINES.items()}
     sides |= {f"sentence-transformers, {of}": SentenceTransformers(case, of) for of in ("onnx", "openvino")}
-    kinds = {"ours float32": "float32", "ours int8": "int8", **case.folders}
+    kinds = {"ours float32": "float32", "ours int8": "int8"}
+    kinds |= {f"ours, {backend}{kind}": backend + kind for backend in EXPORTED for kind in ("", " int8")}
     speeds = {"": "full", ", speed of the config": "config", ", chosen on dev": "chosen"}
     if not case.is_trained:
         speeds = {"": "full", f", {SHARE:.0%} of the layers": "share"}

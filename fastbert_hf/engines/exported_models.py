@@ -26,7 +26,6 @@ OF_AN_EXPORT = (
     "*.json",
     "*.txt",
     "*.model",
-    "*.py",
     *(f"*{end}" for own in BACKENDS.values() for end in own.suffixes),
 )
 

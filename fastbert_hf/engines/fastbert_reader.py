@@ -182,18 +182,15 @@ class Reader:
         if truncation:
             self.tokenizer.enable_truncation(limit)
         try:
-            given = [
-                (own["text"], own["text_pair"]) if isinstance(own, dict) and own.get("text_pair") is not None
-                else own["text"] if isinstance(own, dict) else own
-                for own in texts
-            ]  # fmt: skip
-            encoded = self.tokenizer.encode_batch(given)
+            encoded = self.tokenizer.encode_batch([text_or_pair(own) for own in texts])
         finally:
             self.tokenizer.no_truncation()
         for row, encoding in enumerate(encoded):
             if not 0 < len(encoding.ids) <= limit:
-                raise ValueError(f"text {row} has {len(encoding.ids)} tokens, and this model reads 1 to {limit}: "
-                                 "truncation=True cuts it.")  # fmt: skip
+                raise ValueError(
+                    f"text {row} has {len(encoding.ids)} tokens, and this model reads 1 to {limit}: truncation=True "
+                    "cuts it."
+                )
         return encoded
 
     def _answer(
@@ -282,6 +279,15 @@ class Policy:
         self.seen = self.seen + np.stack([scores, votes], 1)
         features = np.stack([entropy, lead.clip(max=MOST_LEAD), *earlier.T], -1)
         return 1 / (1 + np.exp(-((features * weights).sum(-1) + bias)))
+
+
+def text_or_pair(given: Any) -> str | tuple[str, str]:
+    """Return a text, or both of a pair, as the tokenizer takes it."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, dict) or not isinstance(given.get("text"), str):
+        raise TypeError(f'a text is a str, or {{"text": ..., "text_pair": ...}}, got {given!r:.40}.')
+    return given["text"] if given.get("text_pair") is None else (given["text"], given["text_pair"])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

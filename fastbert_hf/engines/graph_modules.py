@@ -78,7 +78,7 @@ class Levels:
 
 
 class GraphLinear(nn.Module):
-    """Takes the place of an `nn.Linear` in a graph: its weights are there as they are multiplied, and by their name."""
+    """Takes the place of an `nn.Linear` in a graph, where its weights lie as they are multiplied, by their names."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()

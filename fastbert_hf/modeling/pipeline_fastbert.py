@@ -286,13 +286,18 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             encoded = no_longer_than(longest, encoded)
         answers = self._counted(self.model.predict(encoded, **arguments), self._counted_speed(arguments))
         progress = tqdm(answers, total=total, desc="Classifying") if shows_progress else answers
+        # Each look into a config of Transformers takes microseconds.
+        has_members, applied = hasattr(config, "members"), postprocess_params.get("function_to_apply")
+        if applied is None:
+            applied = ClassificationFunction(task_of(config).function_to_apply)
+        postprocess_params = {**postprocess_params, "function_to_apply": applied}
         for position, answer in enumerate(progress):
             if answer.error is not None:
                 if on_error == "return":
                     yield {"error": str(answer.error), "position": position}
                 continue
             outputs = {"logits": answer.logits[None], "exit_layer": answer.exit_layer}
-            if hasattr(config, "members"):
+            if has_members:
                 outputs["exit_member"] = answer.exit_member
             if returns_uncertainty:
                 outputs["uncertainty"] = answer.uncertainty

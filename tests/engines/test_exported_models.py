@@ -268,7 +268,7 @@ def test_code_in_a_folder_is_not_run(onnx, tmp_path):
 
 
 def test_a_folder_is_loaded_by_its_own_class(folders):
-    with pytest.raises(ValueError, match="was written for 'openvino'.*load it with FastBertOpenVino"):
+    with pytest.raises(ValueError, match=r"was written for 'openvino'.*load it with FastBertOpenVino"):
         FastBertOnnx.from_pretrained(folders("openvino"), config=FastBertOnnx.from_pretrained(folders("onnx")).config)
     with pytest.raises(ValueError, match="'fastbert_onnx' checkpoint, which export wrote for another engine"):
         FastBertForSequenceClassification.from_pretrained(folders("onnx"))
