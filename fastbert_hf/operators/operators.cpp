@@ -260,10 +260,37 @@ Tensor neuron_trees(
   return result;
 }
 
-// As `quantise_tokens` of int8_layers.py: each row is read from memory once.
-std::tuple<Tensor, Tensor, Tensor> quantise_tokens(const Tensor& rows, int64_t levels, double smallest) {
+// A product and a sum are rounded one after the other here, as PyTorch rounds them, and not together.
+#if defined(__clang__)
+#define FASTBERT_APART
+#else
+#define FASTBERT_APART __attribute__((noinline, optimize("fp-contract=off")))
+#endif
+
+// Rounds the numbers of one token to bytes: row * steps + nothing, where half goes to the even one.
+FASTBERT_APART void round_row(
+    const float* row, uint8_t* own, int64_t width, float steps, float nothing, float last) {
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   typedef int32_t Integers __attribute__((vector_size(sizeof(int32_t) * kLanes)));
+  constexpr float kHalfEven = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds as torch.round does
+  int64_t place = 0;
+  for (; place + kLanes <= width; place += kLanes) {
+    Lanes given;
+    __builtin_memcpy(&given, row + place, sizeof(given));
+    const Lanes level = ((given * steps + kHalfEven) - kHalfEven) + nothing;
+    const Lanes capped = level > last ? Lanes{} + last : level;
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(capped, Integers), Bytes);
+    __builtin_memcpy(own + place, &bytes, sizeof(bytes));
+  }
+  for (; place < width; ++place)
+    own[place] = static_cast<uint8_t>(std::min(std::nearbyint(row[place] * steps) + nothing, last));
+}
+
+// As `quantise_tokens` of int8_layers.py: each row is read from memory once.
+std::tuple<Tensor, Tensor, Tensor> quantise_tokens(const Tensor& rows, int64_t levels, double smallest) {
   const int64_t count = rows.size(0), width = rows.size(1);
   Tensor result = at::empty({count, width}, rows.options().dtype(at::kByte));
   Tensor scales = at::empty({count, 1}, rows.options()), zeros = at::empty({count, 1}, rows.options());
@@ -302,15 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> quantise_tokens(const Tensor& rows, int64_t l
         std::fill(own, own + width, uint8_t{0});
         continue;
       }
-      constexpr float kHalfEven = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds as torch.round does
-      for (place = 0; place + kLanes <= width; place += kLanes) {
-        const Lanes level = ((load(row + place) * steps + kHalfEven) - kHalfEven) + nothing;
-        const Lanes capped = level > last ? Lanes{} + last : level;
-        const Bytes bytes = __builtin_convertvector(__builtin_convertvector(capped, Integers), Bytes);
-        __builtin_memcpy(own + place, &bytes, sizeof(bytes));
-      }
-      for (; place < width; ++place)
-        own[place] = static_cast<uint8_t>(std::min(std::nearbyint(row[place] * steps) + nothing, last));
+      round_row(row, own, width, steps, nothing, last);
     }
   });
   return {result, scales, zeros};
