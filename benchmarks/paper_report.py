@@ -409,7 +409,7 @@ def text_of(results: Results, drawn: list[str]) -> str:
         **width_report.parts(width_report.load(results.folder / "width")),
         **length_report.parts(width_report.load(results.folder / "length")),
         **contract_report.parts(width_report.load(results.folder / "contract")),
-        **precision_report.parts(precision_report.load(results.folder / "precision")),
+        **precision_report.parts(precision_report.load(results.folder / "precision"), results.folder / "precision"),
         **report_findings.numbers(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},
         **{name: f"{CAPTIONS[name]} ({NOT_YET})" for name in CAPTIONS if name not in drawn},

@@ -12,6 +12,15 @@ from report_cells import NOT_YET, markdown, percent
 
 SETS = ("sst2", "mrpc", "trec", "banking77")  # those of which a target was set
 
+# What is rounded together, by a part of the names of its modules.
+PARTS = {
+    "query, key, value": "attention.self.",
+    "attention, output": "attention.output.dense",
+    "feed-forward, up": "intermediate.dense",
+    "feed-forward, down": ".output.dense",
+}
+EMBEDDINGS = "word_embeddings"
+
 
 def load(folder: Path) -> list[dict]:
     """Return the numbers of every finished set."""
@@ -63,6 +72,22 @@ def numbers(results: list[dict]) -> dict[str, str]:
     return found
 
 
-def parts(results: list[dict]) -> dict[str, str]:
+def parts(results: list[dict], folder: Path) -> dict[str, str]:
     """Return what the template of results.md takes from here."""
-    return {"precision": table(results), **numbers(results)}
+    return {"precision": table(results), "precision_layers": layers_table(folder), **numbers(results)}
+
+
+def layers_table(folder: Path) -> str:
+    """Return the divergence of each part of each layer, as a share of that of all together, the mean of the sets."""
+    results = [json.loads(path.read_text()) for path in sorted((folder / "layers").glob("*.json"))]
+    if not results:
+        return NOT_YET
+    layers = range(1, max(result["layers"] for result in results) + 1)
+
+    def share(part: str, layer: int) -> str:
+        of_sets = [of["parts"][f"{part}/{layer}"]["divergence"] / of["parts"]["all/0"]["divergence"] for of in results]
+        return f"{100 * mean(of_sets):.0f}"
+
+    lines = [[part, *(share(part, layer) for layer in layers)] for part in PARTS]
+    lines.append([f"word embeddings: {share(EMBEDDINGS, 0)}", *[""] * len(layers)])
+    return markdown(["part", *(f"layer {layer}" for layer in layers)], lines)

@@ -5,7 +5,7 @@ Trained models in int8 and bfloat16 beside float32: writes the part "Precision" 
     python benchmarks/precision_tables.py --write_only  # from the numbers that are there
 
 The models are those of contract_tables.py, trained unless they are there. A finished set keeps its numbers in
-`docs/results/precision/<set>.json` and is not repeated.
+`docs/results/precision/<set>.json` and is not repeated; `--only layers` measures which layers change the answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ def run_sets(*places) -> None:
     precision_runs.run_all(*places)
 
 
+def run_layers(*places) -> None:
+    import precision_layers
+
+    precision_layers.run_all(*places)
+
+
 if __name__ == "__main__":
     from axis_tables import main
 
-    main(__doc__, "precision", {"sets": run_sets})
+    main(__doc__, "precision", {"sets": run_sets, "layers": run_layers})

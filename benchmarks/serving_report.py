@@ -6,6 +6,7 @@ import json
 from itertools import accumulate
 from pathlib import Path
 
+import rivals_report
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -49,7 +50,8 @@ TARGETS = (
 
 def write(docs_dir: Path) -> None:
     """Writes the page and its figures, with `NOT_YET` where a comparison has no numbers."""
-    results = {path.stem: json.loads(path.read_text()) for path in (docs_dir / "performance").glob("*.json")}
+    files = [path for path in (docs_dir / "performance").glob("*.json") if not path.name.startswith("rivals_")]
+    results = {path.stem: json.loads(path.read_text()) for path in files}
     template = (Path(__file__).parent / "performance_template.md").read_text(encoding="utf-8")
     parts = {
         "targets": targets_table(results),
@@ -59,6 +61,7 @@ def write(docs_dir: Path) -> None:
         "width_encoder": width_table(results, "width_encoder"),
         "width_settings": settings_of_run(results, "width_layer"),
         "length": length_table(results),
+        "rivals": rivals_report.tables(docs_dir / "performance") or NOT_YET,
         "int8": int8_table(results),
         "int8_memory": int8_memory(results),
         "int8_settings": settings_of_run(results, "int8"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Self
@@ -130,6 +132,7 @@ class Int8Linear(Int8Weights, nn.Linear):
         self._make_weights(out_features, in_features, device)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._packed = PackedWeights()
+        self._rounding: LastRounding | None = None  # that of neighbours
 
     @classmethod
     @torch.no_grad()
@@ -150,18 +153,25 @@ class Int8Linear(Int8Weights, nn.Linear):
             outputs = RoundedProduct.apply(rows, self)
             outputs = outputs if bias is None else outputs + bias
         else:
-            outputs = self.product(rows, bias)
+            outputs = self.product(rows, bias, tokens)
         return outputs.to(tokens.dtype).view(*tokens.shape[:-1], self.out_features)
 
-    def product(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return rounded tokens times weights, plus a bias: `[rows, out_features]` in float32."""
+    def product(
+        self, rows: torch.Tensor, bias: torch.Tensor | None = None, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Return rounded tokens times weights, plus a bias: `[rows, out_features]` in float32. `tokens` is the tensor
+        that rows were made of, if neighbours may read it, too.
+        """
         levels = exact_levels() if rows.device.type == "cpu" else None
         if levels is None or self.in_features * levels * (LARGEST_WEIGHT + 1) >= MOST_INT32:
             steps, scale, zero = quantise_tokens(rows, levels or LEVELS[0])
             rounded = steps.float().sub_(zero).mul_(scale)
             with torch.autocast(rows.device.type, enabled=False):
                 return nn.functional.linear(rounded, self.dequantised(), bias)
-        steps, scale, zero = quantise_tokens(rows, levels)
+        is_shared = tokens is not None and self._rounding is not None
+        rounded = self._rounding.of(tokens, rows, levels) if is_shared else quantise_tokens(rows, levels)
+        steps, scale, zero = rounded
         outputs, sums = self._packed.multiply(steps, self.weight, self.weight_scale)
         scale_tokens(outputs, scale, zero, sums, bias)
         return outputs
@@ -169,6 +179,37 @@ class Int8Linear(Int8Weights, nn.Linear):
     def dequantised(self) -> torch.Tensor:
         """Return the weights in float32."""
         return self.weight.float() * self.weight_scale[:, None]
+
+
+class LastRounding(threading.local):
+    """
+    What the neighbours in one module rounded last, in each thread: query, key and value read the same tensor one after
+    the other, which is rounded once. It is kept no longer than that tensor.
+    """
+
+    tokens: weakref.ref | None = None
+    asked: tuple[int, int] | None = None
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def of(
+        self, tokens: torch.Tensor, rows: torch.Tensor, levels: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what [`quantise_tokens`] makes of the rows of a tensor."""
+        asked = levels, 0 if tokens.is_inference() else tokens._version
+        if self.tokens is None or self.tokens() is not tokens or self.asked != asked:
+            self.result = quantise_tokens(rows, levels)
+            self.tokens, self.asked = weakref.ref(tokens, self._forget), asked
+        return self.result
+
+    def __deepcopy__(self, memo: dict) -> LastRounding:
+        return LastRounding()
+
+    def __reduce__(self) -> tuple:
+        return LastRounding, ()
+
+    def _forget(self, tokens: weakref.ref) -> None:
+        if tokens is self.tokens:  # and not that of another one since
+            self.tokens = self.result = None
 
 
 class RoundedProduct(torch.autograd.Function):
@@ -328,4 +369,8 @@ def put_int8_layers(model: nn.Module, modules_to_not_convert: Iterable[str] | No
                 made[module] = (Int8Linear if is_linear else Int8Embedding).of(module)
             backbone.set_submodule(inner, made[module])
             replaced.append(full_name)
+        for parent in backbone.modules():
+            own, rounding = [part for part in parent.children() if isinstance(part, Int8Linear)], LastRounding()
+            for part in own if len(own) > 1 else ():
+                part._rounding = rounding
     return replaced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastbert_hf.modeling import int8_layers
 from fastbert_hf.modeling.int8_layers import (
     LEVELS,
     Int8Embedding,
@@ -22,6 +24,8 @@ from fastbert_hf.modeling.int8_layers import (
     quantise_tokens,
     quantise_weights,
 )
+
+from ..common import tiny_model
 
 
 SHAPES = ((1, 1), (5, 3), (48, 96), (384, 130))
@@ -214,3 +218,34 @@ def test_sums_do_not_overflow_on_older_processors(isa):
     assert measured["levels"] in LEVELS and measured["off"] < 0.01
     if isa == "AVX2":
         assert measured["levels"] == 127
+
+
+def test_query_key_and_value_round_their_tokens_once(monkeypatch):
+    model, rounded = tiny_model(), []
+    model.use_int8_layers()
+    copied = copy.deepcopy(model)
+    own = int8_layers.quantise_tokens
+    monkeypatch.setattr(int8_layers, "quantise_tokens", lambda *given: rounded.append(given[0].shape) or own(*given))
+    for one in (model, copied):
+        layer = one.fastbert.layers()[0]
+        attention = layer.attention.self
+        states = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            rounded.clear()
+            shared = [part(states) for part in (attention.query, attention.key, attention.value)]
+            assert len(rounded) == 1
+            alone = [part(states.clone()) for part in (attention.query, attention.key, attention.value)]
+            assert len(rounded) == 4
+            assert all(map(torch.equal, shared, alone))
+        with torch.no_grad():
+            before = attention.query(states)
+            states.mul_(2)  # counted by PyTorch
+            assert not torch.equal(attention.key(states), shared[1])
+            assert not torch.equal(attention.query(states), before)
+        # Kept no longer than the tensor, and apart in a copy and in other layers.
+        del states
+        gc.collect()
+        assert attention.query._rounding.result is None
+        assert attention.query._rounding is attention.value._rounding
+        assert attention.query._rounding is not one.fastbert.layers()[1].attention.self.query._rounding
+    assert model.fastbert.layers()[0].attention.self.query._rounding is not attention.query._rounding
