@@ -33,6 +33,8 @@ SORTED_BATCHES = (1, 4, 8, 16, 32, 64)
 PIPELINE_BATCHES = (1, 8, 32)
 # Of the layers, in the model whose texts leave by chance.
 SHARE = 1 / 3
+# Scales of tokens that are fixed by texts of train.
+STATIC = "static int8"
 EXPORTED = {"onnx": FastBertOnnx, "openvino": FastBertOpenVino}
 SHAPE_OF = {"minilm": "MiniLM", "base": "BERT-base"}
 # Fewer for random weights, of which nothing but the time is asked.
@@ -186,7 +188,10 @@ class Case:
             return self.made[kind]
         backend, _, quantize = kind.partition(" ")
         folder = self.folder / kind.replace(" ", "_")
-        settings = {"quantize": quantize or None, "tokenizer": self.tokenizer, "progress": False}
+        settings = {"quantize": "int8" if quantize else None, "tokenizer": self.tokenizer, "progress": False}
+        if quantize == STATIC:
+            texts = self.rows("train").first(20_000).texts[: CALIBRATION_TEXTS[self.name]]
+            settings["calibration_texts"] = texts
         fastbert_hf.export(own_model(self.shape), folder, backend, **settings)
         model = EXPORTED[backend].from_pretrained(folder, num_threads=self.threads)
         own_run = model.graphs.run
@@ -388,6 +393,7 @@ def sides_of(case: Case) -> dict[str, Side]:
     sides |= {f"sentence-transformers, {of}": SentenceTransformers(case, of) for of in ("onnx", "openvino")}
     kinds = {"ours float32": "float32", "ours int8": "int8"}
     kinds |= {f"ours, {backend}{kind}": backend + kind for backend in EXPORTED for kind in ("", " int8")}
+    kinds[f"ours, openvino {STATIC}"] = f"openvino {STATIC}"
     speeds = {"": "full", ", speed of the config": "config", ", chosen on dev": "chosen"}
     if not case.is_trained:
         speeds = {"": "full", f", {SHARE:.0%} of the layers": "share"}

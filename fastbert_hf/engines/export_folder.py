@@ -51,6 +51,7 @@ class ExportFolder:
         positions (`str`): How the family counts them; see [`EncoderFamily`].
         max_length (`int`): Tokens of the longest text that the model reads.
         weights (`str`): Digest of the weights that were exported, as calibrations know them; empty if it had none.
+        static (`bool`): Whether scales of tokens are fixed, from texts, and not each token's own.
         files (`dict`): The SHA-256 of each file of a graph.
         format (`int`): Of this description.
     """
@@ -64,6 +65,7 @@ class ExportFolder:
     max_length: int
     weights: str
     files: dict[str, str]
+    static: bool = False
     format: int = FORMAT
 
     @property
@@ -142,6 +144,7 @@ def _described(folder: Path) -> ExportFolder:
         and isinstance(described.rotary, list)
         and all(isinstance(kind, str) for kind in (*described.rotary, described.positions))
         and type(described.max_length) is int
+        and type(described.static) is bool
         and (described.weights == "" or is_digest(described.weights))
         and isinstance(described.files, dict)
     )

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..modeling.int8_layers import LEVELS, has_int8_layers
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..modeling.packed_batch import pack_lists
 from ..modeling.processing_cascade import check_tokenizer, find_tokenizer
+from ..rows import encoded_rows
 from .backends import BACKENDS, OPSET, Backend, check_backend, import_engine
 from .export_folder import (
     EMBEDDINGS,
@@ -36,6 +37,7 @@ from .export_folder import (
 )
 from .exported_models import EXPORTED_MODELS
 from .graph_modules import EmbeddingsGraph, ExitGraph, LayersGraph, Levels, ProbeGraph, put_graph_layers
+from .static_scales import put_static_scales
 
 
 # Of the texts that graphs are traced with; no two numbers of a shape are equal, so that none is taken for another.
@@ -53,6 +55,7 @@ def export(
     quantize: str | None = None,
     layers_per_stage: int = 1,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration_texts: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> Path:
     """
@@ -67,11 +70,16 @@ def export(
             and with `backend="onnx"` also for `fastbert_reader.py`, which is written there and needs no torch.
         backend (`str`): `"onnx"` for ONNX Runtime, `"openvino"` for OpenVINO.
         quantize (`str`, *optional*):
-            `"int8"` rounds weights and tokens as [`use_int8_layers`] does. A model that has int8 layers keeps them.
+            `"int8"` rounds weights and tokens as [`use_int8_layers`] does, each token with scales of its own. A model
+            that has int8 layers keeps them.
         layers_per_stage (`int`):
             Layers of a graph. With more than one, texts that leave inside of it are run to its end; their answers and
             exit layers are the same.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's own, if it knows one, unless given.
+        calibration_texts (sequence of `str` or `dict`, *optional*):
+            For OpenVINO in int8: some hundred texts like those that will be answered, or rows with `text` and
+            `text_pair`. Tokens are then rounded with scales that are fixed by what the layers read of these texts,
+            which is faster, after SmoothQuant has moved large values into the weights. Needs NNCF.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -99,9 +107,14 @@ def export(
     check_tokenizer(model, tokenizer)
     model.checked_thresholds(torch.ones(1, model.config.num_hidden_layers))  # students of another teacher
     weights = model.weights_digest()
+    if calibration_texts is not None:
+        check_calibration_texts(model, calibration_texts, backend, quantize)
+        import_engine(engine, "nncf")
     model, config = copy.deepcopy(model).eval().cpu(), copy.deepcopy(model.config)
     if quantize is not None and not has_int8_layers(model):
-        model.float().use_int8_layers()
+        # Layers with fixed scales are rounded as graphs.
+        kept = None if calibration_texts is None else linear_layers(model)
+        model.float().use_int8_layers(kept)
         weights = model.weights_digest()
     quantize = "int8" if has_int8_layers(model) else None
     nn.Module.float(model)  # Transformers' own refuses int8 weights, which are not touched
@@ -128,6 +141,9 @@ def export(
             weights=weights,
             files=files,
         ).write(part)
+        if calibration_texts is not None:
+            rows = encoded_rows(list(calibration_texts), tokenizer, max_text_tokens(config.text_config))
+            put_static_scales(of_model.from_pretrained(part), rows, progress)
         check_graphs(model, of_model.from_pretrained(part))
         (folder / STAGES_FILE).unlink(missing_ok=True)  # from here on the folder is not whole
         move_whole(part, folder, last=STAGES_FILE)
@@ -156,6 +172,28 @@ def check_model(model: Any, quantize: Any, layers_per_stage: Any) -> None:
             raise ValueError(
                 f"a model with config.{name} cannot be exported: such layers are computed with PyTorch alone."
             )
+
+
+def check_calibration_texts(
+    model: FastBertForSequenceClassification, texts: Any, backend: str, quantize: str | None
+) -> None:
+    """Raise a `ValueError` unless scales can be fixed by these texts."""
+    if backend != "openvino" or quantize != "int8" or has_int8_layers(model):
+        raise ValueError(
+            'calibration_texts are for a model in float32, with backend="openvino" and quantize="int8": leave them '
+            "out, and each token has scales of its own."
+        )
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, (str, bytes))
+    if not is_list or not texts or not all(isinstance(text, (str, Mapping)) for text in texts):
+        raise ValueError(
+            f"calibration_texts must be a list of texts, some hundred of them, got {texts!r:.40}. Example: "
+            'calibration_texts=["a text", "another one"]'
+        )
+
+
+def linear_layers(model: FastBertForSequenceClassification) -> list[str]:
+    """Return the names of all linear layers."""
+    return [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
 
 
 def write_graphs(

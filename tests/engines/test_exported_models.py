@@ -94,6 +94,30 @@ def test_int8_answers_as_in_pytorch(folders, texts, backend):
     assert (found - wanted).abs().max() < 0.2 * wanted.std()
 
 
+def test_scales_that_texts_fixed(folders, texts, tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    settings = {"backend": "openvino", "quantize": "int8", "tokenizer": tokenizer, "progress": False}
+    calibration = tiny_texts(100)
+    folder = export(model, tmp_path / "static", calibration_texts=calibration, layers_per_stage=2, **settings)
+    exported = load(folder, num_threads=2)
+    assert exported.graphs.found.static
+    exact, _ = answers(model, texts, 0.0)
+    found, _ = answers(exported, texts, 0.0)
+    assert 0 < (found - exact).abs().mean() < 0.2 * exact.std()
+    assert not torch.equal(found, answers(load(folders("openvino", "int8")), texts, 0.0)[0])
+    for formation in FORMATIONS:
+        assert torch.equal(answers(exported, texts, 0.0, **formation)[0], found)
+    for wrong, message in (
+        ({"backend": "onnx"}, "calibration_texts are for a model in float32"),
+        ({"quantize": None}, "calibration_texts are for a model in float32"),
+        ({"calibration_texts": "a text"}, "must be a list of texts"),
+        ({"calibration_texts": []}, "must be a list of texts"),
+        ({"calibration_texts": [1]}, "must be a list of texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(model, tmp_path / "no", **{**settings, "calibration_texts": calibration, **wrong})
+
+
 def test_seven_bits_are_taken_where_bytes_overflow(folders, texts, monkeypatch):
     model = load(folders("onnx", "int8"))
     assert model.graphs.levels in (255, 127)
