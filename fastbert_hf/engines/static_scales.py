@@ -64,7 +64,7 @@ def inputs_of_layers(
 
     def run(name: str, given: dict) -> list[torch.Tensor]:
         if name in read:
-            read[name].append({key: np.array(value) for key, value in given.items() if key != "levels"})
+            read[name].append({key: value.numpy() for key, value in given.items() if key != "levels"})
         return own_run(name, given)
 
     def few() -> Iterable[Mapping[str, Any]]:
