@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Backend:
         package (`str`): What is imported for it, and how it is installed.
         suffixes (`tuple`): Of the files of one graph.
         write (`Callable`): From an ONNX model and a path without a suffix, which gets these files.
-        load (`Callable`): From the first of these files, how many threads, and the hidden size, to what runs it.
+        load (`Callable`): From what these files hold, how many threads, and the hidden size, to what runs it.
         int8_product (`Callable`):
             From rows, `[rows, in_features]`, and a [`GraphInt8Linear`] to what that gives, in a graph.
         reads_levels (`bool`): Whether graphs are told to how many steps a token is rounded.
@@ -43,7 +44,7 @@ class Backend:
     package: str
     suffixes: tuple[str, ...]
     write: Callable[[Any, Path], None]
-    load: Callable[[Path, int, int], Run]
+    load: Callable[[list[bytes], int, int], Run]
     int8_product: Callable
     reads_levels: bool
 
@@ -68,14 +69,16 @@ def _write_onnx(program: Any, path: Path) -> None:
     path.with_suffix(".onnx").write_bytes(program.model_proto.SerializeToString())
 
 
-def _load_onnx(path: Path, num_threads: int, hidden_size: int) -> Run:
+def _load_onnx(contents: list[bytes], num_threads: int, hidden_size: int) -> Run:
     (onnxruntime,) = import_engine(BACKENDS["onnx"], "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
     options.log_severity_level = 3
     # Each graph has threads of its own: those that wait for work must not take it from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    # A graph has all of its weights in itself, and may name no other file.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    session = onnxruntime.InferenceSession(contents[0], options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
     return lambda given: session.run(None, {name: given[name] for name in names})
 
@@ -103,7 +106,7 @@ def _write_openvino(program: Any, path: Path) -> None:
     openvino.save_model(model, path.with_suffix(".xml"), compress_to_fp16=False)
 
 
-def _load_openvino(path: Path, num_threads: int, hidden_size: int) -> Run:
+def _load_openvino(contents: list[bytes], num_threads: int, hidden_size: int) -> Run:
     (openvino,) = import_engine(BACKENDS["openvino"], "openvino")
     settings = {
         "INFERENCE_NUM_THREADS": num_threads,
@@ -112,7 +115,7 @@ def _load_openvino(path: Path, num_threads: int, hidden_size: int) -> Run:
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": hidden_size,
     }
     core = openvino.Core()
-    model = core.read_model(path.read_bytes(), openvino.Tensor(np.fromfile(path.with_suffix(".bin"), np.uint8)))
+    model = core.read_model(contents[0], openvino.Tensor(np.frombuffer(contents[1], np.uint8)))
     compiled = core.compile_model(model, "CPU", settings)
     names = [given.any_name for given in compiled.inputs]
     of_thread = threading.local()

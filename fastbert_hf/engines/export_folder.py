@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from ..files import write_whole
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..files import move_whole, write_whole
 from ..modeling.checkpoint_checks import shortened
+from ..modeling.families import get_encoder_family, max_text_tokens
 from ..modeling.teacher_digest import is_digest
 from .backends import BACKENDS
 
@@ -22,7 +29,12 @@ FORMAT = 1
 QUANTIZED = (None, "int8")
 # Bytes of stages.json, which names some files: 1,000 layers make 300 KB.
 LARGEST_LIST = 1_000_000
+# A tokenizer that knows no limit says one of 10^30.
+MOST_TOKENS = 1_000_000_000
 EMBEDDINGS = "embeddings"
+READER = "fastbert_reader.py"
+# What an older export may have left.
+GRAPH_FILE = re.compile(r"(embeddings|layers_[\d_]+|exit_\d+|probe)\.(onnx|xml|bin)|fastbert_reader\.py")
 # A graph that tells whether this machine adds products of bytes exactly; see `exact_levels` of the int8 layers.
 PROBE = "probe"
 
@@ -43,26 +55,26 @@ class ExportFolder:
     What `stages.json` says of a folder.
 
     Args:
+        model (`dict`): What the graphs have of their config; see [`model_of`].
         backend (`str`): A key of `BACKENDS`.
         quantize (`str`, *optional*): `"int8"`, or `None` for float32.
         layers_per_stage (`int`): Layers in each graph.
         num_layers (`int`): All layers.
         rotary (`list` of `str`): Types of attention with rotary embeddings of their own.
-        positions (`str`): How the family counts them; see [`EncoderFamily`].
-        max_length (`int`): Tokens of the longest text that the model reads.
+        reading (`dict`): How the tokenizer reads texts; see [`reading_of`].
         weights (`str`): Digest of the weights that were exported, as calibrations know them; empty if it had none.
         static (`bool`): Whether scales of tokens are fixed, from texts, and not each token's own.
         files (`dict`): The SHA-256 of each file of a graph.
         format (`int`): Of this description.
     """
 
+    model: dict[str, Any]
     backend: str
     quantize: str | None
     layers_per_stage: int
     num_layers: int
     rotary: list[str]
-    positions: str
-    max_length: int
+    reading: dict[str, Any]
     weights: str
     files: dict[str, str]
     static: bool = False
@@ -93,9 +105,9 @@ class ExportFolder:
         write_whole(folder / STAGES_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: str | os.PathLike, num_layers: int) -> Self:
+    def read(cls, folder: str | os.PathLike, config: PreTrainedConfig) -> Self:
         """
-        Read `stages.json`, and check that every file that it names is there and as it was written.
+        Read `stages.json`, and check that it is of a config. Files are checked when they are loaded ([`contents`]).
 
         Raises:
             ValueError: If the folder is another one, half written, or broken.
@@ -107,17 +119,88 @@ class ExportFolder:
                 "fastbert_hf.export(model, folder)"
             )
         found = _described(folder)
-        if found.num_layers != num_layers:
-            raise ValueError(
-                f"{folder / STAGES_FILE} is of {found.num_layers} layers, and the config beside it of {num_layers}: "
-                "export again."
-            )
-        for name, digest in found.files.items():
+        for name, value in model_of(config).items():
+            if found.model.get(name) != value:
+                raise ValueError(
+                    f"the graphs of {folder} have {name}={shortened(found.model.get(name))}, and the config says "
+                    f"{shortened(value)}: export again, or leave the config as it was written."
+                )
+        return found
+
+    def contents(self, folder: Path, graph: str) -> list[bytes]:
+        """Return the content of the files of a graph, if it is what was written there."""
+        read = []
+        for name in (graph + suffix for suffix in BACKENDS[self.backend].suffixes):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} has no {name}, which {STAGES_FILE} names: export again.")
-            if file_digest(folder / name) != digest:
+            read.append((folder / name).read_bytes())
+            if sha256(read[-1]).hexdigest() != self.files[name]:
                 raise ValueError(f"{folder / name} is not what was written there: export or download it again.")
-        return found
+        return read
+
+
+def model_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what graphs have of a config, and what would be wrong with another one."""
+    family = get_encoder_family(config.text_config)
+    shapes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "pad_token_id")
+    return {
+        "model_type": config.text_config.model_type,
+        **{name: getattr(config, name) for name in (*shapes, "num_labels", "coarsening", "feed_forward")},
+        "positions": family.positions,
+        "rotary": list(dict.fromkeys(config.text_config.layer_types)) if family.positions == "rotary" else [],
+        "max_length": max_text_tokens(config.text_config),
+    }
+
+
+def reading_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return how a tokenizer cuts texts, and whether it tells the texts of a pair apart."""
+    return {
+        "max_length": min(tokenizer.model_max_length, MOST_TOKENS),
+        "truncation_side": tokenizer.truncation_side,
+        "token_types": "token_type_ids" in tokenizer.model_input_names,
+    }
+
+
+def is_export(folder: Path) -> bool:
+    """Tell whether a folder holds an exported model, whole or not."""
+    if (folder / STAGES_FILE).exists():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in {f"fastbert_{name}" for name in BACKENDS}
+
+
+def check_target(folder: Path) -> None:
+    """Raise a `ValueError` if an exported model would take the place of something else."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give a folder, as in export(model, 'outputs/onnx').")
+    if (folder / "config.json").exists() and not is_export(folder):
+        raise ValueError(f"{folder} holds another checkpoint, which an export would overwrite: give another folder.")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """
+    Give a folder to write an exported model into, whose files take the place of those of an older one at the end:
+    `stages.json` goes first and comes last. Where anything fails before that, the old one stays.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))  # on the same file system
+    try:
+        yield part
+        written = {file.name for file in part.iterdir()}
+        (folder / STAGES_FILE).unlink(missing_ok=True)
+        for file in folder.iterdir():
+            if GRAPH_FILE.fullmatch(file.name) and file.name not in written:
+                file.unlink()
+        move_whole(part, folder, last=STAGES_FILE)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _described(folder: Path) -> ExportFolder:
@@ -129,7 +212,7 @@ def _described(folder: Path) -> ExportFolder:
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         described = ExportFolder(**found)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, TypeError) as error:
+    except (ValueError, RecursionError, TypeError) as error:  # what json raises is a ValueError
         raise ValueError(f"{wrong} ({shortened(str(error))}): export again.") from error
     if described.format != FORMAT:
         raise ValueError(
@@ -142,8 +225,9 @@ def _described(folder: Path) -> ExportFolder:
         and described.quantize in QUANTIZED
         and all(type(number) is int and 1 <= number <= 1_000 for number in numbers)
         and isinstance(described.rotary, list)
-        and all(isinstance(kind, str) for kind in (*described.rotary, described.positions))
-        and type(described.max_length) is int
+        and all(isinstance(kind, str) for kind in described.rotary)
+        and isinstance(described.model, dict)
+        and isinstance(described.reading, dict)
         and type(described.static) is bool
         and (described.weights == "" or is_digest(described.weights))
         and isinstance(described.files, dict)

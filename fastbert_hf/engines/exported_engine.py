@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling.families import packed_position_ids
 from ..modeling.int8_layers import LEVELS
@@ -20,7 +19,7 @@ from .graph_modules import ProbeGraph
 
 class Graphs:
     """
-    The graphs of a folder, each loaded when it is first run. Threads share them.
+    The graphs of a folder, loaded as they were written. Threads share them, and the folder may change later on.
 
     Args:
         folder (`Path`): Of an exported model.
@@ -31,8 +30,10 @@ class Graphs:
 
     def __init__(self, folder: Path, found: ExportFolder, num_threads: int, hidden_size: int):
         self.folder, self.found, self.num_threads, self.hidden_size = folder, found, num_threads, hidden_size
-        self._loaded: dict[str, Run] = {}
-        self._lock = threading.Lock()
+        backend = BACKENDS[found.backend]
+        self._loaded: dict[str, Run] = {
+            name: backend.load(found.contents(folder, name), num_threads, hidden_size) for name in found.names
+        }
         self._levels: np.ndarray | None = None
 
     def __reduce__(self) -> tuple:
@@ -43,16 +44,8 @@ class Graphs:
 
     def run(self, name: str, given: dict[str, torch.Tensor | np.ndarray]) -> list[torch.Tensor]:
         """Run a graph on tensors on the CPU, by their names."""
-        run = self._loaded.get(name)
-        if run is None:
-            with self._lock:
-                if name not in self._loaded:
-                    backend = BACKENDS[self.found.backend]
-                    path = self.folder / (name + backend.suffixes[0])
-                    self._loaded[name] = backend.load(path, self.num_threads, self.hidden_size)
-                run = self._loaded[name]
         arrays = {own: value.numpy() if isinstance(value, torch.Tensor) else value for own, value in given.items()}
-        return [torch.from_numpy(value) for value in run(arrays)]
+        return [torch.from_numpy(value) for value in self._loaded[name](arrays)]
 
     @property
     def levels(self) -> np.ndarray:
@@ -74,6 +67,16 @@ class Graphs:
         raise RuntimeError(
             f"{self.found.backend} adds products of bytes wrongly on this processor: export without quantize."
         )
+
+
+def check_ids(given: dict[str, torch.Tensor], text_config: PreTrainedConfig) -> None:
+    """Raise an `IndexError`, as PyTorch does, where an id has no embedding: other engines would answer something."""
+    sizes = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings"}
+    for name, size in sizes.items():
+        least, greatest = given[name].aminmax()
+        most = getattr(text_config, size, 0)
+        if least < 0 or (most and greatest >= most):
+            raise IndexError(f"{name} must be from 0 to {most - 1}, got {int(least)} to {int(greatest)}.")
 
 
 class ExportedEngine:
@@ -102,6 +105,7 @@ class ExportedEngine:
             position_ids = packed_position_ids(self.backbone, packed_batch, inputs["input_ids"])
         zeros = {name: torch.zeros_like(position_ids) for name in ("token_type_ids", "task_type_ids")}
         given = {name: value.long() for name, value in {**zeros, **inputs, "position_ids": position_ids}.items()}
+        check_ids(given, self.backbone.config)
         hidden_states, *turns = self.graphs.run(EMBEDDINGS, given)
         if turns:
             pairs = zip(turns[::2], turns[1::2], strict=True)

@@ -17,7 +17,7 @@ from ..modeling.configuration_fastbert import FastBertConfig
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..modeling.stock_checkpoints import DOWNLOAD_ARGUMENTS
 from .backends import BACKENDS, import_engine
-from .export_folder import STAGES_FILE, ExportFolder
+from .export_folder import READER, ExportFolder, check_target, whole_folder
 from .exported_engine import ExportedEngine, Graphs
 
 
@@ -26,8 +26,17 @@ OF_AN_EXPORT = (
     "*.json",
     "*.txt",
     "*.model",
+    READER,
     *(f"*{end}" for own in BACKENDS.values() for end in own.suffixes),
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "README.md")
+# Fields of a config that can be given when a model is loaded.
+FIELDS = {*FastBertConfig.__dataclass_fields__, "num_labels", "id2label", "label2id"} - {"dtype"}
+# What Transformers takes, and has no meaning for graphs.
+WITHOUT_MEANING = ("trust_remote_code", "device_map", "low_cpu_mem_usage", "use_safetensors", "weights_only")
+WITHOUT_MEANING += ("adapter_kwargs", "quantization_config", "attn_implementation", "variant", "use_kernels")
+NOTHING_WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 class ExportedConfig(FastBertConfig):
@@ -84,25 +93,34 @@ class ExportedModel(FastBertForSequenceClassification):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if dtype not in (None, "auto", "float32", torch.float32):
             raise ValueError(f"dtype={dtype}: an exported model answers in float32. Leave it out.")
-        config, download = kwargs.pop("config", None), {}
-        for name in (*DOWNLOAD_ARGUMENTS, "trust_remote_code", "_commit_hash", "adapter_kwargs"):
-            if name in kwargs:
-                download[name] = kwargs.pop(name)
-        if kwargs:
-            raise TypeError(f"{cls.__name__}.from_pretrained does not know {', '.join(kwargs)}: leave it out.")
+        if kwargs.get("device_map") not in (None, "cpu", {"": "cpu"}):
+            raise ValueError(
+                f"device_map={kwargs['device_map']!r:.40}: an exported model runs on the CPU. Leave it out."
+            )
+        wants_info, config = kwargs.pop("output_loading_info", False), kwargs.pop("config", None)
+        download = {name: kwargs.pop(name) for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        fields = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
+        unknown = [name for name in kwargs if name not in WITHOUT_MEANING and not name.startswith("_")]
+        if unknown:
+            raise TypeError(f"{cls.__name__}.from_pretrained does not know {', '.join(unknown)}: leave it out.")
         folder = folder_of(pretrained_model_name_or_path, download)
         if not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(folder)
-        found = ExportFolder.read(folder, config.num_hidden_layers)
+            config = cls.config_class.from_pretrained(folder if config is None else config, **fields)
+        elif config.model_type != cls.config_class.model_type:
+            raise ValueError(
+                f"config is of type {config.model_type!r}, not {cls.config_class.model_type!r}: leave it out."
+            )
+        found = ExportFolder.read(folder, config)
         if found.backend != cls.engine_name:
             raise ValueError(
                 f"{folder} was written for {found.backend!r}, and {cls.__name__} runs {cls.engine_name!r}: load it "
                 f"with {EXPORTED_MODELS[found.backend].__name__}.from_pretrained, or with AutoModel."
             )
         import_engine(BACKENDS[found.backend], BACKENDS[found.backend].package)
-        config.name_or_path = str(pretrained_model_name_or_path)
+        config.name_or_path = str(folder)
         threads = torch.get_num_threads() if num_threads is None else check_threads(num_threads)
-        return cls(config, Graphs(folder, found, threads, config.hidden_size))
+        model = cls(config, Graphs(folder, found, threads, config.hidden_size))
+        return (model, {name: set() for name in NOTHING_WRONG}) if wants_info else model
 
     @property
     def device(self) -> torch.device:
@@ -122,18 +140,23 @@ class ExportedModel(FastBertForSequenceClassification):
         return thresholds
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Copy the folder that the model was loaded from, with the config as it is now."""
-        target, found = Path(save_directory), self.graphs.found
-        target.mkdir(parents=True, exist_ok=True)
-        if target.resolve() != self.graphs.folder.resolve():
-            (target / STAGES_FILE).unlink(missing_ok=True)  # from here on the folder is not whole
-            for file in self.graphs.folder.iterdir():
-                if file.is_file() and file.name != STAGES_FILE:
-                    shutil.copyfile(file, target / file.name)
-        self.config.save_pretrained(target)
-        found.write(target)
+        """
+        Copy what the model was loaded from, graphs and tokenizer, with the config as it is now. As ever, nothing of an
+        older export is lost before all of the new one is written.
+        """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True is not for an exported model: model.push_to_hub(repo_id)")
+        target, found, source = Path(save_directory).resolve(), self.graphs.found, self.graphs.folder
+        check_target(target)
+        names = {*found.files, *(name for name in TOKENIZER_FILES if (source / name).is_file())}
+        names |= {READER} & {file.name for file in source.iterdir()}
+        with whole_folder(target) as part:
+            for name in names:
+                shutil.copyfile(source / name, part / name)
+            for graph in found.names:
+                found.contents(part, graph)  # nothing has changed there meanwhile
+            self.config.save_pretrained(part)
+            found.write(part)
 
     def train(self, mode: bool = True) -> Self:
         """Raise a `ValueError` if the model is to be trained."""
@@ -146,7 +169,15 @@ class ExportedModel(FastBertForSequenceClassification):
         raise cannot('change its precision: export(model, folder, quantize="int8"). It cannot be changed')
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        raise cannot("be moved or cast")
+        # What a move or a cast makes of a number says where to and into what.
+        moved = fn(torch.zeros(1))
+        if moved.device.type != "cpu" or moved.dtype is not torch.float32:
+            raise cannot("be moved or cast")
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return the model, if it is to stay on the CPU and in float32."""
+        return self._apply(lambda value: value.to(*args, **kwargs))
 
 
 class FastBertOnnx(ExportedModel):
@@ -178,8 +209,12 @@ def check_threads(num_threads: Any) -> int:
 
 def folder_of(name_or_path: str | os.PathLike, download: dict[str, Any]) -> Path:
     """Return the folder of an exported model, downloaded where it is on the Hub."""
+    subfolder = download.get("subfolder") or ""
     if os.path.isdir(name_or_path):
-        return Path(name_or_path) / (download.get("subfolder") or "")
+        return Path(name_or_path).absolute() / subfolder
+    if os.path.isabs(name_or_path) or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
+        raise OSError(f"there is no folder {name_or_path}: give one that fastbert_hf.export wrote, or a repository.")
     names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     known = {name: download[name] for name in names if download.get(name) is not None}
-    return Path(snapshot_download(str(name_or_path), allow_patterns=list(OF_AN_EXPORT), **known))
+    patterns = [str(Path(subfolder, pattern)) for pattern in OF_AN_EXPORT]
+    return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **known)) / subfolder

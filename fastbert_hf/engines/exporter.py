@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..files import move_whole
-from ..modeling.families import get_encoder_family, max_text_tokens
+from ..modeling.families import max_text_tokens
 from ..modeling.int8_layers import LEVELS, has_int8_layers
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..modeling.packed_batch import pack_lists
@@ -29,11 +29,15 @@ from .export_folder import (
     EMBEDDINGS,
     PROBE,
     QUANTIZED,
-    STAGES_FILE,
+    READER,
     ExportFolder,
+    check_target,
     exit_name,
     file_digest,
     layers_name,
+    model_of,
+    reading_of,
+    whole_folder,
 )
 from .exported_models import EXPORTED_MODELS
 from .graph_modules import EmbeddingsGraph, ExitGraph, LayersGraph, Levels, ProbeGraph, put_graph_layers
@@ -42,7 +46,8 @@ from .static_scales import put_static_scales
 
 # Of the texts that graphs are traced with; no two numbers of a shape are equal, so that none is taken for another.
 TRACED_LENGTHS = (5, 7, 9)
-READER = "fastbert_reader.py"
+# The exporter of PyTorch changes what all threads of a process see.
+EXPORTING = threading.Lock()
 # Of the texts that graphs are checked with, and how far answers may be from the model's.
 CHECKED_LENGTHS = (3, 12, 12, 40)
 MOST_DIFFERENCE, MOST_IN_INT8 = 1e-3, 0.5
@@ -83,7 +88,7 @@ def export(
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
-        `Path`: The folder.
+        `Path`: The folder. No other thread should use PyTorch meanwhile: its exporter changes what they see.
 
     Raises:
         ImportError: If the backend is not installed.
@@ -98,11 +103,10 @@ def export(
     >>> pipeline("fast-text-classification", model="outputs/onnx")("I would go there again.", speed=0.5)
     ```
     """
-    engine, folder = check_backend(backend), Path(folder)
+    engine, folder = check_backend(backend), Path(folder).resolve()
     import_engine(engine, engine.package, "onnx", "onnxscript")
     check_model(model, quantize, layers_per_stage)
-    if (folder / "config.json").exists() and not (folder / STAGES_FILE).exists():
-        raise ValueError(f"{folder} holds another checkpoint, which an export would overwrite: give another folder.")
+    check_target(folder)
     tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
     check_tokenizer(model, tokenizer)
     model.checked_thresholds(torch.ones(1, model.config.num_hidden_layers))  # students of another teacher
@@ -118,26 +122,23 @@ def export(
         weights = model.weights_digest()
     quantize = "int8" if has_int8_layers(model) else None
     nn.Module.float(model)  # Transformers' own refuses int8 weights, which are not touched
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    of_model = EXPORTED_MODELS[backend]
+    config.quantization_config = None
+    with EXPORTING, whole_folder(folder) as part:
         with quiet():
             files, rotary = write_graphs(copy.deepcopy(model), engine, part, layers_per_stage, quantize, progress)
-        of_model = EXPORTED_MODELS[backend]
-        config.quantization_config = None
         of_model.config_class.of(config).save_pretrained(part)
         tokenizer.save_pretrained(part)
         if backend == "onnx":
             shutil.copyfile(Path(__file__).with_name(READER), part / READER)
         ExportFolder(
+            model=model_of(config),
             backend=backend,
             quantize=quantize,
             layers_per_stage=layers_per_stage,
             num_layers=config.num_hidden_layers,
             rotary=rotary,
-            positions=get_encoder_family(config.text_config).positions,
-            max_length=max_text_tokens(config.text_config),
+            reading=reading_of(AutoTokenizer.from_pretrained(part)),  # not all that was set is saved
             weights=weights,
             files=files,
         ).write(part)
@@ -145,10 +146,6 @@ def export(
             rows = encoded_rows(list(calibration_texts), tokenizer, max_text_tokens(config.text_config))
             put_static_scales(of_model.from_pretrained(part), rows, progress)
         check_graphs(model, of_model.from_pretrained(part))
-        (folder / STAGES_FILE).unlink(missing_ok=True)  # from here on the folder is not whole
-        move_whole(part, folder, last=STAGES_FILE)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -167,6 +164,8 @@ def check_model(model: Any, quantize: Any, layers_per_stage: Any) -> None:
             f"layers_per_stage must be from 1 to {model.config.num_hidden_layers} (the layers of this model), got "
             f"{layers_per_stage!r:.40}."
         )
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise ValueError("the model has weights that are NaN or infinite, so it answers nothing: train it again.")
     for name in ("coarsening", "feed_forward"):
         if getattr(model.config, name) is not None:
             raise ValueError(

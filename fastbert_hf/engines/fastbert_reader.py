@@ -14,9 +14,11 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +55,28 @@ class Reader:
         )
         if self.stages.get("format") != FORMAT or self.stages.get("backend") != "onnx":
             raise ValueError(f"{stages} is of another format or backend: this reader takes 'onnx', format {FORMAT}.")
+        self.model, self.reading = self.stages["model"], self.stages["reading"]
         self.num_layers = self.stages["num_layers"]
         self.text_config = self.config["text_config"]
         self.labels = {int(number): label for number, label in self._labels()}
-        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        if not (self.folder / "tokenizer.json").is_file():
+            raise ValueError(f"{self.folder} has no tokenizer.json, which this reader needs: save a fast tokenizer.")
+        # One that cuts texts and one that does not, so that threads can share both.
+        self._tokenizers = {}
+        for truncation in (False, True):
+            tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            if truncation:
+                longest = min(self.reading["max_length"], self.model["max_length"])
+                tokenizer.enable_truncation(longest, direction=self.reading["truncation_side"])
+            self._tokenizers[truncation] = tokenizer
         self._options = onnxruntime.SessionOptions()
         self._options.intra_op_num_threads = num_threads
         self._options.log_severity_level = 3
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A graph has all of its weights in itself, and may name no other file.
+        self._options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         self._sessions = {name: self._load(name) for name in self.stages["files"]}
         self.levels = self._exact_levels()
 
@@ -140,6 +154,12 @@ class Reader:
         calibration, is_calibrated = self.config.get("calibration"), speedup is not None
         if speed is not None and speedup is not None:
             raise ValueError("give speed or speedup, not both.")
+        for name, value in {"speed": speed, "speedup": speedup}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise ValueError(f"{name} must be a number, got {value!r:.40}.")
+        for name, value in {"min_exit_layer": min_exit_layer, "max_layers": max_layers}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name} must be a whole number from 1 to {self.num_layers}, got {value!r:.40}.")
         if speedup is not None:
             if calibration is None:
                 raise ValueError("speedup needs a model that was calibrated before it was exported.")
@@ -165,26 +185,23 @@ class Reader:
             self.config.get("min_exit_layer") if min_exit_layer is None else min_exit_layer,
             self.config.get("max_layers") if max_layers is None else max_layers,
         )
-        first, last = limits[0] or 1, limits[1] or self.num_layers
+        first = 1 if limits[0] is None else limits[0]
+        last = self.num_layers if limits[1] is None else limits[1]
         if not 1 <= first <= last <= self.num_layers:
             raise ValueError(f"min_exit_layer={first} and max_layers={last} must be from 1 to {self.num_layers}.")
-        if is_calibrated and [[first, last]] != calibration["asked"]["exits"]:
-            raise ValueError(
-                f"speeds were calibrated with exits {calibration['asked']['exits'][0]}, not {first, last}."
-            )
+        asked = calibration["asked"] if is_calibrated else {}
+        own = {"exits": [[first, last]], "exit_policy": self.config["exit_policy"]}
+        for name in own.keys() & asked.keys():
+            if own[name] != asked[name]:
+                raise ValueError(f"speeds were calibrated with {name}={asked[name]}, and here it is {own[name]}.")
         thresholds = np.zeros(last, np.float32)
         thresholds[first - 1 :], thresholds[-1] = threshold, math.inf
         return thresholds
 
     def _encode(self, texts: list[Any], truncation: bool) -> list[Any]:
         """Return what the tokenizer makes of texts and pairs."""
-        limit = self.stages["max_length"]
-        if truncation:
-            self.tokenizer.enable_truncation(limit)
-        try:
-            encoded = self.tokenizer.encode_batch([text_or_pair(own) for own in texts])
-        finally:
-            self.tokenizer.no_truncation()
+        limit = self.model["max_length"]
+        encoded = self._tokenizers[bool(truncation)].encode_batch([text_or_pair(own) for own in texts])
         for row, encoding in enumerate(encoded):
             if not 0 < len(encoding.ids) <= limit:
                 raise ValueError(
@@ -200,9 +217,10 @@ class Reader:
         rows, lengths = np.array(rows), np.array([len(encoding.ids) for encoding in encoded])
         ids = np.concatenate([encoding.ids for encoding in encoded]).astype(np.int64)
         places = np.concatenate([np.arange(length) for length in lengths])
-        if self.stages["positions"] == "after_padding":
+        if self.model["positions"] == "after_padding":
             places = positions_after_padding(ids, lengths, self.text_config["pad_token_id"])
         types = np.concatenate([encoding.type_ids for encoding in encoded]).astype(np.int64)
+        types *= self.reading["token_types"]
         given = {
             "input_ids": ids,
             "position_ids": places,
@@ -287,7 +305,7 @@ def text_or_pair(given: Any) -> str | tuple[str, str]:
         return given
     if not isinstance(given, dict) or not isinstance(given.get("text"), str):
         raise TypeError(f'a text is a str, or {{"text": ..., "text_pair": ...}}, got {given!r:.40}.')
-    return given["text"] if given.get("text_pair") is None else (given["text"], given["text_pair"])
+    return (given["text"], given["text_pair"]) if given.get("text_pair") else given["text"]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -170,7 +170,7 @@ class Int8Linear(Int8Weights, nn.Linear):
             with torch.autocast(rows.device.type, enabled=False):
                 return nn.functional.linear(rounded, self.dequantised(), bias)
         is_shared = tokens is not None and self._rounding is not None
-        rounded = self._rounding.of(tokens, rows, levels) if is_shared else quantise_tokens(rows, levels)
+        rounded = self._rounding.of(tokens, rows, levels, id(self)) if is_shared else quantise_tokens(rows, levels)
         steps, scale, zero = rounded
         outputs, sums = self._packed.multiply(steps, self.weight, self.weight_scale)
         scale_tokens(outputs, scale, zero, sums, bias)
@@ -189,16 +189,19 @@ class LastRounding(threading.local):
 
     tokens: weakref.ref | None = None
     asked: tuple[int, int] | None = None
+    readers: frozenset[int] = frozenset()
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def of(
-        self, tokens: torch.Tensor, rows: torch.Tensor, levels: int
+        self, tokens: torch.Tensor, rows: torch.Tensor, levels: int, reader: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what [`quantise_tokens`] makes of the rows of a tensor."""
         asked = levels, 0 if tokens.is_inference() else tokens._version
-        if self.tokens is None or self.tokens() is not tokens or self.asked != asked:
+        is_same = self.tokens is not None and self.tokens() is tokens and self.asked == asked
+        if not is_same or reader in self.readers:  # one that reads it again may find other numbers there
             self.result = quantise_tokens(rows, levels)
-            self.tokens, self.asked = weakref.ref(tokens, self._forget), asked
+            self.tokens, self.asked, self.readers = weakref.ref(tokens, self._forget), asked, frozenset()
+        self.readers |= {reader}
         return self.result
 
     def __deepcopy__(self, memo: dict) -> LastRounding:

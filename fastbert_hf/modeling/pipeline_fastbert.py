@@ -117,6 +117,8 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             if not is_one(value):
                 raise ValueError(f"{name}={value!r:.40} is for a call: give the pipeline one number.")
         kwargs.pop("local_files_only", None)  # read by `pipeline()`, and left there
+        if model.engine_name != "torch" and kwargs.get("device") is None:
+            kwargs["device"] = "cpu"  # where Transformers would take an accelerator
         self.served = ServedAnswers()
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         # A model that comes straight from its training would answer with dropout.

@@ -72,6 +72,11 @@ def save_with_code(
             f"save_with_code saves FastBERT models, got {type(model).__name__}. Wrap a stock classifier first: "
             "FastBertForSequenceClassification.from_classifier(name); for an adapter give model.merge_and_unload()."
         )
+    if model.engine_name != "torch":
+        raise ValueError(
+            f"code beside graphs would not run them: save this {type(model).__name__} with "
+            "model.save_pretrained(folder), or the model that it was made of with its code."
+        )
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file: give a folder, as in save_with_code(model, 'outputs/shared').")
     check_tokenizer(model, tokenizer)

@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
+import onnx as onnx_library
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer, pipeline
 
 from fastbert_hf import (
     CascadeForSequenceClassification,
@@ -22,6 +24,7 @@ from fastbert_hf import (
     FastBertOpenVino,
     calibrate,
     export,
+    save_with_code,
 )
 from fastbert_hf.engines import exporter
 from fastbert_hf.engines.exported_models import EXPORTED_MODELS
@@ -257,6 +260,10 @@ BROKEN = {
     "no such backend": (with_field("backend", "tensorrt"), "is not what fastbert_hf.export writes"),
     "an unhashable backend": (with_field("backend", ["onnx"]), "is not what fastbert_hf.export writes"),
     "another number of layers": (with_field("num_layers", 3), "is not what fastbert_hf.export writes"),
+    "a long number": (with_text('{"format": ' + "1" * 5000 + "}"), "is not what fastbert_hf.export writes"),
+    "another width": (with_field("model", {"hidden_size": 16}), "have hidden_size=16, and the config says 32"),
+    "other positions": (with_field("model", {"positions": "after_padding"}), "have positions='after_padding'"),
+    "no model": (with_field("model", None), "is not what fastbert_hf.export writes"),
     "no number of layers": (with_field("layers_per_stage", 0), "is not what fastbert_hf.export writes"),
     "true layers": (with_field("num_layers", True), "is not what fastbert_hf.export writes"),
     "a file elsewhere": (with_field("files", {"../../etc/passwd": "0" * 64}), "is not what fastbert_hf.export writes"),
@@ -275,12 +282,71 @@ def test_a_broken_folder_is_one_clear_error(onnx, name):
         load(onnx)
 
 
-def test_a_config_of_another_model_is_refused(onnx):
+def test_a_config_of_another_model_is_refused(onnx, folders):
     config = json.loads((onnx / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 5
     (onnx / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is of 4 layers, and the config beside it of 5"):
+    with pytest.raises(ValueError, match="have num_hidden_layers=4, and the config says 5"):
         load(onnx)
+    with pytest.raises(ValueError, match="have num_labels=3, and the config says 5"):
+        load(folders("onnx"), num_labels=5)
+
+
+def test_a_loaded_model_does_not_notice_what_happens_to_its_folder(onnx, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(onnx.parent)
+    model = load(Path(onnx.name))
+    wanted, _ = answers(model, texts[:5])
+    monkeypatch.chdir(tmp_path.parent)
+    clf = pipeline("fast-text-classification", model=model)  # finds its tokenizer
+    assert len(clf(["word5", "word6"])) == 2
+    change_byte(onnx)
+    with pytest.raises(ValueError, match="is not what was written there"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    shutil.rmtree(onnx)
+    assert torch.equal(answers(model, texts[:5])[0], wanted)
+
+
+def test_an_older_export_leaves_nothing_behind(onnx, tmp_path):
+    (onnx / "notes.md").write_text("mine")
+    (onnx / "secret.env").write_text("x")
+    export(tiny_model(), onnx, tokenizer=tiny_tokenizer(), layers_per_stage=4, progress=False)
+    names = sorted(file.name for file in onnx.iterdir())
+    assert [name for name in names if name.startswith("layers")] == ["layers_01_04.onnx"]
+    assert {"notes.md", "secret.env"} <= set(names)
+    model = load(onnx)
+    (onnx / "stages.json").unlink()  # as where a computer stopped
+    with pytest.raises(ValueError, match="was not written to its end"):
+        load(onnx)
+    model.save_pretrained(onnx)
+    load(onnx).save_pretrained(tmp_path / "saved")
+    saved = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert saved == {file.name for file in onnx.iterdir()} - {"notes.md", "secret.env"}
+    tiny_model().save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="holds another checkpoint"):
+        model.save_pretrained(tmp_path / "checkpoint")
+
+
+def test_a_graph_reads_no_other_file(onnx, tmp_path, monkeypatch):
+    graph = onnx_library.load(onnx / "exit_04.onnx")
+    weights = next(own for own in graph.graph.initializer if own.name.endswith("exit_dense.weight"))
+    (tmp_path / "elsewhere.bin").write_bytes(weights.raw_data)
+    onnx_library.external_data_helper.set_external_data(weights, "elsewhere.bin")
+    weights.ClearField("raw_data")
+    (onnx / "exit_04.onnx").write_bytes(graph.SerializeToString())
+    digest = sha256((onnx / "exit_04.onnx").read_bytes()).hexdigest()
+    with_field("files", {"exit_04.onnx": digest})(onnx)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=r"elsewhere.bin|xternal"):
+        load(onnx)
+
+
+def test_an_accelerator_is_not_taken_by_default(folders, monkeypatch):
+    model = load(folders("onnx"))
+    monkeypatch.setattr("transformers.pipelines.base.is_torch_cuda_available", lambda: True)
+    clf = pipeline("fast-text-classification", model=model)
+    assert clf.device == torch.device("cpu")
+    assert len(clf("word5")) == 1
 
 
 def test_code_in_a_folder_is_not_run(onnx, tmp_path):
@@ -311,6 +377,8 @@ def test_what_only_pytorch_can_do_is_refused(folders, texts):
         (lambda: model.train()): "cannot learn",
         (lambda: model.half()): "cannot be moved or cast",
         (lambda: model.to("meta")): "cannot be moved or cast",
+        (lambda: load(folders("onnx"), device_map="auto")): "Leave it out",
+        (lambda: save_with_code(model, "elsewhere")): "code beside graphs would not run them",
         (lambda: model.use_int8_layers()): "quantize=",
         (lambda: model(inputs_embeds=torch.zeros(1, 2, 32))): "reads input_ids, not inputs_embeds",
         (lambda: model(**batch, output_hidden_states=True)): "no output_hidden_states",
@@ -321,8 +389,14 @@ def test_what_only_pytorch_can_do_is_refused(folders, texts):
     }.items():
         with pytest.raises(ValueError, match=message):
             act()
-    with pytest.raises(TypeError, match="does not know device_map"):
-        load(folders("onnx"), device_map="auto")
+    with pytest.raises(TypeError, match="does not know gguf_file"):
+        FastBertOnnx.from_pretrained(folders("onnx"), gguf_file="x")
+    with pytest.raises(OSError, match="there is no folder /nowhere/at/all"):
+        FastBertOnnx.from_pretrained("/nowhere/at/all")
+    for ids in ([[5, 100]], [[5, -1]]):
+        with pytest.raises(IndexError, match="input_ids must be from 0 to 99"):
+            model(torch.tensor(ids))
+    assert model.to("cpu") is model.cpu() is model.float() is model
     assert not model.training
     assert len(list(model.eval().predict(texts[:2], speed=0.5))) == 2
 
@@ -399,10 +473,14 @@ print(json.dumps(answers))
 def test_the_reader_answers_the_same_without_torch(folders, tmp_path):
     texts, tokenizer = tiny_texts(150), tiny_tokenizer()
     pairs = [{"text": one, "text_pair": other} for one, other in zip(texts[:20], texts[20:40], strict=True)]
+    pairs[3]["text_pair"] = ""
     model = tiny_model(exit_policy="learned", gates=random_gates(3, 4), id2label={0: "a", 1: "b", 2: "ü"})
     calibrate(model, texts, tokenizer, exit_policy="margin", linear=True, progress=False)
     learned = export(model, tmp_path / "all", tokenizer=tokenizer, layers_per_stage=3, progress=False)
-    roberta = export(tiny_model("roberta"), tmp_path / "roberta", tokenizer=tokenizer, progress=False)
+    named = {"model_max_length": 10, "truncation_side": "left", "model_input_names": ["input_ids"]}
+    cutting = BertTokenizer(vocab=tokenizer.get_vocab(), **named)
+    roberta = export(tiny_model("roberta"), tmp_path / "roberta", tokenizer=cutting, progress=False)
+    long = [" ".join(texts[:9]), {"text": " ".join(texts[:9]), "text_pair": "word7 word8"}]
     policies = {}
     for policy in ("entropy", "confidence", "margin", "patience", "learned"):
         policies[policy] = shutil.copytree(learned, tmp_path / policy)
@@ -414,6 +492,7 @@ def test_the_reader_answers_the_same_without_torch(folders, tmp_path):
     given += [(policies["entropy"], texts, {"speed": 0.5, "min_exit_layer": 2, "max_layers": 3})]
     given += [(folders("onnx", "int8"), texts, {"speed": 0.5}), (learned, pairs, {"speed": 0.5})]
     given += [(roberta, texts, {"speed": 0.5}), (roberta, pairs, {"speed": 0.5})]
+    given += [(roberta, [own], {"speed": 0.5, "truncation": True}) for own in long]
     finished = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, str(learned)],
         input=json.dumps(given, default=str),
