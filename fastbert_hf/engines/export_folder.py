@@ -172,7 +172,7 @@ def is_export(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") in {f"fastbert_{name}" for name in BACKENDS}
 
 
-def check_target(folder: Path) -> None:
+def check_folder_is_free(folder: Path) -> None:
     """Raise a `ValueError` if an exported model would take the place of something else."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give a folder, as in export(model, 'outputs/onnx').")

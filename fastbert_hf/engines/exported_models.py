@@ -17,7 +17,7 @@ from ..modeling.configuration_fastbert import FastBertConfig
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..modeling.stock_checkpoints import DOWNLOAD_ARGUMENTS
 from .backends import BACKENDS, import_engine
-from .export_folder import READER, ExportFolder, check_target, whole_folder
+from .export_folder import READER, ExportFolder, check_folder_is_free, whole_folder
 from .exported_engine import ExportedEngine, Graphs
 
 
@@ -147,7 +147,7 @@ class ExportedModel(FastBertForSequenceClassification):
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True is not for an exported model: model.push_to_hub(repo_id)")
         target, found, source = Path(save_directory).resolve(), self.graphs.found, self.graphs.folder
-        check_target(target)
+        check_folder_is_free(target)
         names = {*found.files, *(name for name in TOKENIZER_FILES if (source / name).is_file())}
         names |= {READER} & {file.name for file in source.iterdir()}
         with whole_folder(target) as part:

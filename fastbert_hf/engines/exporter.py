@@ -31,7 +31,7 @@ from .export_folder import (
     QUANTIZED,
     READER,
     ExportFolder,
-    check_target,
+    check_folder_is_free,
     exit_name,
     file_digest,
     layers_name,
@@ -106,7 +106,7 @@ def export(
     engine, folder = check_backend(backend), Path(folder).resolve()
     import_engine(engine, engine.package, "onnx", "onnxscript")
     check_model(model, quantize, layers_per_stage)
-    check_target(folder)
+    check_folder_is_free(folder)
     tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
     check_tokenizer(model, tokenizer)
     model.checked_thresholds(torch.ones(1, model.config.num_hidden_layers))  # students of another teacher

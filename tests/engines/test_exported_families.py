@@ -31,7 +31,8 @@ def assert_same_answers(found, model, batch: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_answers_from_its_graphs(family, tmp_path):
-    model = tiny_model(family)
+    # Attention exits of one family: their graphs take the longest to make.
+    model = tiny_model(family, exit_type="attention" if family == "bert" else "linear")
     found = exported(model, tmp_path / "onnx")
     # Padding ids inside of texts have no position in roberta's family.
     batch = ragged_batch(pad_token_id=pad_token_id_of(family), pairs=family not in ("distilbert", "modernbert"))
@@ -39,11 +40,6 @@ def test_every_family_answers_from_its_graphs(family, tmp_path):
     assert_same_answers(found, model, batch)
     left = ragged_batch(pad_token_id=pad_token_id_of(family), padding_side="left")
     assert_same_answers(found, model, left)
-
-
-def test_openvino_runs_another_family(tmp_path):
-    model = tiny_model("modernbert")
-    assert_same_answers(exported(model, tmp_path / "openvino", "openvino"), model, ragged_batch())
 
 
 def test_other_exits_answer_from_their_graphs(tmp_path):

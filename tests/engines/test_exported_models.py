@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -15,7 +14,7 @@ from pathlib import Path
 import onnx as onnx_library
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from fastbert_hf import (
     CascadeForSequenceClassification,
@@ -30,7 +29,7 @@ from fastbert_hf.engines import exporter
 from fastbert_hf.engines.exported_models import EXPORTED_MODELS
 from fastbert_hf.evaluation import record_exits, replay_at_speed
 
-from ..common import assert_close, ragged_batch, random_gates, tiny_model, tiny_texts, tiny_tokenizer
+from ..common import assert_close, ragged_batch, tiny_model, tiny_texts, tiny_tokenizer
 
 
 KINDS = (("onnx", None), ("onnx", "int8"), ("openvino", None), ("openvino", "int8"))
@@ -100,8 +99,8 @@ def test_int8_answers_as_in_pytorch(folders, texts, backend):
 def test_scales_that_texts_fixed(folders, texts, tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     settings = {"backend": "openvino", "quantize": "int8", "tokenizer": tokenizer, "progress": False}
-    calibration = tiny_texts(100)
-    folder = export(model, tmp_path / "static", calibration_texts=calibration, layers_per_stage=2, **settings)
+    calibration = tiny_texts(16)
+    folder = export(model, tmp_path / "static", calibration_texts=calibration, layers_per_stage=4, **settings)
     exported = load(folder, num_threads=2)
     assert exported.graphs.found.static
     exact, _ = answers(model, texts, 0.0)
@@ -196,10 +195,7 @@ def test_a_calibration_goes_along_and_a_certificate_does_not(folders, tmp_path):
     with pytest.raises(ValueError, match="certified with engine='onnx', and here it is 'torch'"):
         list(model.predict(encoded, max_disagreement=0.5))
     # Another export of the same model has other files, which a certificate is of, too.
-    int8 = load(export(model, tmp_path / "int8", quantize="int8", tokenizer=tokenizer, progress=False))
-    assert len(list(int8.predict(encoded, speedup=1.3))) == 20
-    with pytest.raises(ValueError, match="the weights of this model have changed since it was calibrated"):
-        list(int8.predict(encoded, max_disagreement=0.5))
+    assert load(folders("onnx")).weights_digest(True) != load(folders("onnx", "int8")).weights_digest(True)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
@@ -450,62 +446,6 @@ def test_an_engine_that_is_missing_is_named_with_its_extra(folders, tmp_path, mo
         export(tiny_model(), tmp_path / "folder", tokenizer=tiny_tokenizer())
     with pytest.raises(ImportError, match=r"pip install 'fastbert-hf\[onnx\]'"):
         load(folders("onnx"))
-
-
-# As in an environment that has these three packages alone.
-WITHOUT_TORCH = """
-import json, sys
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "fastbert_hf", "onnx", "onnxscript", "safetensors"):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-sys.meta_path.insert(0, Nothing())
-sys.path.insert(0, sys.argv[1])
-from fastbert_reader import Reader
-given = json.loads(sys.stdin.read())
-answers = []
-for folder, texts, arguments in given:
-    answers.append(Reader(folder, num_threads=1)(texts, **arguments))
-print(json.dumps(answers))
-"""
-
-
-def test_the_reader_answers_the_same_without_torch(folders, tmp_path):
-    texts, tokenizer = tiny_texts(150), tiny_tokenizer()
-    pairs = [{"text": one, "text_pair": other} for one, other in zip(texts[:20], texts[20:40], strict=True)]
-    pairs[3]["text_pair"] = ""
-    model = tiny_model(exit_policy="learned", gates=random_gates(3, 4), id2label={0: "a", 1: "b", 2: "ü"})
-    calibrate(model, texts, tokenizer, exit_policy="margin", linear=True, progress=False)
-    learned = export(model, tmp_path / "all", tokenizer=tokenizer, layers_per_stage=3, progress=False)
-    named = {"model_max_length": 10, "truncation_side": "left", "model_input_names": ["input_ids"]}
-    cutting = BertTokenizer(vocab=tokenizer.get_vocab(), **named)
-    roberta = export(tiny_model("roberta"), tmp_path / "roberta", tokenizer=cutting, progress=False)
-    long = [" ".join(texts[:9]), {"text": " ".join(texts[:9]), "text_pair": "word7 word8"}]
-    policies = {}
-    for policy in ("entropy", "confidence", "margin", "patience", "learned"):
-        policies[policy] = shutil.copytree(learned, tmp_path / policy)
-        config = json.loads((learned / "config.json").read_text())
-        config.update(exit_policy=policy, calibration=None, certification=None, patience=2, gates=random_gates(3, 4))
-        (policies[policy] / "config.json").write_text(json.dumps(config))
-    given = [(folder, texts, {"speed": 0.6}) for folder in policies.values()]
-    given += [(learned, texts, arguments) for arguments in ({}, {"speed": 0.3}, {"speedup": 1.2}, {"speed": 0.0})]
-    given += [(policies["entropy"], texts, {"speed": 0.5, "min_exit_layer": 2, "max_layers": 3})]
-    given += [(folders("onnx", "int8"), texts, {"speed": 0.5}), (learned, pairs, {"speed": 0.5})]
-    given += [(roberta, texts, {"speed": 0.5}), (roberta, pairs, {"speed": 0.5})]
-    given += [(roberta, [own], {"speed": 0.5, "truncation": True}) for own in long]
-    finished = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, str(learned)],
-        input=json.dumps(given, default=str),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for (folder, rows, arguments), found in zip(given, json.loads(finished.stdout), strict=True):
-        wanted = pipeline("fast-text-classification", model=str(folder))(rows, **arguments)
-        assert [(answer["label"], answer["exit_layer"]) for answer in found] == [
-            (answer["label"], answer["exit_layer"]) for answer in wanted
-        ]
-        assert [answer["score"] for answer in found] == pytest.approx([own["score"] for own in wanted], abs=1e-6)
 
 
 def test_every_exported_model_is_in_the_table():
