@@ -111,8 +111,9 @@ def _load_openvino(contents: list[bytes], num_threads: int, hidden_size: int) ->
     settings = {
         "INFERENCE_NUM_THREADS": num_threads,
         "INFERENCE_PRECISION_HINT": "f32",
-        # Of int8 layers: each token is rounded with a scale of its own for so many of its numbers.
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": hidden_size,
+        # Of int8 layers: each token is rounded with a scale of its own for so many of its numbers. Where oneDNN is
+        # held to older instructions, OpenVINO takes kernels that do not know of it and give NaN: then none is rounded.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0 if "ONEDNN_MAX_CPU_ISA" in os.environ else hidden_size,
     }
     core = openvino.Core()
     model = core.read_model(contents[0], openvino.Tensor(np.frombuffer(contents[1], np.uint8)))
