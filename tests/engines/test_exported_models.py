@@ -83,7 +83,7 @@ def test_an_answer_does_not_depend_on_its_batch_mates_to_the_bit(folders, texts,
     for formation in FORMATIONS:
         other, other_layers = answers(model, [texts[place] for place in order], **formation)
         assert [layers[place] for place in order] == other_layers
-        # Held to older instructions, OpenVINO multiplies int8 weights in float32, whose sums its kernels cut otherwise.
+        # Held to older instructions, OpenVINO multiplies int8 weights in float32, and cuts those sums otherwise.
         in_float32 = (backend, quantize) == ("openvino", "int8") and "ONEDNN_MAX_CPU_ISA" in os.environ
         assert_close(other, logits[order], 1e-5 if in_float32 else 0.0)
 
