@@ -12,6 +12,7 @@ import csv
 import gzip
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -224,7 +225,7 @@ class Case:
         return choice.speed
 
 
-class Side:
+class Side(ABC):
     """
     Answers texts with one engine. `batch_size` is set to the best of `batch_sizes` by whoever measures.
 
@@ -239,12 +240,13 @@ class Side:
     def __init__(self, case: Case):
         self.case, self.batch_size, self.notes = case, None, {}
 
+    @abstractmethod
     def prepare(self) -> None:
         """Load or convert the model; whatever is raised here becomes the row of this side."""
 
+    @abstractmethod
     def logits(self, texts: list[str]) -> np.ndarray:
         """Return the logits of texts, `[texts, num_labels]`, in their order."""
-        raise NotImplementedError
 
     def answer(self, texts: list[str]) -> list[int]:
         """Return the label ids of texts: what is timed."""

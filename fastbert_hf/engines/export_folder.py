@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..files import move_whole, write_whole
 from ..modeling.checkpoint_checks import shortened
-from ..modeling.families import get_encoder_family, max_text_tokens
+from ..modeling.families import get_encoder_family, max_text_tokens, rotary_types
 from ..modeling.teacher_digest import is_digest
 from .backends import BACKENDS
 
@@ -59,8 +59,6 @@ class ExportFolder:
         backend (`str`): A key of `BACKENDS`.
         quantize (`str`, *optional*): `"int8"`, or `None` for float32.
         layers_per_stage (`int`): Layers in each graph.
-        num_layers (`int`): All layers.
-        rotary (`list` of `str`): Types of attention with rotary embeddings of their own.
         reading (`dict`): How the tokenizer reads texts; see [`reading_of`].
         weights (`str`): Digest of the weights that were exported, as calibrations know them; empty if it had none.
         static (`bool`): Whether scales of tokens are fixed, from texts, and not each token's own.
@@ -72,13 +70,21 @@ class ExportFolder:
     backend: str
     quantize: str | None
     layers_per_stage: int
-    num_layers: int
-    rotary: list[str]
     reading: dict[str, Any]
     weights: str
     files: dict[str, str]
     static: bool = False
     format: int = FORMAT
+
+    @property
+    def num_layers(self) -> int:
+        """All layers."""
+        return self.model["num_hidden_layers"]
+
+    @property
+    def rotary(self) -> list[str]:
+        """Types of attention with rotary embeddings of their own."""
+        return self.model["rotary"]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -147,7 +153,7 @@ def model_of(config: PreTrainedConfig) -> dict[str, Any]:
         "model_type": config.text_config.model_type,
         **{name: getattr(config, name) for name in (*shapes, "num_labels", "coarsening", "feed_forward")},
         "positions": family.positions,
-        "rotary": list(dict.fromkeys(config.text_config.layer_types)) if family.positions == "rotary" else [],
+        "rotary": rotary_types(config.text_config),
         "max_length": max_text_tokens(config.text_config),
     }
 
@@ -218,15 +224,13 @@ def _described(folder: Path) -> ExportFolder:
         raise ValueError(
             f"{path} has format {shortened(described.format)}, and this version reads {FORMAT}: export again."
         )
-    numbers = (described.layers_per_stage, described.num_layers)
+    model = described.model if isinstance(described.model, dict) else {}
+    numbers = (described.layers_per_stage, model.get("num_hidden_layers"))
     right = (
         isinstance(described.backend, str)
         and described.backend in BACKENDS
         and described.quantize in QUANTIZED
         and all(type(number) is int and 1 <= number <= 1_000 for number in numbers)
-        and isinstance(described.rotary, list)
-        and all(isinstance(kind, str) for kind in described.rotary)
-        and isinstance(described.model, dict)
         and isinstance(described.reading, dict)
         and type(described.static) is bool
         and (described.weights == "" or is_digest(described.weights))

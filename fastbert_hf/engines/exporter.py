@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..modeling.families import max_text_tokens
+from ..modeling.families import max_text_tokens, rotary_types
 from ..modeling.int8_layers import LEVELS, has_int8_layers
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..modeling.packed_batch import pack_lists
@@ -126,7 +126,7 @@ def export(
     config.quantization_config = None
     with EXPORTING, whole_folder(folder) as part:
         with quiet():
-            files, rotary = write_graphs(copy.deepcopy(model), engine, part, layers_per_stage, quantize, progress)
+            files = write_graphs(copy.deepcopy(model), engine, part, layers_per_stage, quantize, progress)
         of_model.config_class.of(config).save_pretrained(part)
         tokenizer.save_pretrained(part)
         if backend == "onnx":
@@ -136,8 +136,6 @@ def export(
             backend=backend,
             quantize=quantize,
             layers_per_stage=layers_per_stage,
-            num_layers=config.num_hidden_layers,
-            rotary=rotary,
             reading=reading_of(AutoTokenizer.from_pretrained(part)),  # not all that was set is saved
             weights=weights,
             files=files,
@@ -202,8 +200,8 @@ def write_graphs(
     layers_per_stage: int,
     quantize: str | None,
     progress: bool,
-) -> tuple[dict[str, str], list[str]]:
-    """Write every graph. Return the digest of each file, and the types of attention with rotary embeddings."""
+) -> dict[str, str]:
+    """Write every graph, and return the digest of each file."""
     levels, layers, depths = Levels(), model.fastbert.layers(), range(1, model.config.num_hidden_layers + 1)
     put_graph_layers(model, backend.int8_product, levels)
     embeddings, steps = EmbeddingsGraph(model.fastbert.backbone), torch.tensor(float(LEVELS[0]))
@@ -217,7 +215,7 @@ def write_graphs(
     graphs = [(EMBEDDINGS, embeddings, of_tokens)]
     for first in depths[::layers_per_stage]:
         own = layers[first - 1 : first - 1 + layers_per_stage]
-        graph = LayersGraph(model.fastbert.backbone, own, embeddings.attention_types, levels)
+        graph = LayersGraph(model.fastbert.backbone, own, rotary_types(model.config.text_config), levels)
         graphs.append((layers_name(first, first + len(own) - 1), graph, of_layers))
     graphs += [(exit_name(depth), ExitGraph(model, depth), of_exits) for depth in depths]
     if quantize and backend.reads_levels:
@@ -233,7 +231,7 @@ def write_graphs(
             fill(program.model, graph)
         backend.write(program, folder / name)
         files.update({name + suffix: file_digest(folder / (name + suffix)) for suffix in backend.suffixes})
-    return files, embeddings.attention_types
+    return files
 
 
 def form_of(graph: nn.Module) -> tuple:

@@ -56,7 +56,7 @@ class Reader:
         if self.stages.get("format") != FORMAT or self.stages.get("backend") != "onnx":
             raise ValueError(f"{stages} is of another format or backend: this reader takes 'onnx', format {FORMAT}.")
         self.model, self.reading = self.stages["model"], self.stages["reading"]
-        self.num_layers = self.stages["num_layers"]
+        self.num_layers = self.model["num_hidden_layers"]
         self.text_config = self.config["text_config"]
         self.labels = {int(number): label for number, label in self._labels()}
         if not (self.folder / "tokenizer.json").is_file():

@@ -133,19 +133,11 @@ class EmbeddingsGraph(nn.Module):
         rotary = ("position_ids",) if family.positions == "rotary" else ()
         return ("input_ids", *family.embedding_inputs, *rotary)
 
-    @property
-    def attention_types(self) -> list[str]:
-        """Types of attention with rotary embeddings of their own."""
-        is_rotary = get_encoder_family(self.backbone.config).positions == "rotary"
-        return list(dict.fromkeys(self.backbone.config.layer_types)) if is_rotary else []
-
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.inputs, inputs, strict=True))
         hidden_states = embed_tokens(self.backbone, named)
-        if not self.attention_types:
-            return (hidden_states,)
-        rotary = rotary_embeddings(self.backbone, hidden_states, named["position_ids"])
-        return (hidden_states, *(part for kind in self.attention_types for part in rotary[kind]))
+        rotary = rotary_embeddings(self.backbone, hidden_states, named["position_ids"]) or {}
+        return (hidden_states, *(part for pair in rotary.values() for part in pair))
 
 
 class LayersGraph(nn.Module):

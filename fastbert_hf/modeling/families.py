@@ -247,7 +247,11 @@ def rotary_embeddings(
     backbone: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
     """Return cosine and sine per attention type, `[1, total_tokens, head_dim]`, `None` for learned positions."""
-    if get_encoder_family(backbone.config).positions != "rotary":
-        return None
-    types = dict.fromkeys(backbone.config.layer_types)
-    return {kind: backbone.rotary_emb(hidden_states, position_ids, kind) for kind in types}
+    types = rotary_types(backbone.config)
+    return {kind: backbone.rotary_emb(hidden_states, position_ids, kind) for kind in types} or None
+
+
+def rotary_types(text_config: PreTrainedConfig) -> list[str]:
+    """Return the types of attention that have rotary embeddings of their own; none for learned positions."""
+    is_rotary = get_encoder_family(text_config).positions == "rotary"
+    return list(dict.fromkeys(text_config.layer_types)) if is_rotary else []

@@ -258,18 +258,21 @@ BROKEN = {
     "another format": (with_field("format", 2), "has format 2, and this version reads 1"),
     "no such backend": (with_field("backend", "tensorrt"), "is not what fastbert_hf.export writes"),
     "an unhashable backend": (with_field("backend", ["onnx"]), "is not what fastbert_hf.export writes"),
-    "another number of layers": (with_field("num_layers", 3), "is not what fastbert_hf.export writes"),
+    "another number of layers": (
+        with_field("model", {"num_hidden_layers": 3}),
+        "is not what fastbert_hf.export writes",
+    ),
     "a long number": (with_text('{"format": ' + "1" * 5000 + "}"), "is not what fastbert_hf.export writes"),
     "another width": (with_field("model", {"hidden_size": 16}), "have hidden_size=16, and the config says 32"),
     "other positions": (with_field("model", {"positions": "after_padding"}), "have positions='after_padding'"),
     "no model": (with_field("model", None), "is not what fastbert_hf.export writes"),
     "no number of layers": (with_field("layers_per_stage", 0), "is not what fastbert_hf.export writes"),
-    "true layers": (with_field("num_layers", True), "is not what fastbert_hf.export writes"),
+    "true layers": (with_field("model", {"num_hidden_layers": True}), "is not what fastbert_hf.export writes"),
     "a file elsewhere": (with_field("files", {"../../etc/passwd": "0" * 64}), "is not what fastbert_hf.export writes"),
     "a wrong digest": (with_field("files", {"exit_01.onnx": 7}), "is not what fastbert_hf.export writes"),
     "a further field": (with_field("code", "import os"), "is not what fastbert_hf.export writes"),
     "no digest": (with_field("weights", "x"), "is not what fastbert_hf.export writes"),
-    "no rotary types": (with_field("rotary", None), "is not what fastbert_hf.export writes"),
+    "other rotary types": (with_field("model", {"rotary": ["a", "b"]}), "have rotary="),
 }
 
 
