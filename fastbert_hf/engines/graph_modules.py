@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.encoder_layer import run_layer
+from ..modeling.exit_classifiers import AttentionExitPooler, take_up_query
 from ..modeling.families import embed_tokens, get_encoder_family, rotary_embeddings
 from ..modeling.int8_layers import LARGEST_WEIGHT, Int8Linear
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
@@ -53,13 +54,14 @@ class GraphBatch:
 
 @attend_within_texts.register
 def attend_in_graph(
-    batch: GraphBatch, query, key, value, scaling=None, dropout=0.0, sliding_window=None, first_token_only=False
+    batch: GraphBatch, query, key, value, scaling=None, dropout=0.0, sliding_window=None, queries_per_text=None
 ) -> torch.Tensor:
     """Attend inside each text, as [`attend_within_texts`] does."""
     # From [1, heads, total_tokens, head_dim] to [texts, heads, longest, head_dim].
     key, value = (batch.padded(states[0].transpose(0, 1)).transpose(1, 2) for states in (key, value))
     query = query[0].transpose(0, 1)
-    query = query.unsqueeze(2) if first_token_only else batch.padded(query).transpose(1, 2)
+    query = batch.padded(query) if queries_per_text is None else query.unflatten(0, (-1, queries_per_text))
+    query = query.transpose(1, 2)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query * scaling) @ key.transpose(-1, -2)
     seen = batch.is_token[:, None, None]
@@ -68,7 +70,7 @@ def attend_in_graph(
         seen = seen & ((places[:, None] - places).abs() < sliding_window)
     attended = (scores + torch.where(seen, 0.0, UNSEEN)).softmax(-1) @ value
     attended = attended.transpose(1, 2).flatten(0, 1)  # [texts * longest, heads, head_dim]
-    return (attended if first_token_only else attended.index_select(0, batch.tokens)).unsqueeze(0)
+    return (attended.index_select(0, batch.tokens) if queries_per_text is None else attended).unsqueeze(0)
 
 
 class Levels:
@@ -88,6 +90,27 @@ class GraphLinear(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         outputs = tokens @ self.weight
         return outputs if self.bias is None else outputs + self.bias
+
+
+class GraphKey(nn.Module):
+    """
+    Takes the place of the key layer of an exit in a graph, where one product takes up the queries of all heads: then
+    the order in which engines add does not depend on how many texts there are.
+
+    Args:
+        layer (`nn.Linear`): In whose place.
+        num_heads (`int`): Of the attention.
+    """
+
+    def __init__(self, layer: nn.Linear, num_heads: int):
+        super().__init__()
+        of_heads = layer.weight.detach().unflatten(0, (num_heads, -1))
+        self.register_buffer("weight", torch.block_diag(*of_heads))  # [heads * head_dim, heads * in_features]
+
+
+@take_up_query.register
+def _(layer: GraphKey, query: torch.Tensor) -> torch.Tensor:
+    return (query.flatten(1) @ layer.weight).unflatten(-1, (query.shape[1], -1))
 
 
 class GraphInt8Linear(nn.Module):
@@ -210,6 +233,9 @@ class ProbeGraph(nn.Module):
 def put_graph_layers(module: nn.Module, product: Callable, levels: Levels) -> None:
     """Put what stands for them in a graph in place of linear layers, those in int8 and others."""
     made: dict[nn.Module, nn.Module] = {}  # what layers share stays shared
+    for part in module.modules():
+        if isinstance(part, AttentionExitPooler):
+            part.exit_key = GraphKey(part.exit_key, part.num_heads)
     for name, part in list(module.named_modules(remove_duplicate=False)):
         if part not in made and isinstance(part, Int8Linear):
             made[part] = GraphInt8Linear(part, product, levels)

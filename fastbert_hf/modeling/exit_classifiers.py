@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import singledispatch
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -12,11 +14,34 @@ from .packed_attention import attend_within_texts
 from .packed_batch import PackedBatch
 
 
-class AttentionExitPooler(nn.Module):
+@singledispatch
+def take_up_query(key_layer: nn.Module, query: torch.Tensor) -> torch.Tensor:
+    r"""
+    Return what gives attention scores in a product with what keys are made of: \\( W_k^T q \\) of each head, `[texts,
+    heads, in_features]`. What stands for a key layer in a graph registers its own way.
+
+    Args:
+        key_layer (`nn.Linear`, or what takes its place, such as a layer with adapters).
+        query (`torch.Tensor` of shape `[texts, heads, head_dim]`).
     """
+    is_plain = type(key_layer) is nn.Linear and type(key_layer.weight) in (nn.Parameter, torch.Tensor)
+    has_hooks = key_layer._forward_pre_hooks or key_layer._forward_hooks or "forward" in vars(key_layer)
+    if is_plain and not has_hooks and not torch.is_grad_enabled():
+        weight = key_layer.weight
+    else:  # with adapters, few bits, weights that come with the call, or to be learnt: they are what it makes of ones
+        ones = torch.eye(key_layer.in_features, dtype=query.dtype, device=query.device)
+        weight = (key_layer(ones) - key_layer(torch.zeros_like(ones[:1]))).T
+    return (query.transpose(0, 1) @ weight.unflatten(0, query.shape[1:])).transpose(0, 1)
+
+
+class AttentionExitPooler(nn.Module):
+    r"""
     The body of the paper's exit classifier (FastBERT, ACL 2020, section 3.1.3 and its Table 1): project to a small
-    width, one self-attention without residual or norm, first token, one dense layer. As only the first token is read,
-    only its query is computed.
+    width, one self-attention without residual or norm, first token, one dense layer.
+
+    Only the first token is read, so only its query is computed. Keys and values are not formed for each token, as in
+    every head \\( q^T (W_k x + b_k) = (W_k^T q)^T x + c \\), where c changes no attention probability, and
+    \\( \sum_t p_t (W_v x_t + b_v) = W_v \sum_t p_t x_t + b_v \\): the matrices meet each text once.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -39,21 +64,27 @@ class AttentionExitPooler(nn.Module):
     def macs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the multiply-accumulates of all matrix products for texts of so many tokens, shaped as `tokens`."""
         size = self.exit_dense.out_features
-        # Projection, key and value of every token, its score and its share of the weighted sum; the rest once.
-        every_token = self.exit_projection.in_features * size + 2 * size**2 + 2 * size
-        return tokens * every_token + 3 * size**2
+        # Of every token its projection, its score and its share of the weighted sum in each head; the rest once.
+        every_token = self.exit_projection.in_features * size + 2 * self.num_heads * size
+        return tokens * every_token + (4 + self.num_heads) * size**2
 
     def forward(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-        hidden_states = self.exit_projection(hidden_states).tanh()  # [1, total_tokens, size]
-        first_tokens = hidden_states[:, packed_batch.first_tokens]  # [1, texts, size]
-        query, key, value = (
-            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [1, heads, tokens, head_dim]
-            for states in (self.exit_query(first_tokens), self.exit_key(hidden_states), self.exit_value(hidden_states))
+        states = self.exit_projection(hidden_states).tanh()  # [1, total_tokens, size]
+        heads = (self.num_heads, -1)
+        query = self.exit_query(states[0, packed_batch.first_tokens]).unflatten(-1, heads)
+        attended = attend_within_texts(
+            packed_batch,
+            take_up_query(self.exit_key, query).flatten(0, 1)[None, None],  # [1, 1, texts * heads, size]
+            states[None],
+            states[None],
+            scaling=query.shape[-1] ** -0.5,
+            dropout=self.dropout if self.training else 0.0,
+            queries_per_text=self.num_heads,
         )
-        dropout = self.dropout if self.training else 0.0
-        attended = attend_within_texts(packed_batch, query, key, value, dropout=dropout, first_token_only=True)
-        attended = self.exit_output(attended[0].flatten(1))  # [texts, size]
-        return self.exit_dense(attended).tanh()
+        # Each head has a weighted sum of its own, and takes its part of the values of that.
+        values = self.exit_value(attended.view(-1, self.num_heads, states.shape[-1])).unflatten(-1, heads)
+        values = values.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # [texts, size]
+        return self.exit_dense(self.exit_output(values)).tanh()
 
 
 class LinearExitPooler(nn.Module):

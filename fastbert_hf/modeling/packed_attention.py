@@ -24,7 +24,7 @@ def attend_within_texts(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    first_token_only: bool = False,
+    queries_per_text: int | None = None,
 ) -> torch.Tensor:
     """
     Attend inside each text only, and return `[1, queries, heads, head_dim]`. What stands for a packed batch where a
@@ -33,22 +33,22 @@ def attend_within_texts(
     Args:
         packed_batch (`PackedBatch`): Where the texts are.
         query, key, value (`torch.Tensor` of shape `[1, heads, total_tokens, head_dim]`):
-            With `first_token_only` there is one query for each text.
+            With `queries_per_text` there are so many queries for each text.
         scaling (`float`, *optional*): Factor of the products, `head_dim ** -0.5` unless given.
         dropout (`float`): Dropout probability of the attention weights; 0 outside training.
         sliding_window (`int`, *optional*): Positions i and j see each other where |i - j| < `sliding_window`.
-        first_token_only (`bool`): Whether only the first token of each text attends.
+        queries_per_text (`int`, *optional*): How many queries each text has, if it is not one for each of its tokens.
     """
     groups, tokens = packed_batch.groups, packed_batch.group_tokens
     attend = ATTENTION_KERNELS[packed_batch.attn_implementation]
-    if packed_batch.received is not None and not first_token_only:
+    if packed_batch.received is not None and queries_per_text is None:
         attend = partial(attend_and_note, packed_batch.received)
     sizes = packed_batch.sizes if packed_batch.size_aware else None
     columns = (query, key, value, packed_batch.position_ids, sizes)
     if len(groups) == 1:
         return _attend_in_group(attend, groups[0], columns, sliding_window, dropout, scaling).unsqueeze(0)
     # torch.split: the backward of a slice would allocate the whole tensor for each group.
-    of_queries = [texts for texts, _ in groups] if first_token_only else tokens
+    of_queries = tokens if queries_per_text is None else [texts * queries_per_text for texts, _ in groups]
     parts = [query.split(of_queries, 2), key.split(tokens, 2), value.split(tokens, 2)]
     parts += [
         packed_batch.position_ids.split(tokens, 1),

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, LoraModel
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
@@ -46,6 +51,38 @@ def test_attention_exit_equals_the_papers_structure_on_each_text_alone(heads):
         assert_close(logits, torch.stack([reference_exit_logits(model, depth, text) for text in texts]))
 
 
+def as_adapter(linear: nn.Linear) -> nn.Module:
+    adapted = LoraModel(nn.ModuleDict({"key": linear}), LoraConfig(target_modules=["key"]), "default").model["key"]
+    nn.init.normal_(adapted.lora_B["default"].weight, std=0.1)
+    return adapted
+
+
+def offloaded(linear: nn.Linear) -> nn.Module:
+    return cpu_offload(linear, execution_device="cpu")
+
+
+def with_output_hook(linear: nn.Linear) -> nn.Module:
+    linear.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)
+    return linear
+
+
+@pytest.mark.parametrize("change", [as_adapter, offloaded, with_output_hook, weight_norm])
+def test_attention_exit_follows_what_a_changed_key_layer_computes(change):
+    model = tiny_model()
+    pooler, (_, hidden_states, packed_batch, _) = model.exits[1].pooler, packed_states()
+    pooler.exit_key = change(pooler.exit_key)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model)
+        bias = pooler.exit_key(torch.zeros(1, 128))
+        plain = nn.Linear(128, 128)
+        plain.weight.copy_((pooler.exit_key(torch.eye(128)) - bias).T)
+        plain.bias.copy_(bias[0])
+        wanted.exits[1].pooler.exit_key = plain
+        logits = model.exits[1](hidden_states, packed_batch)
+        texts = texts_in_packed_order(hidden_states, packed_batch)
+        assert_close(logits, torch.stack([reference_exit_logits(wanted, 2, text) for text in texts]))
+
+
 @pytest.mark.parametrize(
     ("family", "exit_type"), [*((family, "linear") for family in FAMILIES), ("bert", "linear_mean")]
 )
@@ -61,7 +98,7 @@ def test_linear_exit_equals_the_familys_stock_head_on_each_first_token_or_mean(f
 def test_multiply_accumulates_are_half_of_what_torch_counts(exit_type):
     model = tiny_model(exit_type=exit_type)
     pooler, (_, hidden_states, packed_batch, _) = model.exits[1].pooler, packed_states()
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         pooler(hidden_states, replace(packed_batch, attn_implementation="eager"))  # whose products it sees
     assert 2 * pooler.macs(packed_batch.lengths).sum() == counter.get_total_flops()
 

@@ -79,10 +79,10 @@ def test_a_window_counts_positions_and_not_places_in_the_row(kernel):
 
 
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
-def test_first_token_only_gives_what_full_attention_gives_to_first_tokens(kernel):
+def test_one_query_per_text_gives_what_full_attention_gives_to_first_tokens(kernel):
     batch, _ = pack_padded(mask_of(), kernel)
     query, key, value = (random_tensor(1, HEADS, sum(LENGTHS), HEAD_DIM, seed=seed) for seed in range(3))
-    first = attend_within_texts(batch, query[:, :, batch.first_tokens], key, value, first_token_only=True)
+    first = attend_within_texts(batch, query[:, :, batch.first_tokens], key, value, queries_per_text=1)
     everything = attend_within_texts(batch, query, key, value)
     assert first.shape == (1, len(LENGTHS), HEADS, HEAD_DIM)
     assert_close(first, everything[:, batch.first_tokens], 1e-6)
