@@ -17,6 +17,7 @@ TITLES = {
     "random": "random ones kept",
     "first": "the first ones kept",
     "truncate": "the text is cut",
+    "early": "dropped after the first layer alone",
 }
 
 
@@ -30,9 +31,11 @@ def ratios_table(results: dict[str, dict]) -> str:
         tokens = full["tokens"]["test"]
         lines.append([name, f"all {tokens:.0f} tokens", percent(full["distilled"]["test"]["accuracy"]), "", ""])
         for kind in TITLES:
-            cells = [cell(results, length_runs.LengthRun(name, kind, ratio)) for ratio in length_runs.RATIOS]
-            if any(cells):
-                lines.append([name, TITLES[kind], *cells])
+            for steps in (0, length_runs.LONGER_STEPS):
+                runs = [length_runs.LengthRun(name, kind, ratio, steps) for ratio in length_runs.RATIOS]
+                cells = [cell(results, run) for run in runs]
+                if any(cells):
+                    lines.append([name, TITLES[kind] + (f", {steps} steps" if steps else ""), *cells])
     header = ["data set", "tokens", *(f"{ratio:g}x" for ratio in length_runs.RATIOS)]
     return markdown(header, lines) if lines else NOT_YET
 
@@ -63,7 +66,10 @@ def frontier_of(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def title_of(name: str) -> str:
-    return "exits alone" if name == "full" else f"{name.rpartition('-')[2]} by dropped tokens, with exits"
+    kind, _, rest = name.partition("-")
+    ratio, _, steps = rest.partition("-")
+    longer = f", {steps.replace('-', ' ')}" if steps else ""
+    return "exits alone" if name == "full" else f"{ratio}, {TITLES[kind].replace('**', '')}{longer}; with exits"
 
 
 def frontier_table(results: dict[str, dict]) -> str:
@@ -100,9 +106,9 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     for part, name in (("length_steps", "imdb-512"), ("length_other_steps", "sst2")):
         run = results.get(length_runs.LengthRun(name, "drop", 2.0).name)
         found[part] = NOT_YET if run is None else str(run["settings"]["steps"])
-    longer = length_runs.LengthRun("imdb-512", *length_runs.LONGER[0], steps=length_runs.LONGER_STEPS)
-    more = f", and {length_runs.LONGER_STEPS} steps, with which dropping loses {points(lost(results, longer))}"
-    found["length_longer"] = more if longer.name in results else ""
+    for kind, ratio in length_runs.LONGER:
+        longer = length_runs.LengthRun("imdb-512", kind, ratio, length_runs.LONGER_STEPS)
+        found[f"lost_longer_{kind}"] = points(lost(results, longer))
     sweeps, taken = frontier_of(results), results.get("times")
     allowed = frontiers.LOST[0]
     for name in length_frontier.MODELS:

@@ -30,15 +30,17 @@ SETS = {
     "sst2": ("sst2", 128),
 }
 RATIOS = (1.5, 2.0, 3.0)
-KINDS = ("drop", "mean", "truncate", "weighted", "searched", "first", "random")
+KINDS = ("drop", "mean", "truncate", "weighted", "searched", "first", "random", "early")
 # What is asked at every ratio; the others at 2x alone.
 AT_EVERY_RATIO = KINDS[:3]
 LEARNING_RATE = 1e-4  # of 5e-5 and 1e-4 on dev of imdb, 150 steps
 STEPS = {"imdb-512": 300}
 OTHER_STEPS = 200  # what time allowed
-# Runs that were trained three times as long, and the models that are kept for length times depth.
-LONGER, LONGER_STEPS = (("drop", 2.0),), 900
-KEPT = ("imdb-512-drop-2x",)
+# After which layers texts become shorter, if it is not every second one.
+LAYERS = {"early": (1,)}
+# Runs of imdb-512 that were trained three times as long, and the models that are kept for length times depth.
+LONGER, LONGER_STEPS = (("early", 1.5), ("drop", 2.0)), 900
+KEPT = ("imdb-512-drop-2x", "imdb-512-early-1.5x-900-steps", "imdb-512-drop-2x-900-steps")
 BATCH_SIZE = {"imdb-512": 8, "imdb-256": 8}
 OTHER_BATCH_SIZE = 16
 
@@ -136,8 +138,9 @@ def make_shorter(
         truncation = Truncation({}, merge="drop", most_tokens=round(dial))
         answer_by(model, lambda engine: cut_first(engine, truncation))
         return round(dial)
-    settings = {"merge": "drop"} if kind in ("drop", "first", "random") else {"merge": kind, "size_aware": False}
-    model.config.coarsening = {**retention_schedule(model.config.num_hidden_layers, dial), **settings}
+    settings = {"merge": kind, "size_aware": False} if kind in ("mean", "weighted") else {"merge": "drop"}
+    schedule = retention_schedule(model.config.num_hidden_layers, dial, LAYERS.get(kind))
+    model.config.coarsening = {**schedule, **settings}
     if kind in ("first", "random"):
         rule = ByRule(Coarsening.of(model.config.coarsening).retention, merge="drop", rule=kind)
 
@@ -241,7 +244,7 @@ class LengthBench(Bench):
 
 def runs_of(name: str) -> list[LengthRun]:
     """Return the runs of a set, the most telling ones first."""
-    runs = [LengthRun(name, kind, 2.0) for kind in KINDS]
+    runs = [LengthRun(name, kind, 2.0) for kind in KINDS if kind not in LAYERS]
     runs[3:3] = [LengthRun(name, kind, ratio) for ratio in (3.0, 1.5) for kind in AT_EVERY_RATIO]
     longer = [LengthRun(name, *of, steps=LONGER_STEPS) for of in LONGER if name == "imdb-512"]
     return [LengthRun(name, "full"), *runs, *longer]

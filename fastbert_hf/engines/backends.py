@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,8 @@ def _load_openvino(contents: list[bytes], num_threads: int, hidden_size: int) ->
     settings = {
         "INFERENCE_NUM_THREADS": num_threads,
         "INFERENCE_PRECISION_HINT": "f32",
-        # Of int8 layers: each token is rounded with a scale of its own for so many of its numbers. Where oneDNN is
-        # held to older instructions, OpenVINO takes kernels that do not know of it and give NaN: then none is rounded.
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0 if "ONEDNN_MAX_CPU_ISA" in os.environ else hidden_size,
+        # Of int8 layers: each token is rounded with a scale of its own for so many of its numbers.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": hidden_size if openvino_rounds_tokens() else 0,
     }
     core = openvino.Core()
     model = core.read_model(contents[0], openvino.Tensor(np.frombuffer(contents[1], np.uint8)))
@@ -128,6 +128,34 @@ def _load_openvino(contents: list[bytes], num_threads: int, hidden_size: int) ->
         return list(outputs.values())
 
     return run
+
+
+@cache
+def openvino_rounds_tokens() -> bool:
+    """
+    Tell whether OpenVINO multiplies rounded tokens rightly on this processor. Where oneDNN is held to AVX2, it fails,
+    or gives NaN or nothing at all. It is tried on the products that overflow first, once in a process.
+    """
+    openvino, ops = import_engine(BACKENDS["openvino"], "openvino", "openvino.opset13")
+    width, outputs = 256, 32
+    weights = np.full((width, outputs), 127, np.int8)
+    weights[:, 1::2] = -127
+    rows = ops.parameter([-1, width], np.float32)
+    whole = ops.multiply(ops.convert(ops.constant(weights), "f32"), ops.constant(np.ones((1, outputs), np.float32)))
+    model = openvino.Model([ops.matmul(rows, whole, False, False)], [rows])
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": width}
+    # As many rows as a token has alone and as a batch has: other kernels may take them.
+    given = [np.ones((number, width), np.float32) for number in (1, 64)]
+    try:
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
+        found = [compiled(own)[0].copy() for own in given]
+    except RuntimeError:  # there is no such kernel
+        return False
+    wanted = [own @ weights.astype(np.float32) for own in given]
+    return all(
+        own.shape == right.shape and np.allclose(own, right, rtol=1e-2)
+        for own, right in zip(found, wanted, strict=True)
+    )
 
 
 def _int8_in_openvino(rows: torch.Tensor, layer: nn.Module) -> torch.Tensor:

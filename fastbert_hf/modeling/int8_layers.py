@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +24,8 @@ LARGEST_WEIGHT = 127
 LEVELS = (255, 127)
 # From this on, sums are no 32-bit numbers any more.
 MOST_INT32 = 2**31
+# Of Linux: memory that will not be read soon.
+MADV_PAGEOUT = 21
 # Rows of zeros have no scale of their own.
 SMALLEST_SCALE = 1e-30
 
@@ -282,6 +287,7 @@ class PackedWeights:
             packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), zeros_of(len(weight))
             sums = weight.sum(1, dtype=torch.int64).float() * weight_scale
             made = self._made = key, packed, weight_scale, zeros, sums
+            let_pages_go(weight)
         _, packed, scale, zeros, sums = made
         return multiply(rows, packed, scale, zeros), sums
 
@@ -290,6 +296,25 @@ class PackedWeights:
 
     def __reduce__(self) -> tuple:
         return PackedWeights, ()
+
+
+def let_pages_go(weight: torch.Tensor) -> None:
+    """
+    Tell Linux that weights will not be read soon, as packed ones are there: pages of a checkpoint file are then given
+    back, and come again from there when they are read. Other systems are told nothing.
+    """
+    madvise = find_madvise()
+    # Whole pages alone: the others are a neighbour's, too.
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if madvise is not None and size > 0:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)  # an older Linux refuses
+
+
+@cache
+def find_madvise() -> Callable | None:
+    """Return the function of the C library that gives the system advice on memory, `None` if it is no Linux."""
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
 def multiply(rows: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:

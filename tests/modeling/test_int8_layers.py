@@ -10,9 +10,11 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastbert_hf.modeling import int8_layers
@@ -218,6 +220,30 @@ def test_sums_do_not_overflow_on_older_processors(isa):
     assert measured["levels"] in LEVELS and measured["off"] < 0.01
     if isa == "AVX2":
         assert measured["levels"] == 127
+
+
+def memory_of_files() -> int:
+    """Return how many bytes of files this process has in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or exact_levels() is None, reason="needs oneDNN on Linux")
+def test_a_checkpoints_pages_are_given_back_once_weights_are_packed_and_come_again(tmp_path):
+    weight, tokens = torch.randint(-127, 128, (4096, 4096), dtype=torch.int8), torch.randn(1, 4096)
+    save_file({"weight": weight}, tmp_path / "weight.safetensors")
+    layer = Int8Linear(4096, 4096, bias=False)
+    layer.weight_scale.fill_(0.01)
+    before = memory_of_files()
+    layer.weight = load_file(tmp_path / "weight.safetensors")["weight"]
+    assert torch.equal(layer.weight, weight)
+    if memory_of_files() < before + 0.9 * weight.nbytes:
+        pytest.skip("files are copied here, or lie in memory anyway")
+    with torch.inference_mode():
+        first = layer(tokens)
+        assert memory_of_files() < before + 0.2 * weight.nbytes
+        assert torch.equal(layer.weight, weight)
+        assert torch.equal(layer(tokens), first)
 
 
 def test_query_key_and_value_round_their_tokens_once(monkeypatch):
