@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ import torch
 from serving_runs import CUT, in_turn, load_tokenizer, model_that_leaves, own_model, ratios
 
 from fastbert_hf import FastBertForSequenceClassification, load_operators
+from fastbert_hf.evaluation import executed_flops
 from fastbert_hf.modeling import int8_layers
 
 
@@ -104,13 +106,34 @@ def peak_memory(shape: str) -> dict[str, float]:
 
 @torch.inference_mode()
 def with_exits(shape: str, texts: list[str], repeats: int, share: float) -> list[dict]:
-    """Time a stream whose texts leave so that a share of the layers runs, in every kind, at the same exits."""
+    """
+    Time a stream whose texts leave so that a share of the layers runs, in every kind, at the same exits; and how many
+    times faster that is than all layers of the same kind, as a part of how many times fewer FLOPs are executed.
+    """
     load_operators()
     model, speed = model_that_leaves(shape, share, texts)
     ids = [{"input_ids": row} for row in load_tokenizer()(texts, **CUT)["input_ids"]]
+    lengths = torch.tensor([len(row["input_ids"]) for row in ids])
+    executed: dict[float, list[int]] = {}
 
-    def stream(model: FastBertForSequenceClassification) -> list:
-        return list(model.predict(ids, speed=speed))
+    def stream(model: FastBertForSequenceClassification, speed: float = speed) -> None:
+        exit_layers = torch.tensor([answer.exit_layer for answer in model.predict(ids, speed=speed)])
+        executed.setdefault(speed, []).append(executed_flops(model, exit_layers, lengths, students=speed > 0).sum())
 
-    seconds = in_turn(sides_of(model, stream), repeats, f"{shape}, {share:g} of the layers")
-    return rows_of(seconds, len(ids), shape=shape, case=f"a stream, {100 * share:g} % of the layers")
+    sides = sides_of(model, stream)
+    whole = {f"{kind}, all layers": partial(run, speed=0.0) for kind, run in sides.items()}
+    seconds = in_turn(sides | whole, repeats, f"{shape}, {share:g} of the layers")
+    ideal = torch.stack(executed[0.0]).double().mean() / torch.stack(executed[speed]).double().mean()
+    rows = rows_of(
+        {kind: seconds[kind] for kind in sides},
+        len(ids),
+        shape=shape,
+        case=f"a stream, {100 * share:g} % of the layers",
+    )
+    for row in rows:
+        kind = row["kind"]
+        speed_ups = [
+            all_layers / own for all_layers, own in zip(seconds[f"{kind}, all layers"], seconds[kind], strict=True)
+        ]
+        row |= {"ideal": ideal.item(), "of_ideal": median(speed_ups) / ideal.item()}
+    return rows
