@@ -40,7 +40,9 @@ def quantise_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.div(weight, scale[:, None]).round_().to(torch.int8), scale
 
 
-def quantise_tokens(rows: torch.Tensor, levels: int = LEVELS[0]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantise_tokens(
+    rows: torch.Tensor, levels: int = LEVELS[0], result_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
     Round the hidden states of tokens, each by itself: \\( x \approx (q - z) s \\), where q goes from 0 to `levels` and
     0 is met exactly.
@@ -48,18 +50,22 @@ def quantise_tokens(rows: torch.Tensor, levels: int = LEVELS[0]) -> tuple[torch.
     Args:
         rows (`torch.Tensor` of shape `[rows, width]`): In float32.
         levels (`int`): 255 or 127.
+        result_rows (`int`, *optional*): Rows of q, if it has more than there are tokens. They hold anything.
 
     Returns:
-        `tuple` of three `torch.Tensor`: q as uint8, `[rows, width]`, then s and z in float32, `[rows, 1]` each. A row
-        with NaN or infinity has a scale that is not finite.
+        `tuple` of three `torch.Tensor`: q as uint8, `[result_rows, width]`, then s and z in float32, `[rows, 1]` each.
+        A row with NaN or infinity has a scale that is not finite.
     """
+    result_rows = len(rows) if result_rows is None else result_rows
     if is_for_operators(rows):
-        return torch.ops.fastbert_hf.quantise_tokens(rows, levels, SMALLEST_SCALE)
+        return torch.ops.fastbert_hf.quantise_tokens(rows, levels, SMALLEST_SCALE, result_rows)
     greatest, least = rows.amax(-1, keepdim=True).clamp_min_(0), rows.amin(-1, keepdim=True).clamp_max_(0)
     scale = (greatest - least).div_(levels).clamp_min_(SMALLEST_SCALE)
     steps = scale.reciprocal()  # dividing takes several times as long
     zero = least.neg_().mul_(steps).round_()
-    return torch.mul(rows, steps).round_().add_(zero).clamp_max_(levels).to(torch.uint8), scale, zero
+    result = torch.empty(result_rows, rows.shape[1], dtype=torch.uint8, device=rows.device)
+    result[: len(rows)] = torch.mul(rows, steps).round_().add_(zero).clamp_max_(levels)
+    return result, scale, zero
 
 
 def scale_tokens(
@@ -79,6 +85,16 @@ def scale_tokens(
     rows.addcmul_(zero, sums, value=-1).mul_(scale)
     if bias is not None:
         rows += bias
+
+
+def few_numbers_of_rows(rows: int) -> int:
+    """
+    Return how many rows a product should have for so many tokens: some more, at most a sixteenth of many. oneDNN makes
+    a kernel for each number that it meets, which takes as long as some hundred rows, and forgets them from about a
+    thousand on. Where texts leave, hardly two batches have equal numbers of tokens.
+    """
+    step = max(8, 1 << max(rows.bit_length() - 5, 0))
+    return -(-rows // step) * step
 
 
 def is_for_operators(rows: torch.Tensor) -> bool:
@@ -174,10 +190,12 @@ class Int8Linear(Int8Weights, nn.Linear):
             rounded = steps.float().sub_(zero).mul_(scale)
             with torch.autocast(rows.device.type, enabled=False):
                 return nn.functional.linear(rounded, self.dequantised(), bias)
-        is_shared = tokens is not None and self._rounding is not None
-        rounded = self._rounding.of(tokens, rows, levels, id(self)) if is_shared else quantise_tokens(rows, levels)
-        steps, scale, zero = rounded
+        if tokens is not None and self._rounding is not None:
+            steps, scale, zero = self._rounding.of(tokens, rows, levels, id(self))
+        else:
+            steps, scale, zero = quantise_tokens(rows, levels, few_numbers_of_rows(len(rows)))
         outputs, sums = self._packed.multiply(steps, self.weight, self.weight_scale)
+        outputs = outputs[: len(rows)]
         scale_tokens(outputs, scale, zero, sums, bias)
         return outputs
 
@@ -204,7 +222,7 @@ class LastRounding(threading.local):
         asked = levels, 0 if tokens.is_inference() else tokens._version
         is_same = self.tokens is not None and self.tokens() is tokens and self.asked == asked
         if not is_same or reader in self.readers:  # one that reads it again may find other numbers there
-            self.result = quantise_tokens(rows, levels)
+            self.result = quantise_tokens(rows, levels, few_numbers_of_rows(len(rows)))
             self.tokens, self.asked, self.readers = weakref.ref(tokens, self._forget), asked, frozenset()
         self.readers |= {reader}
         return self.result

@@ -290,9 +290,11 @@ FASTBERT_APART void round_row(
 }
 
 // As `quantise_tokens` of int8_layers.py: each row is read from memory once.
-std::tuple<Tensor, Tensor, Tensor> quantise_tokens(const Tensor& rows, int64_t levels, double smallest) {
+std::tuple<Tensor, Tensor, Tensor> quantise_tokens(
+    const Tensor& rows, int64_t levels, double smallest, int64_t result_rows) {
   const int64_t count = rows.size(0), width = rows.size(1);
-  Tensor result = at::empty({count, width}, rows.options().dtype(at::kByte));
+  TORCH_CHECK(result_rows >= count, "there must be a row for each of ", count, " tokens, not ", result_rows);
+  Tensor result = at::empty({result_rows, width}, rows.options().dtype(at::kByte));
   Tensor scales = at::empty({count, 1}, rows.options()), zeros = at::empty({count, 1}, rows.options());
   const float *given = rows.const_data_ptr<float>(), last = static_cast<float>(levels);
   uint8_t* output = result.data_ptr<uint8_t>();
@@ -365,7 +367,7 @@ TORCH_LIBRARY(fastbert_hf, library) {
   library.def(
       "neuron_trees(Tensor tokens, Tensor weight, Tensor bias, Tensor table, Tensor? out_bias, int levels, "
       "int activation) -> Tensor");
-  library.def("quantise_tokens(Tensor rows, int levels, float smallest) -> (Tensor, Tensor, Tensor)");
+  library.def("quantise_tokens(Tensor rows, int levels, float smallest, int result_rows) -> (Tensor, Tensor, Tensor)");
   library.def("scale_tokens_(Tensor(a!) rows, Tensor scales, Tensor zeros, Tensor sums, Tensor? bias) -> ()");
 }
 
