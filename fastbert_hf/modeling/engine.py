@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .compiled_layers import is_compiled
 from .encoder_layer import is_hooked, run_layer
 from .families import embed_tokens, encoder_layers, get_encoder_family, packed_position_ids, rotary_embeddings
+from .int8_layers import few_numbers_of_rows
 from .packed_attention import PACKED_ATTENTION
 from .packed_batch import PackedBatch, Padding
 from .token_coarsening import Coarsening
@@ -102,16 +103,65 @@ class TorchEngine:
         shorten = None if self.coarsening is None else self.coarsening.at(depth)
         if shorten is not None:
             packed_batch = replace(packed_batch, received=[])
-        with nullcontext() if is_compiled(layer) else faster_linears(hidden_states):
+        if is_compiled(layer):
             return run_layer(self.family.seam, layer, hidden_states, packed_batch, shorten)
+        with faster_linears(hidden_states) as linears:
+            if shorten is not None or not (linears or makes_kernels(hidden_states)):
+                return run_layer(self.family.seam, layer, hidden_states, packed_batch, shorten)
+            more_states, more_rows = with_more_rows(hidden_states, packed_batch)
+            outputs, _ = run_layer(self.family.seam, layer, more_states, more_rows)
+            return outputs[:, : packed_batch.total_tokens], packed_batch
 
     def exit_logits(self, depth: int, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
-        return self.exits[depth - 1](self.final_norm(hidden_states), packed_batch, self.shared_pooler)
+        hidden_states = self.final_norm(hidden_states)
+        with LinearsOfMoreRows() if makes_kernels(hidden_states) else nullcontext():
+            return self.exits[depth - 1](hidden_states, packed_batch, self.shared_pooler)
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise a layer's output as its reader gets it, where the encoder does so once at its end."""
         name = self.family.final_norm
         return hidden_states if name is None else self.backbone.get_submodule(name)(hidden_states)
+
+
+def makes_kernels(hidden_states: torch.Tensor) -> bool:
+    """
+    Tell whether linear layers are in half precision on a CPU: oneDNN runs them, which makes a kernel for each number
+    of rows that it meets, and that takes as long as several products. (Int8 layers see to it themselves.)
+    """
+    return (
+        hidden_states.device.type == "cpu"
+        and hidden_states.dtype in (torch.bfloat16, torch.float16)
+        and torch.is_inference_mode_enabled()
+    )
+
+
+def with_more_rows(hidden_states: torch.Tensor, packed_batch: PackedBatch) -> tuple[torch.Tensor, PackedBatch]:
+    """Put rows below those of a batch that belong to no text, so that few different numbers of rows are met."""
+    more = few_numbers_of_rows(hidden_states.shape[1]) - hidden_states.shape[1]
+    if more == 0:
+        return hidden_states, packed_batch
+
+    def with_more(states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(states, (0, 0, 0, more))
+
+    if packed_batch.position_embeddings is not None:
+        rotary = {kind: tuple(map(with_more, pair)) for kind, pair in packed_batch.position_embeddings.items()}
+        packed_batch = replace(packed_batch, position_embeddings=rotary)
+    return with_more(hidden_states), packed_batch
+
+
+class LinearsOfMoreRows(TorchFunctionMode):
+    """Gives linear layers some rows more while it is entered, in its thread alone, and takes them away again."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and not kwargs and args[0].dim() > 1:
+            tokens, *weights = args
+            rows = tokens.flatten(0, -2)
+            more = few_numbers_of_rows(len(rows)) - len(rows)
+            if more:
+                outputs = func(nn.functional.pad(rows, (0, 0, 0, more)), *weights)
+                return outputs[: len(rows)].unflatten(0, tokens.shape[:-1])
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 # The smallest layers that are worth an interception: tokens times hidden_size squared, and weights.

@@ -33,7 +33,8 @@ def attend_within_texts(
     Args:
         packed_batch (`PackedBatch`): Where the texts are.
         query, key, value (`torch.Tensor` of shape `[1, heads, total_tokens, head_dim]`):
-            With `queries_per_text` there are so many queries for each text.
+            With `queries_per_text` there are so many queries for each text. Tokens behind those of the batch belong
+            to no text, and get zeros.
         scaling (`float`, *optional*): Factor of the products, `head_dim ** -0.5` unless given.
         dropout (`float`): Dropout probability of the attention weights; 0 outside training.
         sliding_window (`int`, *optional*): Positions i and j see each other where |i - j| < `sliding_window`.
@@ -45,11 +46,16 @@ def attend_within_texts(
         attend = partial(attend_and_note, packed_batch.received)
     sizes = packed_batch.sizes if packed_batch.size_aware else None
     columns = (query, key, value, packed_batch.position_ids, sizes)
-    if len(groups) == 1:
+    more = key.shape[2] - packed_batch.total_tokens
+    if len(groups) == 1 and more == 0:
         return _attend_in_group(attend, groups[0], columns, sliding_window, dropout, scaling).unsqueeze(0)
     # torch.split: the backward of a slice would allocate the whole tensor for each group.
     of_queries = tokens if queries_per_text is None else [texts * queries_per_text for texts, _ in groups]
-    parts = [query.split(of_queries, 2), key.split(tokens, 2), value.split(tokens, 2)]
+
+    def parts_of(states: torch.Tensor, of: list[int]) -> tuple[torch.Tensor, ...]:
+        return states.split([*of, more] if more else of, 2)[: len(groups)]
+
+    parts = [parts_of(query, of_queries), parts_of(key, tokens), parts_of(value, tokens)]
     parts += [
         packed_batch.position_ids.split(tokens, 1),
         [None] * len(groups) if sizes is None else sizes.split(tokens, 1),
@@ -58,6 +64,8 @@ def attend_within_texts(
         _attend_in_group(attend, group, own, sliding_window, dropout, scaling)
         for group, own in zip(groups, zip(*parts, strict=True), strict=True)
     ]
+    if more:
+        outputs.append(outputs[0].new_zeros(more, *outputs[0].shape[1:]))
     return torch.cat(outputs).unsqueeze(0)
 
 

@@ -8,10 +8,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from fastbert_hf.modeling import engine
+from fastbert_hf.modeling import engine, int8_layers
 from fastbert_hf.modeling.engine import OneDnnLinears, faster_linears, onednn_is_faster
-from tests.common import assert_close
+from fastbert_hf.modeling.int8_layers import few_numbers_of_rows
+from tests.common import assert_close, ragged_batch, tiny_model
 
 
 pytestmark = pytest.mark.skipif(
@@ -137,3 +139,40 @@ def test_the_choice_is_made_once_and_by_measurement(monkeypatch):
         assert onednn_is_faster() is False
     finally:
         onednn_is_faster.cache_clear()
+
+
+def test_few_different_numbers_of_rows_are_met_and_few_rows_are_added():
+    rounded = {rows: few_numbers_of_rows(rows) for rows in range(1, 4097)}
+    assert all(rows <= own < rows + max(8, rows / 16 + 1) for rows, own in rounded.items())
+    assert all(rounded[own] == own for own in rounded.values() if own in rounded)
+    assert len(set(rounded.values())) < 120
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("kind", ["bfloat16", "oneDNN", "int8"])
+def test_linear_layers_meet_few_numbers_of_rows_and_answers_stay(family, kind, monkeypatch):
+    model, met = tiny_model(family), set()
+    if kind == "int8":
+        model.use_int8_layers()
+    batches = [ragged_batch(lengths) for lengths in ((5, 1, 7, 4, 10), (3, 9), (13,), (2, 2, 30), (17, 4, 6))]
+    model = model.bfloat16() if kind == "bfloat16" else model
+    wanted = [model(**batch, output_exit_logits=True).exit_logits for batch in batches]  # with gradients: as they come
+    monkeypatch.setattr(
+        engine, "faster_linears", lambda states: OneDnnLinears() if kind == "oneDNN" else nullcontext()
+    )
+    monkeypatch.setattr(engine, "LEAST_WEIGHTS", 1)
+
+    def noted(function):
+        return lambda rows, *args: met.add(rows.flatten(0, -2).shape[0]) or function(rows, *args)
+
+    class Linears(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return (noted(func) if func is nn.functional.linear else func)(*args, **(kwargs or {}))
+
+    for module, name in ((engine, "_onednn_linear"), (int8_layers, "multiply")):
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    with torch.inference_mode(), Linears() if kind == "bfloat16" else nullcontext():
+        found = [model(**batch, output_exit_logits=True).exit_logits for batch in batches]
+    assert met and all(rows % 8 == 0 for rows in met)
+    for own, other in zip(found, wanted, strict=True):
+        assert_close(own.float(), other.float(), 0.05 if kind == "bfloat16" else 1e-5)
