@@ -89,6 +89,19 @@ def test_one_query_per_text_gives_what_full_attention_gives_to_first_tokens(kern
 
 
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+@pytest.mark.parametrize("lengths", [LENGTHS, (4,)])
+def test_tokens_behind_those_of_the_batch_are_read_by_no_text_and_get_zeros(kernel, lengths):
+    batch, _ = pack_padded(mask_of(lengths), kernel)
+    given = [random_tensor(1, HEADS, sum(lengths) + 3, HEAD_DIM, seed=seed) for seed in range(3)]
+    for tensor in given:
+        tensor[:, :, sum(lengths) :] = float("nan")
+    outputs = attend_within_texts(batch, *given)
+    expected = attend_within_texts(batch, *(tensor[:, :, : sum(lengths)] for tensor in given))
+    assert torch.equal(outputs[:, : sum(lengths)], expected)
+    assert torch.equal(outputs[:, sum(lengths) :], torch.zeros(1, 3, HEADS, HEAD_DIM, dtype=outputs.dtype))
+
+
+@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
 def test_dropout_falls_on_the_attention_weights_and_keeps_their_mean(kernel):
     torch.manual_seed(0)
     lengths = (40,) * 50
