@@ -21,7 +21,7 @@ from fastbert_hf.evaluation import executed_flops
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
 from fastbert_hf.modeling.feed_forward_settings import feed_forward_layers
 
-from ..common import FAMILIES, assert_close, pad_token_id_of, ragged_batch, tiny_model, tiny_stock_model
+from ..common import FAMILIES, assert_close, in_own_memory, pad_token_id_of, ragged_batch, tiny_model, tiny_stock_model
 
 
 LEAVES = {"form": "leaves", "depth": 2, "leaf_size": 8, "master_size": 4}
@@ -55,7 +55,7 @@ def test_every_family_answers_alike_in_any_formation(family, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert again.config.feed_forward == LEAVES
-    assert torch.equal(again(**batch, speed=speed).logits, output.logits)
+    assert torch.equal(in_own_memory(again)(**batch, speed=speed).logits, output.logits)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "modernbert"])
@@ -114,7 +114,7 @@ def test_a_cascade_has_them_in_one_member(tmp_path):
     cascade.save_pretrained(tmp_path)
     again = CascadeForSequenceClassification.from_pretrained(tmp_path)
     batch = ragged_batch()
-    assert torch.equal(again(**batch, speed=0.7).logits, cascade(**batch, speed=0.7).logits)
+    assert torch.equal(in_own_memory(again)(**batch, speed=0.7).logits, cascade(**batch, speed=0.7).logits)
 
 
 def test_adapters_learn_beside_them():
