@@ -50,8 +50,8 @@ TARGETS = (
 
 def write(docs_dir: Path) -> None:
     """Writes the page and its figures, with `NOT_YET` where a comparison has no numbers."""
-    files = [path for path in (docs_dir / "performance").glob("*.json") if not path.name.startswith("rivals_")]
-    results = {path.stem: json.loads(path.read_text()) for path in files}
+    results = load(docs_dir / "performance")
+    others = [load(folder) for folder in sorted((docs_dir / "performance").iterdir()) if folder.is_dir()]
     template = (Path(__file__).parent / "performance_template.md").read_text(encoding="utf-8")
     parts = {
         "targets": targets_table(results),
@@ -66,6 +66,7 @@ def write(docs_dir: Path) -> None:
         "int8_memory": int8_memory(results),
         "int8_of_ideal": int8_of_ideal(results),
         "int8_settings": settings_of_run(results, "int8"),
+        "int8_others": "\n\n".join(map(int8_of_another_machine, others)),
     }
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
@@ -76,6 +77,12 @@ def write(docs_dir: Path) -> None:
         save_figure(plot_layer_cost(results["layer_cost"]["result"]), docs_dir / "figures" / "layer_cost")
     if "growth" in results:
         save_figure(plot_growth(results["growth"]["result"]), docs_dir / "figures" / "growth")
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """Return the results of one machine by their names."""
+    files = [path for path in folder.glob("*.json") if not path.name.startswith("rivals_")]
+    return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def result_of(results: dict, name: str, case: str | None) -> dict | None:
@@ -148,6 +155,16 @@ def int8_table(results: dict) -> str:
     lines = [f"| shape | what | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
     lines += [f"| {shape} | {case} | {' | '.join(map(own.get, kinds))} |" for (shape, case), own in cells.items()]
     return "\n".join(lines)
+
+
+def int8_of_another_machine(results: dict) -> str:
+    """Return what int8 and bfloat16 give on a machine that is not the page's."""
+    settings = next(iter(results.values()))["settings"]
+    return (
+        f"On another machine ({settings['processor']}, {settings['instructions']}; {settings['threads']} threads, "
+        f"torch {settings['torch']}):\n\n{int8_table(results)}\n\nOf the FLOPs that exits save, the clock shows there "
+        f"with int8 and the operators: {int8_of_ideal(results)}."
+    )
 
 
 def int8_of_ideal(results: dict) -> str:

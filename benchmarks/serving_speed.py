@@ -36,6 +36,10 @@ class Arguments:
     repeats: int = field(default=5, metadata={"help": "Turns of each comparison, after one that is not counted."})
     texts: int = field(default=256, metadata={"help": "Texts in a stream; half as many for BERT-base at full depth."})
     docs_dir: str = field(default="docs", metadata={"help": "Folder of performance.md and performance/."})
+    machine: str = field(
+        default="",
+        metadata={"help": "Folder in performance/ for another machine's numbers; of them the page has precision."},
+    )
     list_names: bool = field(default=False, metadata={"help": "Print the names of the comparisons and leave."})
     write_only: bool = field(default=False, metadata={"help": "Measure nothing."})
 
@@ -164,8 +168,9 @@ def main() -> None:
     for needed in ("zh/douban_book_review", "en/sst2") if arguments.data_dir else ():
         if not Path(arguments.data_dir, needed).is_dir():
             raise SystemExit(f"no folder {needed!r} in {arguments.data_dir!r}: leave out --data_dir")
-    folder = Path(arguments.docs_dir, "performance")
+    folder = Path(arguments.docs_dir, "performance", arguments.machine)
     if not arguments.write_only:
+        import rivals_measures
         import torch
         import transformers
 
@@ -180,8 +185,11 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "processor": rivals_measures.processor(),
+            "instructions": rivals_measures.instructions(),
             "onednn_is_faster": onednn_is_faster(),
         }
+        folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.only or NAMES:
             result = {"settings": settings, "result": measure(name, arguments)}
             write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,167 @@
+"""Answer faster instead of letting a queue grow: the speed of each batch, and which texts are refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from ..modeling.dial_checks import HOW
+from ..modeling.dials import is_linear, linear_speeds
+
+
+# What the last batch counts for in the mean of how long batches take (a mean of about the last ten).
+NEWEST = 0.1
+# So many mean deviations above the mean, a batch hardly ever is (as TCP waits for an answer, RFC 6298, with four).
+DEVIATIONS = 2.0
+
+
+class LoadControl:
+    r"""
+    Choose before each batch how long it is, and the lowest speed at which every text that waits is answered in time.
+    Where even the greatest speed would not do, a new text is refused before it waits. It is arithmetic alone: there is
+    no clock, no queue and no thread in it.
+
+    A batch of T tokens at a speed that costs the share c of speed 0 is expected to take
+    \\( k (b + T c s) \\) seconds, where k follows what batches took ([`observe`]). All texts that wait are laid out
+    in batches, the earliest deadline first, and the speed is the lowest at which each batch ends before the first of
+    its deadlines.
+
+    Args:
+        speeds (`Sequence[float]`): In ascending order: those that may be chosen.
+        costs (`Sequence[float]`): What each costs, as a share of speed 0, on average over many texts.
+        seconds_per_batch (`float`): b, what a batch takes beside its tokens.
+        seconds_per_token (`float`): s, of a token at speed 0.
+        time_to_answer (`float`): Seconds from the arrival of a text to its answer, as was promised.
+        speed (`float`): Where nothing waits. The lowest of `speeds` unless given.
+        max_speed (`float`): Never beyond it. The greatest of `speeds` unless given.
+        most_tokens (`int`): Of a batch without its last text.
+        batch_share (`float`): The part of the time to answer that a batch may take, as a new text has to wait for it.
+        reserve (`float`): The part of the time to answer that is kept free for what was not foreseen.
+
+    Raises:
+        ValueError: If a number is out of its range, or a cost is greater than that of a lower speed.
+    """
+
+    def __init__(
+        self,
+        speeds: Sequence[float],
+        costs: Sequence[float],
+        seconds_per_batch: float,
+        seconds_per_token: float,
+        time_to_answer: float,
+        speed: float | None = None,
+        max_speed: float | None = None,
+        most_tokens: int = 1024,
+        batch_share: float = 0.25,
+        reserve: float = 0.1,
+    ):
+        speeds, costs = np.asarray(speeds, dtype=float), np.asarray(costs, dtype=float)
+        if not len(speeds) or speeds.shape != costs.shape or not (np.diff(speeds) > 0).all():
+            raise ValueError(
+                f"speeds must be numbers in ascending order with a cost for each, got speeds={speeds}, costs={costs}"
+            )
+        if not (0 < costs).all() or not (np.diff(costs) <= 0).all():
+            raise ValueError(f"costs must be above 0, and none greater than that of a lower speed, got {costs}")
+        for name, value in (("seconds_per_token", seconds_per_token), ("time_to_answer", time_to_answer)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {value!r}: {name}=0.1")
+        if not 0 <= seconds_per_batch < math.inf:
+            raise ValueError(f"seconds_per_batch must be a number from 0 on, got {seconds_per_batch!r}: 0.005")
+        if not 0 < batch_share <= 1 or not 0 <= reserve < 1 or most_tokens < 1:
+            raise ValueError(
+                "batch_share must be above 0 and at most 1, reserve from 0 to below 1, most_tokens at least 1, got "
+                f"{batch_share!r}, {reserve!r} and {most_tokens!r}: batch_share=0.25, reserve=0.1, most_tokens=1024"
+            )
+        speed, max_speed = speeds[0] if speed is None else speed, speeds[-1] if max_speed is None else max_speed
+        if not speeds[0] <= speed <= max_speed <= speeds[-1]:
+            raise ValueError(
+                f"speed and max_speed must be in [{speeds[0]:g}, {speeds[-1]:g}], and speed not above max_speed, got "
+                f"{speed!r} and {max_speed!r}"
+            )
+        chosen = np.unique([speed, *speeds[(speed < speeds) & (speeds < max_speed)], max_speed])
+        self.speeds, self.costs = chosen, np.interp(chosen, speeds, costs)
+        self.seconds_per_batch, self.seconds_per_token = seconds_per_batch, seconds_per_token
+        self.time_to_answer, self.most_tokens = time_to_answer, most_tokens
+        self.batch_share, self.reserve = batch_share, reserve
+        # How many times longer than expected batches take, and how much that differs.
+        self.ratio, self.deviation = 1.0, 0.0
+
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, *args, **kwargs) -> Self:
+        """
+        Return one that chooses among the speeds of a calibrated model; the other arguments are those of the class.
+
+        Raises:
+            ValueError: If the model was not calibrated.
+        """
+        if config.calibration is None:
+            raise ValueError(f"a speed that follows the load needs to know what speeds cost, calibrate once: {HOW}")
+        calibration = config.calibration
+        speeds = linear_speeds(calibration) if is_linear(config) else calibration["speeds"]
+        # Of points that are one speed to a call, the last is what it is answered at.
+        cheapest = dict(zip(speeds, calibration["speed_ups"], strict=True))
+        return cls(list(cheapest), [1 / speed_up for speed_up in cheapest.values()], *args, **kwargs)
+
+    def seconds(self, batches: int | np.ndarray, tokens: int | np.ndarray, cost: float) -> float | np.ndarray:
+        """Return how long batches with so many tokens in all will take at a cost, on the safe side."""
+        expected = batches * self.seconds_per_batch + tokens * cost * self.seconds_per_token
+        return (self.ratio + DEVIATIONS * self.deviation) * expected
+
+    def tokens_of_batch(self, cost: float) -> int:
+        """Return how many tokens a batch may have at a cost: none of them takes too large a part of the time."""
+        of_one = self.seconds(0, 1, cost)
+        left = self.batch_share * self.time_to_answer - self.seconds(1, 0, cost)
+        return max(1, min(self.most_tokens, int(left / of_one)))
+
+    def next_batch(self, now: float, deadlines: Sequence[float], tokens: Sequence[int]) -> tuple[int, float]:
+        """
+        Return how many of the texts that wait make the next batch, and its speed.
+
+        Args:
+            now (`float`): Seconds on any clock, when the batch will start.
+            deadlines (`Sequence[float]`): Of the texts that wait, on the same clock, in ascending order.
+            tokens (`Sequence[int]`): Of each.
+        """
+        time_left = np.asarray(deadlines, dtype=float) - now - self.reserve * self.time_to_answer
+        before = np.cumsum(tokens)
+        low, high = 0, len(self.speeds) - 1  # the speeds from `high` on are fast enough, or there is none
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.is_fast_enough(middle, time_left, before) else (middle + 1, high)
+        # The text that fills a batch is its last, so that none comes later than if every batch were full to the token.
+        number = int(np.searchsorted(before, self.tokens_of_batch(self.costs[high]))) + 1
+        return min(number, len(before)), float(self.speeds[high])
+
+    def is_fast_enough(self, place: int, time_left: np.ndarray, before: np.ndarray) -> bool:
+        """Tell whether every text ends in time at one of the speeds. `before` counts the tokens up to each text."""
+        cost = self.costs[place]
+        size = self.tokens_of_batch(cost)
+        batches = (before - 1) // size + 1
+        return bool((self.seconds(batches, np.minimum(batches * size, before[-1]), cost) <= time_left).all())
+
+    def seconds_late(self, now: float, free_at: float, waiting: int, tokens: int, deadline: float) -> float:
+        """
+        Return by how many seconds a new text would miss its deadline if all were answered at the greatest speed. It is
+        refused if that is above 0, and may come again after so many seconds.
+
+        Args:
+            now, free_at, deadline (`float`): On one clock: `free_at` is when the batch that runs will have ended.
+            waiting, tokens (`int`): Tokens of those that wait already; of the new text.
+        """
+        cost = self.costs[-1]
+        size = self.tokens_of_batch(cost)
+        batches = (waiting + tokens - 1) // size + 1
+        # Those that come after it fill its batch.
+        end = max(now, free_at) + self.seconds(batches, batches * size, cost)
+        return end - (deadline - self.reserve * self.time_to_answer)
+
+    def observe(self, tokens: int, speed: float, seconds: float) -> None:
+        """Learn from how long a batch took."""
+        cost = float(np.interp(speed, self.speeds, self.costs))
+        ratio = seconds / (self.seconds_per_batch + tokens * cost * self.seconds_per_token)
+        self.deviation += NEWEST * (abs(ratio - self.ratio) - self.deviation)
+        self.ratio += NEWEST * (ratio - self.ratio)
