@@ -89,6 +89,7 @@ class LoadControl:
         self.batch_share, self.reserve = batch_share, reserve
         # How many times longer than expected batches take, and how much that differs.
         self.ratio, self.deviation = 1.0, 0.0
+        self.refused_at = -math.inf
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig, *args, **kwargs) -> Self:
@@ -128,7 +129,10 @@ class LoadControl:
         """
         time_left = np.asarray(deadlines, dtype=float) - now - self.reserve * self.time_to_answer
         before = np.cumsum(tokens)
-        low, high = 0, len(self.speeds) - 1  # the speeds from `high` on are fast enough, or there is none
+        # While texts are refused, what time is left is better given to them than to those that wait.
+        is_refusing = now - self.refused_at < self.time_to_answer
+        # The speeds from `high` on are fast enough, or there is none.
+        low, high = len(self.speeds) - 1 if is_refusing else 0, len(self.speeds) - 1
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self.is_fast_enough(middle, time_left, before) else (middle + 1, high)
@@ -157,7 +161,10 @@ class LoadControl:
         batches = (waiting + tokens - 1) // size + 1
         # Those that come after it fill its batch.
         end = max(now, free_at) + self.seconds(batches, batches * size, cost)
-        return end - (deadline - self.reserve * self.time_to_answer)
+        late = end - (deadline - self.reserve * self.time_to_answer)
+        if late > 0:
+            self.refused_at = now
+        return late
 
     def observe(self, tokens: int, speed: float, seconds: float) -> None:
         """Learn from how long a batch took."""
