@@ -9,6 +9,8 @@ from statistics import median
 import torch
 from torch import nn
 
+from .loaded_operators import operators_are_loaded
+
 
 # Decisions of the first levels are one small product; deeper nodes are read one by one, on a token's way alone.
 LEVELS_AT_ONCE = 6
@@ -345,7 +347,7 @@ def uses_operators(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and tokens.is_contiguous()
-        and hasattr(torch.ops.fastbert_hf, "descend")
+        and operators_are_loaded()
     )
 
 

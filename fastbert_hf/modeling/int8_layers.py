@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .compiled_layers import untraced
+from .loaded_operators import operators_are_loaded
 
 
 # The largest int8 whose negative is one, too.
@@ -59,12 +60,16 @@ def quantise_tokens(
     result_rows = len(rows) if result_rows is None else result_rows
     if is_for_operators(rows):
         return torch.ops.fastbert_hf.quantise_tokens(rows, levels, SMALLEST_SCALE, result_rows)
+    # For the tokens of one text each call here costs as much as its numbers: there are as few as can be.
     greatest, least = rows.amax(-1, keepdim=True).clamp_min_(0), rows.amin(-1, keepdim=True).clamp_max_(0)
-    scale = (greatest - least).div_(levels).clamp_min_(SMALLEST_SCALE)
-    steps = scale.reciprocal()  # dividing takes several times as long
-    zero = least.neg_().mul_(steps).round_()
+    scale = greatest.sub_(least).div_(levels).clamp_min_(SMALLEST_SCALE)
+    steps = scale.reciprocal()  # dividing takes several times as long on some processors
+    zero = least.mul_(steps).round_().neg_()
+    rounded = torch.mul(rows, steps).round_().add_(zero).clamp_max_(levels)
+    if result_rows == len(rows):
+        return rounded.byte(), scale, zero
     result = torch.empty(result_rows, rows.shape[1], dtype=torch.uint8, device=rows.device)
-    result[: len(rows)] = torch.mul(rows, steps).round_().add_(zero).clamp_max_(levels)
+    result[: len(rows)] = rounded
     return result, scale, zero
 
 
@@ -99,7 +104,7 @@ def few_numbers_of_rows(rows: int) -> int:
 
 def is_for_operators(rows: torch.Tensor) -> bool:
     """Return whether the compiled operators were loaded and can take these float32 rows."""
-    return rows.device.type == "cpu" and rows.is_contiguous() and hasattr(torch.ops.fastbert_hf, "quantise_tokens")
+    return operators_are_loaded() and rows.device.type == "cpu" and rows.is_contiguous()
 
 
 class Int8Weights(nn.Module):
