@@ -17,7 +17,7 @@ from serving_runs import CUT, in_turn, load_tokenizer, model_that_leaves, own_mo
 
 from fastbert_hf import FastBertForSequenceClassification, load_operators
 from fastbert_hf.evaluation import executed_flops
-from fastbert_hf.modeling import int8_layers
+from fastbert_hf.modeling import int8_products
 
 
 # Tokens of texts that are answered one at a time, and how many of them make a turn.
@@ -43,7 +43,7 @@ def sides_of(
     """Return what each kind of a model does in a turn."""
     int8 = copy.deepcopy(model)
     int8.use_int8_layers()
-    without_operators = patch.object(int8_layers, "is_for_operators", lambda rows: False)
+    without_operators = patch.object(int8_products, "is_for_operators", lambda rows: False)
     return {
         "float32": partial(answer, model),
         "bfloat16": partial(answer, copy.deepcopy(model).bfloat16()),

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 import fastbert_hf
-from fastbert_hf.modeling import fast_feedforward, int8_layers
+from fastbert_hf.modeling import fast_feedforward, int8_products
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
 
 generator = torch.Generator().manual_seed(1)
@@ -48,11 +48,11 @@ rounding += [(torch.zeros(3, 20), 255), (torch.rand(9, 40) + 5, 255), (-torch.ra
              (torch.tensor([[1.0] * 40 + [float("nan")], [1.0] * 41, [float("inf")] * 41]), 255)]
 
 def rounded(tokens, levels):
-    steps, scale, zero = int8_layers.quantise_tokens(tokens, levels)
+    steps, scale, zero = int8_products.quantise_tokens(tokens, levels)
     fits = scale[:, 0].isfinite()
     outputs = steps[:, :33].float()
     sums = torch.linspace(-1, 1, outputs.shape[1])
-    int8_layers.scale_tokens(outputs, scale, zero, sums, sums + 1 if levels == 255 else None)
+    int8_products.scale_tokens(outputs, scale, zero, sums, sums + 1 if levels == 255 else None)
     return fits, steps[fits], scale[fits], zero[fits], outputs[fits]
 
 with torch.no_grad():

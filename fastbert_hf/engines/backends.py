@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.onnx.ops import symbolic
 
-from ..modeling.int8_layers import SMALLEST_SCALE
+from ..modeling.int8_products import SMALLEST_SCALE
 
 
 # From what a graph takes, by name, to what it gives.

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling.families import packed_position_ids
-from ..modeling.int8_layers import LEVELS
+from ..modeling.int8_products import LEVELS
 from ..modeling.packed_batch import PackedBatch
 from .backends import BACKENDS, Run
 from .export_folder import EMBEDDINGS, PROBE, ExportFolder, exit_name, layers_name

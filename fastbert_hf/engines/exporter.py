@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..modeling.families import max_text_tokens, rotary_types
-from ..modeling.int8_layers import LEVELS, has_int8_layers
+from ..modeling.int8_layers import has_int8_layers
+from ..modeling.int8_products import LEVELS
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..modeling.packed_batch import pack_lists
 from ..modeling.processing_cascade import check_tokenizer, find_tokenizer

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ..modeling.encoder_layer import run_layer
 from ..modeling.exit_classifiers import AttentionExitPooler, take_up_query
 from ..modeling.families import embed_tokens, get_encoder_family, rotary_embeddings
-from ..modeling.int8_layers import LARGEST_WEIGHT, Int8Linear
+from ..modeling.int8_layers import Int8Linear
+from ..modeling.int8_products import LARGEST_WEIGHT
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..modeling.packed_attention import attend_within_texts
 

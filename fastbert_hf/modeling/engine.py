@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .compiled_layers import is_compiled
 from .encoder_layer import is_hooked, run_layer
 from .families import embed_tokens, encoder_layers, get_encoder_family, packed_position_ids, rotary_embeddings
-from .int8_layers import few_numbers_of_rows
+from .int8_products import few_numbers_of_rows
 from .packed_attention import PACKED_ATTENTION
 from .packed_batch import PackedBatch, Padding
 from .token_coarsening import Coarsening

@@ -2,109 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from .compiled_layers import untraced
-from .loaded_operators import operators_are_loaded
-
-
-# The largest int8 whose negative is one, too.
-LARGEST_WEIGHT = 127
-# Steps between the least and the greatest value of a token: with 8 bits, and with 7. Products of two bytes are added
-# in 16 bits on processors without VNNI, and overflow there unless one of them has a bit less.
-LEVELS = (255, 127)
-# From this on, sums are no 32-bit numbers any more.
-MOST_INT32 = 2**31
-# Of Linux: memory that will not be read soon.
-MADV_PAGEOUT = 21
-# Rows of zeros have no scale of their own.
-SMALLEST_SCALE = 1e-30
-
-
-def quantise_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Return weights as int8, `[rows, width]`, and the float32 scale of each row, `[rows]`: \\( w \approx q s \\) with
-    \\( s = \max |w| / 127 \\).
-    """
-    weight = weight.float()
-    scale = weight.abs().amax(-1).div_(LARGEST_WEIGHT).clamp_min_(SMALLEST_SCALE)
-    return torch.div(weight, scale[:, None]).round_().to(torch.int8), scale
-
-
-def quantise_tokens(
-    rows: torch.Tensor, levels: int = LEVELS[0], result_rows: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    r"""
-    Round the hidden states of tokens, each by itself: \\( x \approx (q - z) s \\), where q goes from 0 to `levels` and
-    0 is met exactly.
-
-    Args:
-        rows (`torch.Tensor` of shape `[rows, width]`): In float32.
-        levels (`int`): 255 or 127.
-        result_rows (`int`, *optional*): Rows of q, if it has more than there are tokens. They hold anything.
-
-    Returns:
-        `tuple` of three `torch.Tensor`: q as uint8, `[result_rows, width]`, then s and z in float32, `[rows, 1]` each.
-        A row with NaN or infinity has a scale that is not finite.
-    """
-    result_rows = len(rows) if result_rows is None else result_rows
-    if is_for_operators(rows):
-        return torch.ops.fastbert_hf.quantise_tokens(rows, levels, SMALLEST_SCALE, result_rows)
-    # For the tokens of one text each call here costs as much as its numbers: there are as few as can be.
-    greatest, least = rows.amax(-1, keepdim=True).clamp_min_(0), rows.amin(-1, keepdim=True).clamp_max_(0)
-    scale = greatest.sub_(least).div_(levels).clamp_min_(SMALLEST_SCALE)
-    steps = scale.reciprocal()  # dividing takes several times as long on some processors
-    zero = least.mul_(steps).round_().neg_()
-    rounded = torch.mul(rows, steps).round_().add_(zero).clamp_max_(levels)
-    if result_rows == len(rows):
-        return rounded.byte(), scale, zero
-    result = torch.empty(result_rows, rows.shape[1], dtype=torch.uint8, device=rows.device)
-    result[: len(rows)] = rounded
-    return result, scale, zero
-
-
-def scale_tokens(
-    rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, sums: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """
-    Make of products with what [`quantise_tokens`] gave those with the tokens themselves, in place, and add a bias.
-
-    Args:
-        rows (`torch.Tensor` of shape `[rows, outputs]`): The products.
-        scale, zero (`torch.Tensor` of shape `[rows, 1]`): As they came with the tokens.
-        sums, bias (`torch.Tensor` of shape `[outputs]`): The sum of the weights of each output; its bias, if any.
-    """
-    if is_for_operators(rows) and (bias is None or bias.dtype is torch.float32):
-        torch.ops.fastbert_hf.scale_tokens_(rows, scale, zero, sums, bias)
-        return
-    rows.addcmul_(zero, sums, value=-1).mul_(scale)
-    if bias is not None:
-        rows += bias
-
-
-def few_numbers_of_rows(rows: int) -> int:
-    """
-    Return how many rows a product should have for so many tokens: some more, at most a sixteenth of many. oneDNN makes
-    a kernel for each number that it meets, which takes as long as some hundred rows, and forgets them from about a
-    thousand on. Where texts leave, hardly two batches have equal numbers of tokens.
-    """
-    step = max(8, 1 << max(rows.bit_length() - 5, 0))
-    return -(-rows // step) * step
-
-
-def is_for_operators(rows: torch.Tensor) -> bool:
-    """Return whether the compiled operators were loaded and can take these float32 rows."""
-    return operators_are_loaded() and rows.device.type == "cpu" and rows.is_contiguous()
+from .int8_products import (
+    LARGEST_WEIGHT,
+    LEVELS,
+    MOST_INT32,
+    PackedWeights,
+    exact_levels,
+    quantise_tokens,
+    quantise_weights,
+    round_rows,
+)
 
 
 class Int8Weights(nn.Module):
@@ -158,7 +74,7 @@ class Int8Linear(Int8Weights, nn.Linear):
         self._make_weights(out_features, in_features, device)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._packed = PackedWeights()
-        self._rounding: LastRounding | None = None  # that of neighbours
+        self._neighbours: Neighbours | None = None
 
     @classmethod
     @torch.no_grad()
@@ -195,52 +111,92 @@ class Int8Linear(Int8Weights, nn.Linear):
             rounded = steps.float().sub_(zero).mul_(scale)
             with torch.autocast(rows.device.type, enabled=False):
                 return nn.functional.linear(rounded, self.dequantised(), bias)
-        if tokens is not None and self._rounding is not None:
-            steps, scale, zero = self._rounding.of(tokens, rows, levels, id(self))
-        else:
-            steps, scale, zero = quantise_tokens(rows, levels, few_numbers_of_rows(len(rows)))
-        outputs, sums = self._packed.multiply(steps, self.weight, self.weight_scale)
-        outputs = outputs[: len(rows)]
-        scale_tokens(outputs, scale, zero, sums, bias)
-        return outputs
+        if tokens is not None and self._neighbours is not None:
+            return self._neighbours.product(self, tokens, rows, levels)
+        return self._packed.multiply([self], round_rows(rows, levels), bias)
 
     def dequantised(self) -> torch.Tensor:
         """Return the weights in float32."""
         return self.weight.float() * self.weight_scale[:, None]
 
 
-class LastRounding(threading.local):
+class Neighbours:
     """
-    What the neighbours in one module rounded last, in each thread: query, key and value read the same tensor one after
-    the other, which is rounded once. It is kept no longer than that tensor.
+    What the int8 layers of one module know of each other. Query, key and value read the same tensor one after the
+    other: it is rounded once, and multiplied with the weights of all three at once, which takes half the time for the
+    tokens of one text. Which layers read together is seen at the first tensor that they read; nobody has to say.
+    """
+
+    def __init__(self) -> None:
+        self._reading = Reading()
+        # By layer: those that read with it, and their weights; `None` for those that read alone.
+        self._groups: dict[Int8Linear, tuple[tuple[Int8Linear, ...], PackedWeights] | None] = {}
+
+    def product(self, layer: Int8Linear, tokens: torch.Tensor, rows: torch.Tensor, levels: int) -> torch.Tensor:
+        """Return the outputs of a layer for the rows of a tensor."""
+        reading = self._reading
+        asked = levels, 0 if tokens.is_inference() else tokens._version
+        is_same = reading.tokens is not None and reading.tokens() is tokens and reading.asked == asked
+        if not is_same or layer in reading.readers:  # one that reads it again may find other numbers there
+            self._learn(reading)
+            reading.begin(tokens, asked)
+        reading.readers.append(layer)
+        if layer in reading.products:
+            return reading.products.pop(layer)
+        if reading.rounded is None:
+            reading.rounded = round_rows(rows, levels)
+        group = self._groups.get(layer)
+        if group is None:
+            return layer._packed.multiply([layer], reading.rounded, layer.bias)
+        layers, packed = group
+        outputs = packed.multiply(layers, reading.rounded, packed.bias_of(layers))
+        parts = outputs.split([own.out_features for own in layers], 1)
+        reading.products = dict(zip(layers, parts, strict=True))
+        return reading.products.pop(layer)
+
+    def _learn(self, reading: Reading) -> None:
+        """Keep who read a tensor together, and undo what was wrong about it."""
+        if reading.products:  # computed for nobody
+            layers, _ = self._groups[next(iter(reading.products))]
+            self._groups |= dict.fromkeys(layers)
+        readers = tuple(reading.readers)
+        if not any(layer in self._groups for layer in readers):
+            group = (readers, PackedWeights()) if len(readers) > 1 else None
+            self._groups |= dict.fromkeys(readers, group)
+            for layer in readers if group else ():
+                layer._packed = PackedWeights()  # those of the group take its place
+
+    def __deepcopy__(self, memo: dict) -> Neighbours:
+        return Neighbours()
+
+    def __reduce__(self) -> tuple:
+        return Neighbours, ()
+
+
+class Reading(threading.local):
+    """
+    What the neighbours of one module are doing in each thread: the tensor that they read, its rounded rows, and the
+    products that were not asked for yet. It is kept no longer than that tensor.
     """
 
     tokens: weakref.ref | None = None
     asked: tuple[int, int] | None = None
-    readers: frozenset[int] = frozenset()
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def of(
-        self, tokens: torch.Tensor, rows: torch.Tensor, levels: int, reader: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what [`quantise_tokens`] makes of the rows of a tensor."""
-        asked = levels, 0 if tokens.is_inference() else tokens._version
-        is_same = self.tokens is not None and self.tokens() is tokens and self.asked == asked
-        if not is_same or reader in self.readers:  # one that reads it again may find other numbers there
-            self.result = quantise_tokens(rows, levels, few_numbers_of_rows(len(rows)))
-            self.tokens, self.asked, self.readers = weakref.ref(tokens, self._forget), asked, frozenset()
-        self.readers |= {reader}
-        return self.result
+    def __init__(self) -> None:
+        self.readers: list[Int8Linear] = []
+        self.products: dict[Int8Linear, torch.Tensor] = {}
 
-    def __deepcopy__(self, memo: dict) -> LastRounding:
-        return LastRounding()
-
-    def __reduce__(self) -> tuple:
-        return LastRounding, ()
+    def begin(self, tokens: torch.Tensor, asked: tuple[int, int]) -> None:
+        """Turn to another tensor."""
+        self.tokens, self.asked, self.rounded = weakref.ref(tokens, self._forget), asked, None
+        self.readers, self.products = [], {}
 
     def _forget(self, tokens: weakref.ref) -> None:
         if tokens is self.tokens:  # and not that of another one since
-            self.tokens = self.result = None
+            self.tokens = self.rounded = None
+            # Who was left out is still to be learnt, what was computed for them is not kept.
+            self.products = dict.fromkeys(self.products)
 
 
 class RoundedProduct(torch.autograd.Function):
@@ -294,92 +250,6 @@ class Int8Embedding(Int8Weights, nn.Embedding):
         return (rows * self.weight_scale[input_ids].unsqueeze(-1)).to(self.dtype_of_output.dtype)
 
 
-class PackedWeights:
-    """The weights of a layer as oneDNN reads them, made when they are first needed. They are never saved."""
-
-    def __init__(self) -> None:
-        self._made: tuple | None = None
-
-    def multiply(
-        self, rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return uint8 rows times int8 weights times their scales, and the sums of these weights, in float32."""
-        made = self._made
-        key = tuple((own.data_ptr(), 0 if own.is_inference() else own._version) for own in (weight, weight_scale))
-        if made is None or made[0] != key:
-            packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), zeros_of(len(weight))
-            sums = weight.sum(1, dtype=torch.int64).float() * weight_scale
-            made = self._made = key, packed, weight_scale, zeros, sums
-            let_pages_go(weight)
-        _, packed, scale, zeros, sums = made
-        return multiply(rows, packed, scale, zeros), sums
-
-    def __deepcopy__(self, memo: dict) -> PackedWeights:
-        return PackedWeights()
-
-    def __reduce__(self) -> tuple:
-        return PackedWeights, ()
-
-
-def let_pages_go(weight: torch.Tensor) -> None:
-    """
-    Tell Linux that weights will not be read soon, as packed ones are there: pages of a checkpoint file are then given
-    back, and come again from there when they are read. Other systems are told nothing.
-    """
-    madvise = find_madvise()
-    # Whole pages alone: the others are a neighbour's, too.
-    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if madvise is not None and size > 0:
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)  # an older Linux refuses
-
-
-@cache
-def find_madvise() -> Callable | None:
-    """Return the function of the C library that gives the system advice on memory, `None` if it is no Linux."""
-    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-
-
-def multiply(rows: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """Return uint8 rows times packed weights times their scales, in float32."""
-    return torch.ops.onednn.qlinear_pointwise(
-        rows, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-@cache
-def exact_levels() -> int | None:
-    """
-    Return the most levels with which oneDNN's products are exact on this processor, `None` if it has none that are.
-    It is tried on the products that overflow first: less than a millisecond, once in a process.
-    """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return None
-    try:
-        with torch.inference_mode(), torch.device("cpu"):
-            width, outputs = 256, 32
-            weight = torch.full((outputs, width), LARGEST_WEIGHT, dtype=torch.int8)
-            weight[1::2] = -LARGEST_WEIGHT
-            wanted = weight.sum(1).float()
-            packed, scale = torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(outputs, dtype=torch.float32)
-            for levels in LEVELS:
-                # As many rows as a token has alone and as a batch has: other kernels may take them.
-                found = [
-                    multiply(torch.full((rows, width), levels, dtype=torch.uint8), packed, scale, zeros_of(outputs))
-                    for rows in (1, 64)
-                ]
-                if all(torch.equal(own, (levels * wanted).expand_as(own)) for own in found):
-                    return levels
-    except RuntimeError:  # a build that has the operator and not the kernel
-        return None
-    return None
-
-
-def zeros_of(outputs: int) -> torch.Tensor:
-    """Return the zero points of weights, which have none."""
-    return torch.zeros(outputs, dtype=torch.long, device="cpu")
-
-
 def has_int8_layers(model: nn.Module) -> bool:
     """Tell whether any layer of a model has int8 weights."""
     return any(True for _ in int8_scales(model))
@@ -421,7 +291,7 @@ def put_int8_layers(model: nn.Module, modules_to_not_convert: Iterable[str] | No
             backbone.set_submodule(inner, made[module])
             replaced.append(full_name)
         for parent in backbone.modules():
-            own, rounding = [part for part in parent.children() if isinstance(part, Int8Linear)], LastRounding()
+            own, neighbours = [part for part in parent.children() if isinstance(part, Int8Linear)], Neighbours()
             for part in own if len(own) > 1 else ():
-                part._rounding = rounding
+                part._neighbours = neighbours
     return replaced

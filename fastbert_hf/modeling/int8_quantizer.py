@@ -16,7 +16,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .int8_layers import quantise_weights
+from .int8_products import quantise_weights
 
 
 METHOD = "fastbert_int8"

@@ -289,7 +289,7 @@ FASTBERT_APART void round_row(
     own[place] = static_cast<uint8_t>(std::min(std::nearbyint(row[place] * steps) + nothing, last));
 }
 
-// As `quantise_tokens` of int8_layers.py: each row is read from memory once.
+// As `quantise_tokens` of int8_products.py: each row is read from memory once.
 std::tuple<Tensor, Tensor, Tensor> quantise_tokens(
     const Tensor& rows, int64_t levels, double smallest, int64_t result_rows) {
   const int64_t count = rows.size(0), width = rows.size(1);
@@ -337,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor> quantise_tokens(
   return {result, scales, zeros};
 }
 
-// As `scale_tokens` of int8_layers.py.
+// As `scale_tokens` of int8_products.py.
 void scale_tokens_(
     Tensor& rows, const Tensor& scales, const Tensor& zeros, const Tensor& sums, const std::optional<Tensor>& bias) {
   const int64_t count = rows.size(0), width = rows.size(1);

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastbert_hf.modeling import engine, int8_layers
+from fastbert_hf.modeling import engine, int8_products
 from fastbert_hf.modeling.engine import OneDnnLinears, faster_linears, onednn_is_faster
-from fastbert_hf.modeling.int8_layers import few_numbers_of_rows
+from fastbert_hf.modeling.int8_products import few_numbers_of_rows
 from tests.common import assert_close, ragged_batch, tiny_model
 
 
@@ -169,7 +169,7 @@ def test_linear_layers_meet_few_numbers_of_rows_and_answers_stay(family, kind, m
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return (noted(func) if func is nn.functional.linear else func)(*args, **(kwargs or {}))
 
-    for module, name in ((engine, "_onednn_linear"), (int8_layers, "multiply")):
+    for module, name in ((engine, "_onednn_linear"), (int8_products, "multiply")):
         monkeypatch.setattr(module, name, noted(getattr(module, name)))
     with torch.inference_mode(), Linears() if kind == "bfloat16" else nullcontext():
         found = [model(**batch, output_exit_logits=True).exit_logits for batch in batches]

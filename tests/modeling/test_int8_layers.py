@@ -17,15 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastbert_hf.modeling import int8_layers
-from fastbert_hf.modeling.int8_layers import (
-    LEVELS,
-    Int8Embedding,
-    Int8Linear,
-    exact_levels,
-    quantise_tokens,
-    quantise_weights,
-)
+from fastbert_hf.modeling import int8_products
+from fastbert_hf.modeling.int8_layers import Int8Embedding, Int8Linear, Neighbours
+from fastbert_hf.modeling.int8_products import LEVELS, exact_levels, quantise_tokens, quantise_weights
 
 from ..common import tiny_model
 
@@ -197,7 +191,8 @@ def test_embeddings_give_rounded_rows():
 WITHOUT_VNNI = """
 import json, sys, torch
 from torch import nn
-from fastbert_hf.modeling.int8_layers import Int8Linear, exact_levels
+from fastbert_hf.modeling.int8_layers import Int8Linear
+from fastbert_hf.modeling.int8_products import exact_levels
 torch.manual_seed(0)
 layer = Int8Linear.of(nn.Linear(256, 64))
 layer.weight.data = torch.full((64, 256), 127, dtype=torch.int8)
@@ -246,32 +241,99 @@ def test_a_checkpoints_pages_are_given_back_once_weights_are_packed_and_come_aga
         assert torch.equal(layer(tokens), first)
 
 
-def test_query_key_and_value_round_their_tokens_once(monkeypatch):
-    model, rounded = tiny_model(), []
+@pytest.fixture
+def counted(monkeypatch):
+    """How often tokens were rounded and multiplied since it was asked last."""
+    counts = {"quantise_tokens": 0, "multiply": 0}
+
+    def counting(name):
+        own = getattr(int8_products, name)
+
+        def count(*given):
+            counts[name] += 1
+            return own(*given)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(int8_products, name, counting(name))
+
+    def since() -> tuple[int, ...]:
+        found = tuple(counts.values())
+        counts.update(dict.fromkeys(counts, 0))
+        return found
+
+    return since
+
+
+needs_onednn = pytest.mark.skipif(exact_levels() is None, reason="oneDNN multiplies no bytes here")
+
+
+@needs_onednn
+def test_query_key_and_value_round_their_tokens_once_and_multiply_them_together(counted):
+    model = tiny_model()
     model.use_int8_layers()
-    copied = copy.deepcopy(model)
-    own = int8_layers.quantise_tokens
-    monkeypatch.setattr(int8_layers, "quantise_tokens", lambda *given: rounded.append(given[0].shape) or own(*given))
-    for one in (model, copied):
+    for one in (model, copy.deepcopy(model)):
         layer = one.fastbert.layers()[0]
         attention = layer.attention.self
+        parts = attention.query, attention.key, attention.value
         states = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
-            rounded.clear()
-            shared = [part(states) for part in (attention.query, attention.key, attention.value)]
-            assert len(rounded) == 1
-            alone = [part(states.clone()) for part in (attention.query, attention.key, attention.value)]
-            assert len(rounded) == 4
-            assert all(map(torch.equal, shared, alone))
+            counted()
+            first = [part(states) for part in parts]
+            assert counted() == (1, 3)
+            again = states.clone()
+            together = [part(again) for part in parts]
+            assert counted() == (1, 1)
+            assert all(part._packed._made is None for part in parts)  # as their weights lie side by side now
+            alone = [copy.deepcopy(part)(states) for part in parts]
+            assert all(map(torch.equal, first, alone)) and all(map(torch.equal, together, alone))
+        # Kept no longer than the tensor, and apart in a copy and in other layers.
         with torch.no_grad():
             before = attention.query(states)
             states.mul_(2)  # counted by PyTorch
-            assert not torch.equal(attention.key(states), shared[1])
+            assert not torch.equal(attention.key(states), first[1])
             assert not torch.equal(attention.query(states), before)
-        # Kept no longer than the tensor, and apart in a copy and in other layers.
-        del states
+        del states, again
         gc.collect()
-        assert attention.query._rounding.result is None
-        assert attention.query._rounding is attention.value._rounding
-        assert attention.query._rounding is not one.fastbert.layers()[1].attention.self.query._rounding
-    assert model.fastbert.layers()[0].attention.self.query._rounding is not attention.query._rounding
+        assert attention.query._neighbours._reading.rounded is None
+        assert attention.query._neighbours is attention.value._neighbours
+        assert attention.query._neighbours is not one.fastbert.layers()[1].attention.self.query._neighbours
+    assert model.fastbert.layers()[0].attention.self.query._neighbours is not attention.query._neighbours
+
+
+@needs_onednn
+@torch.no_grad()
+def test_neighbours_notice_changes_and_who_reads_no_more(counted):
+    parts = [layer_of(16, outputs, bias)[1] for outputs, bias in ((16, True), (24, False), (8, True))]
+    neighbours = Neighbours()
+    for part in parts:
+        part._neighbours = neighbours
+
+    def read(chosen=parts):
+        states = torch.randn(5, 16)
+        found = [part(states) for part in chosen]
+        counts = counted()
+        assert all(map(torch.equal, found, [copy.deepcopy(part)(states) for part in chosen]))
+        counted()
+        return counts
+
+    assert read() == (1, 3) and read() == (1, 1)
+    parts[0].bias.add_(1)
+    assert read() == (1, 1)
+    parts[1].weight = parts[1].weight.flip(0)
+    parts[2].weight_scale.mul_(2)
+    assert read() == (1, 1)
+    # One of them alone: the others' for nothing, and never again.
+    assert read(parts[:1]) == (1, 1)
+    assert read(parts[1:]) == (1, 2) and read(parts[1:]) == (1, 2) and read() == (1, 3)
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_one_after_the_other_is_not_together(counted):
+    first, second = layer_of(16, 24)[1], layer_of(24, 16)[1]
+    first._neighbours = second._neighbours = Neighbours()
+    for _ in range(3):
+        second(first(torch.randn(5, 16)))
+        assert counted() == (2, 2)

@@ -22,7 +22,8 @@ from fastbert_hf import (
     calibrate,
 )
 from fastbert_hf.evaluation import executed_flops
-from fastbert_hf.modeling.int8_layers import Int8Embedding, Int8Linear, exact_levels
+from fastbert_hf.modeling.int8_layers import Int8Embedding, Int8Linear
+from fastbert_hf.modeling.int8_products import exact_levels
 from fastbert_hf.modeling.teacher_digest import teacher_digest
 from fastbert_hf.training import convert_feed_forward
 
