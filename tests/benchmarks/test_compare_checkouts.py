@@ -37,7 +37,9 @@ def test_every_row_answers_its_texts(monkeypatch):
 
 
 def test_two_checkouts_take_turns():
-    done = compare("--before", str(PROJECT), "--shapes", "MiniLM", "--only", "single, MiniLM", "--repeats", "2")
+    done = compare(
+        "--before", str(PROJECT), "--shapes", "MiniLM", "--only", "single, MiniLM", "--repeats", "2", "--texts", "16"
+    )
     assert done.returncode == 0, done.stderr
     median, least, greatest = map(float, re.search(r"single, MiniLM +(\S+) +(\S+) +(\S+)", done.stdout).groups())
     assert 0 < least <= median <= greatest

@@ -95,7 +95,7 @@ def test_single_texts_wait_as_long_as_queueing_theory_says(simulation, monkeypat
     monkeypatch.setattr(simulation, "NOISE", 0.0)
     service, load = 0.01, 0.7
     machine = simulation.Machine(SPEEDS, COSTS, ACCURACIES, service, 1e-12, 1e3, most_tokens=1)
-    times = np.cumsum(np.random.default_rng(0).exponential(service / load, 40_000))
+    times = np.cumsum(np.random.default_rng(0).exponential(service / load, 20_000))
     texts = simulation.Arrivals(times, np.ones(len(times), int))
     served = simulation.simulate(machine, simulation.Fixed(machine, 0.0), texts)
     waited = (served.ends - times - service).mean()
