@@ -17,7 +17,6 @@ TITLES = {
     "random": "random ones kept",
     "first": "the first ones kept",
     "truncate": "the text is cut",
-    "early": "dropped after the first layer alone",
 }
 
 
@@ -31,11 +30,9 @@ def ratios_table(results: dict[str, dict]) -> str:
         tokens = full["tokens"]["test"]
         lines.append([name, f"all {tokens:.0f} tokens", percent(full["distilled"]["test"]["accuracy"]), "", ""])
         for kind in TITLES:
-            for steps in (0, length_runs.LONGER_STEPS):
-                runs = [length_runs.LengthRun(name, kind, ratio, steps) for ratio in length_runs.RATIOS]
-                cells = [cell(results, run) for run in runs]
-                if any(cells):
-                    lines.append([name, TITLES[kind] + (f", {steps} steps" if steps else ""), *cells])
+            cells = [cell(results, length_runs.LengthRun(name, kind, ratio)) for ratio in length_runs.RATIOS]
+            if any(cells):
+                lines.append([name, TITLES[kind], *cells])
     header = ["data set", "tokens", *(f"{ratio:g}x" for ratio in length_runs.RATIOS)]
     return markdown(header, lines) if lines else NOT_YET
 
@@ -66,10 +63,8 @@ def frontier_of(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def title_of(name: str) -> str:
-    kind, _, rest = name.partition("-")
-    ratio, _, steps = rest.partition("-")
-    longer = f", {steps.replace('-', ' ')}" if steps else ""
-    return "exits alone" if name == "full" else f"{ratio}, {TITLES[kind].replace('**', '')}{longer}; with exits"
+    kind, _, ratio = name.partition("-")
+    return "exits alone" if name == "full" else f"{ratio}, {TITLES[kind].replace('**', '')}; with exits"
 
 
 def frontier_table(results: dict[str, dict]) -> str:
@@ -106,9 +101,6 @@ def numbers(results: dict[str, dict]) -> dict[str, str]:
     for part, name in (("length_steps", "imdb-512"), ("length_other_steps", "sst2")):
         run = results.get(length_runs.LengthRun(name, "drop", 2.0).name)
         found[part] = NOT_YET if run is None else str(run["settings"]["steps"])
-    for kind, ratio in length_runs.LONGER:
-        longer = length_runs.LengthRun("imdb-512", kind, ratio, length_runs.LONGER_STEPS)
-        found[f"lost_longer_{kind}"] = points(lost(results, longer))
     sweeps, taken = frontier_of(results), results.get("times")
     allowed = frontiers.LOST[0]
     for name in length_frontier.MODELS:

@@ -30,17 +30,14 @@ SETS = {
     "sst2": ("sst2", 128),
 }
 RATIOS = (1.5, 2.0, 3.0)
-KINDS = ("drop", "mean", "truncate", "weighted", "searched", "first", "random", "early")
+KINDS = ("drop", "mean", "truncate", "weighted", "searched", "first", "random")
 # What is asked at every ratio; the others at 2x alone.
 AT_EVERY_RATIO = KINDS[:3]
 LEARNING_RATE = 1e-4  # of 5e-5 and 1e-4 on dev of imdb, 150 steps
 STEPS = {"imdb-512": 300}
 OTHER_STEPS = 200  # what time allowed
-# After which layers texts become shorter, if it is not every second one.
-LAYERS = {"early": (1,)}
-# Runs of imdb-512 that were trained three times as long, and the models that are kept for length times depth.
-LONGER, LONGER_STEPS = (("early", 1.5), ("drop", 2.0)), 900
-KEPT = ("imdb-512-drop-2x", "imdb-512-early-1.5x-900-steps", "imdb-512-drop-2x-900-steps")
+# The model that is kept for length times depth.
+KEPT = "imdb-512-drop-2x"
 BATCH_SIZE = {"imdb-512": 8, "imdb-256": 8}
 OTHER_BATCH_SIZE = 16
 
@@ -54,18 +51,15 @@ class LengthRun:
         set (`str`): A key of `SETS`.
         kind (`str`): One of `KINDS`, or `"full"` for the model that is made faster.
         ratio (`float`): How many times fewer FLOPs are executed than with all tokens, on dev at full depth.
-        steps (`int`): Of the distillation; as many as every run of the set unless given.
     """
 
     set: str
     kind: str
     ratio: float = 0.0
-    steps: int = 0
 
     @property
     def name(self) -> str:
-        parts = [self.set, self.kind, self.ratio and f"{self.ratio:g}x", self.steps and f"{self.steps}-steps"]
-        return "-".join(filter(None, parts))
+        return "-".join(filter(None, (self.set, self.kind, self.ratio and f"{self.ratio:g}x")))
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ def make_shorter(
         answer_by(model, lambda engine: cut_first(engine, truncation))
         return round(dial)
     settings = {"merge": kind, "size_aware": False} if kind in ("mean", "weighted") else {"merge": "drop"}
-    schedule = retention_schedule(model.config.num_hidden_layers, dial, LAYERS.get(kind))
+    schedule = retention_schedule(model.config.num_hidden_layers, dial)
     model.config.coarsening = {**schedule, **settings}
     if kind in ("first", "random"):
         rule = ByRule(Coarsening.of(model.config.coarsening).retention, merge="drop", rule=kind)
@@ -217,7 +211,7 @@ class LengthBench(Bench):
     def execute(self, run: LengthRun, parts: tuple[str, ...] = ("dev", "test"), **settings) -> dict:
         """Make texts shorter, distil, and return the numbers of a run."""
         used = {
-            "steps": run.steps or STEPS.get(run.set, OTHER_STEPS),
+            "steps": STEPS.get(run.set, OTHER_STEPS),
             "learning_rate": LEARNING_RATE,
             "batch_size": BATCH_SIZE.get(run.set, OTHER_BATCH_SIZE),
             "bf16": True,
@@ -236,7 +230,7 @@ class LengthBench(Bench):
         result |= {"dial": dial, "coarsening": model.config.coarsening}
         result["converted"] = {"dev": self.measure(model, "dev", most_tokens)}
         result["log"] = self.distill(model, **used)
-        if run.name in KEPT:
+        if run.name == KEPT:
             model.save_pretrained(self.work_dir / run.name)
         result["distilled"] = {part: self.measure(model, part, most_tokens) for part in parts}
         return result
@@ -244,10 +238,9 @@ class LengthBench(Bench):
 
 def runs_of(name: str) -> list[LengthRun]:
     """Return the runs of a set, the most telling ones first."""
-    runs = [LengthRun(name, kind, 2.0) for kind in KINDS if kind not in LAYERS]
+    runs = [LengthRun(name, kind, 2.0) for kind in KINDS]
     runs[3:3] = [LengthRun(name, kind, ratio) for ratio in (3.0, 1.5) for kind in AT_EVERY_RATIO]
-    longer = [LengthRun(name, *of, steps=LONGER_STEPS) for of in LONGER if name == "imdb-512"]
-    return [LengthRun(name, "full"), *runs, *longer]
+    return [LengthRun(name, "full"), *runs]
 
 
 def run_all(sets: Sequence[str], data_dir: Path, work_dir: Path, results_dir: Path) -> None:

@@ -81,9 +81,7 @@ def test_the_first_tokens_are_kept_by_place(runs):
 def test_runs_are_named_by_what_they_are(runs):
     names = [run.name for run in runs.runs_of("imdb-512")]
     assert names[:4] == ["imdb-512-full", "imdb-512-drop-2x", "imdb-512-mean-2x", "imdb-512-truncate-2x"]
-    assert len(names) == len(set(names)) == 16 and "imdb-512-random-2x" in names and "imdb-512-mean-1.5x" in names
-    assert names[-2:] == ["imdb-512-early-1.5x-900-steps", "imdb-512-drop-2x-900-steps"]
-    assert not [run.name for run in runs.runs_of("rte") if run.steps or run.kind == "early"]
+    assert len(names) == len(set(names)) == 14 and "imdb-512-random-2x" in names and "imdb-512-mean-1.5x" in names
 
 
 def measured(accuracy: float) -> dict:
