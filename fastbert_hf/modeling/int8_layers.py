@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,6 +21,10 @@ from .int8_products import (
     quantise_weights,
     round_rows,
 )
+
+
+# Parts of one module that read the same tensor, by the names that Transformers gives them.
+READ_TOGETHER = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"))
 
 
 class Int8Weights(nn.Module):
@@ -76,6 +80,19 @@ class Int8Linear(Int8Weights, nn.Linear):
         self._packed = PackedWeights()
         self._neighbours: Neighbours | None = None
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        self._forget_packed()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._forget_packed()  # tensors that were made in inference mode do not tell that they changed
+
+    def _forget_packed(self) -> None:
+        self._packed.forget()
+        if self._neighbours is not None:
+            self._neighbours.packed.forget()
+
     @classmethod
     @torch.no_grad()
     def of(cls, linear: nn.Linear) -> Self:
@@ -113,7 +130,7 @@ class Int8Linear(Int8Weights, nn.Linear):
                 return nn.functional.linear(rounded, self.dequantised(), bias)
         if tokens is not None and self._neighbours is not None:
             return self._neighbours.product(self, tokens, rows, levels)
-        return self._packed.multiply([self], round_rows(rows, levels), bias)
+        return self._packed.multiply([self], round_rows(rows, levels), [bias])
 
     def dequantised(self) -> torch.Tensor:
         """Return the weights in float32."""
@@ -122,81 +139,73 @@ class Int8Linear(Int8Weights, nn.Linear):
 
 class Neighbours:
     """
-    What the int8 layers of one module know of each other. Query, key and value read the same tensor one after the
-    other: it is rounded once, and multiplied with the weights of all three at once, which takes half the time for the
-    tokens of one text. Which layers read together is seen at the first tensor that they read; nobody has to say.
+    Int8 layers that read the same tensor one after the other, as query, key and value do: it is rounded once, and
+    multiplied with the weights of all of them at once, which takes half the time for the tokens of one text. A tensor
+    must not change between the first of them and the last; where PyTorch counts changes (not of tensors that were made
+    in inference mode), that is noticed.
+
+    Args:
+        layers (sequence of [`Int8Linear`]): With as many inputs each.
     """
 
-    def __init__(self) -> None:
-        self._reading = Reading()
-        # By layer: those that read with it, and their weights; `None` for those that read alone.
-        self._groups: dict[Int8Linear, tuple[tuple[Int8Linear, ...], PackedWeights] | None] = {}
+    def __init__(self, layers: Sequence[Int8Linear]):
+        self.layers, self.packed, self._of_thread = [*map(weakref.ref, layers)], PackedWeights(), threading.local()
 
     def product(self, layer: Int8Linear, tokens: torch.Tensor, rows: torch.Tensor, levels: int) -> torch.Tensor:
-        """Return the outputs of a layer for the rows of a tensor."""
-        reading = self._reading
+        """Return the outputs of one of the layers for the rows of a tensor, with its bias."""
+        reading = self._of_thread.__dict__.setdefault("reading", Reading())
         asked = levels, 0 if tokens.is_inference() else tokens._version
-        is_same = reading.tokens is not None and reading.tokens() is tokens and reading.asked == asked
-        if not is_same or layer in reading.readers:  # one that reads it again may find other numbers there
-            self._learn(reading)
-            reading.begin(tokens, asked)
-        reading.readers.append(layer)
-        if layer in reading.products:
-            return reading.products.pop(layer)
-        if reading.rounded is None:
-            reading.rounded = round_rows(rows, levels)
-        group = self._groups.get(layer)
-        if group is None:
-            return layer._packed.multiply([layer], reading.rounded, layer.bias)
-        layers, packed = group
-        outputs = packed.multiply(layers, reading.rounded, packed.bias_of(layers))
-        parts = outputs.split([own.out_features for own in layers], 1)
-        reading.products = dict(zip(layers, parts, strict=True))
-        return reading.products.pop(layer)
+        if not reading.goes_on(tokens, asked, id(layer)):
+            reading.begin(tokens, asked, round_rows(rows, levels))
+            self._multiply(reading)
+        reading.readers.add(id(layer))
+        outputs = reading.products.pop(id(layer), None)
+        return layer._packed.multiply([layer], reading.rounded, [layer.bias]) if outputs is None else outputs
 
-    def _learn(self, reading: Reading) -> None:
-        """Keep who read a tensor together, and undo what was wrong about it."""
-        if reading.products:  # computed for nobody
-            layers, _ = self._groups[next(iter(reading.products))]
-            self._groups |= dict.fromkeys(layers)
-        readers = tuple(reading.readers)
-        if not any(layer in self._groups for layer in readers):
-            group = (readers, PackedWeights()) if len(readers) > 1 else None
-            self._groups |= dict.fromkeys(readers, group)
-            for layer in readers if group else ():
-                layer._packed = PackedWeights()  # those of the group take its place
+    def _multiply(self, reading: Reading) -> None:
+        layers = [own() for own in self.layers]
+        if None in layers:  # one was replaced since: each reads by itself
+            return
+        outputs, start = self.packed.multiply(layers, reading.rounded, [own.bias for own in layers]), 0
+        for own in layers:
+            # Not by `split`, whose parts could not be changed in place.
+            reading.products[id(own)] = outputs.narrow(1, start, own.out_features)
+            start += own.out_features
+            own._packed.forget()  # those of training
 
-    def __deepcopy__(self, memo: dict) -> Neighbours:
-        return Neighbours()
+    def __getstate__(self) -> list[Int8Linear | None]:
+        return [own() for own in self.layers]
 
-    def __reduce__(self) -> tuple:
-        return Neighbours, ()
+    def __setstate__(self, layers: list[Int8Linear | None]) -> None:
+        self.__init__([own for own in layers if own is not None])
 
 
-class Reading(threading.local):
+class Reading:
     """
-    What the neighbours of one module are doing in each thread: the tensor that they read, its rounded rows, and the
-    products that were not asked for yet. It is kept no longer than that tensor.
+    What neighbours do in one thread: the tensor that they read, its rounded rows, who has read it, and the products
+    that were not asked for yet. It is kept no longer than that tensor.
     """
-
-    tokens: weakref.ref | None = None
-    asked: tuple[int, int] | None = None
-    rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self) -> None:
-        self.readers: list[Int8Linear] = []
-        self.products: dict[Int8Linear, torch.Tensor] = {}
+        self.tokens: weakref.ref | None = None
+        self.asked: tuple[int, int] | None = None
+        self.rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.readers: set[int] = set()
+        self.products: dict[int, torch.Tensor] = {}
 
-    def begin(self, tokens: torch.Tensor, asked: tuple[int, int]) -> None:
+    def goes_on(self, tokens: torch.Tensor, asked: tuple[int, int], reader: int) -> bool:
+        """Tell whether this tensor is being read. One that reads it again may find other numbers there."""
+        is_same = self.tokens is not None and self.tokens() is tokens and self.asked == asked
+        return is_same and reader not in self.readers
+
+    def begin(self, tokens: torch.Tensor, asked: tuple[int, int], rounded: tuple[torch.Tensor, ...]) -> None:
         """Turn to another tensor."""
-        self.tokens, self.asked, self.rounded = weakref.ref(tokens, self._forget), asked, None
-        self.readers, self.products = [], {}
+        self.tokens, self.asked, self.rounded = weakref.ref(tokens, self._forget), asked, rounded
+        self.readers, self.products = set(), {}
 
     def _forget(self, tokens: weakref.ref) -> None:
         if tokens is self.tokens:  # and not that of another one since
-            self.tokens = self.rounded = None
-            # Who was left out is still to be learnt, what was computed for them is not kept.
-            self.products = dict.fromkeys(self.products)
+            self.tokens, self.rounded, self.products = None, None, {}
 
 
 class RoundedProduct(torch.autograd.Function):
@@ -291,7 +300,10 @@ def put_int8_layers(model: nn.Module, modules_to_not_convert: Iterable[str] | No
             backbone.set_submodule(inner, made[module])
             replaced.append(full_name)
         for parent in backbone.modules():
-            own, neighbours = [part for part in parent.children() if isinstance(part, Int8Linear)], Neighbours()
-            for part in own if len(own) > 1 else ():
-                part._neighbours = neighbours
+            for names in READ_TOGETHER:
+                own = [getattr(parent, inner, None) for inner in names]
+                if all(isinstance(part, Int8Linear) for part in own):
+                    neighbours = Neighbours(own)
+                    for part in own:
+                        part._neighbours = neighbours
     return replaced

@@ -113,13 +113,16 @@ class PackedWeights:
 
     def __init__(self) -> None:
         self._made: tuple | None = None
-        self._bias: tuple[tuple, torch.Tensor | None] | None = None
+
+    def forget(self) -> None:
+        """Let them be packed anew when they are needed."""
+        self._made = None
 
     def multiply(
         self,
         layers: Sequence[nn.Module],
         rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | None,
+        biases: Sequence[torch.Tensor | None],
     ) -> torch.Tensor:
         """
         Return the outputs of the layers side by side, `[rows, outputs]` in float32.
@@ -127,7 +130,7 @@ class PackedWeights:
         Args:
             layers (sequence of `Int8Linear`): Always the same ones; their weights are packed when first needed.
             rounded (`tuple`): From [`round_rows`].
-            bias (`torch.Tensor`, *optional*): Of all layers, side by side.
+            biases (sequence of `torch.Tensor`): Of each layer, or `None`.
         """
         steps, scale, zero = rounded
         made, key = self._made, versions(part for own in layers for part in (own.weight, own.weight_scale))
@@ -141,22 +144,25 @@ class PackedWeights:
                 let_pages_go(own.weight)
         _, packed, weight_scale, zeros, sums = made
         outputs = multiply(steps, packed, weight_scale, zeros)[: len(scale)]
-        scale_tokens(outputs, scale, zero, sums, None if bias is None else bias.float())
+        scale_tokens(outputs, scale, zero, sums, bias_of(layers, biases))
         return outputs
-
-    def bias_of(self, layers: Sequence[nn.Module]) -> torch.Tensor | None:
-        """Return the biases of the layers side by side, in float32, with zeros for a layer that has none."""
-        key = versions(own.bias for own in layers if own.bias is not None)
-        if self._bias is None or self._bias[0] != key:
-            biases = [own.weight_scale.new_zeros(own.out_features) if own.bias is None else own.bias for own in layers]
-            self._bias = key, side_by_side([own.detach().float() for own in biases]) if key else None
-        return self._bias[1]
 
     def __deepcopy__(self, memo: dict) -> PackedWeights:
         return PackedWeights()
 
     def __reduce__(self) -> tuple:
         return PackedWeights, ()
+
+
+def bias_of(layers: Sequence[nn.Module], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return the biases of layers side by side, in float32, with zeros for a layer that has none."""
+    if all(bias is None for bias in biases):
+        return None
+    filled = [
+        own.weight_scale.new_zeros(own.out_features) if bias is None else bias.detach().float()
+        for own, bias in zip(layers, biases, strict=True)
+    ]
+    return side_by_side(filled)
 
 
 def versions(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -273,42 +274,43 @@ needs_onednn = pytest.mark.skipif(exact_levels() is None, reason="oneDNN multipl
 def test_query_key_and_value_round_their_tokens_once_and_multiply_them_together(counted):
     model = tiny_model()
     model.use_int8_layers()
-    for one in (model, copy.deepcopy(model)):
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layer = one.fastbert.layers()[0]
         attention = layer.attention.self
         parts = attention.query, attention.key, attention.value
         states = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             counted()
-            first = [part(states) for part in parts]
-            assert counted() == (1, 3)
-            again = states.clone()
-            together = [part(again) for part in parts]
+            together = [part(states) for part in parts]
             assert counted() == (1, 1)
-            assert all(part._packed._made is None for part in parts)  # as their weights lie side by side now
             alone = [copy.deepcopy(part)(states) for part in parts]
-            assert all(map(torch.equal, first, alone)) and all(map(torch.equal, together, alone))
-        # Kept no longer than the tensor, and apart in a copy and in other layers.
+            assert counted() == (3, 3) and all(map(torch.equal, together, alone))
         with torch.no_grad():
             before = attention.query(states)
             states.mul_(2)  # counted by PyTorch
-            assert not torch.equal(attention.key(states), first[1])
+            assert not torch.equal(attention.key(states), together[1])
             assert not torch.equal(attention.query(states), before)
-        del states, again
-        gc.collect()
-        assert attention.query._neighbours._reading.rounded is None
+        # Kept no longer than the tensor, and apart in a copy and in other layers.
+        del states
+        reading = attention.query._neighbours._of_thread.reading
+        assert reading.rounded is None and not reading.products
         assert attention.query._neighbours is attention.value._neighbours
         assert attention.query._neighbours is not one.fastbert.layers()[1].attention.self.query._neighbours
     assert model.fastbert.layers()[0].attention.self.query._neighbours is not attention.query._neighbours
 
 
-@needs_onednn
-@torch.no_grad()
-def test_neighbours_notice_changes_and_who_reads_no_more(counted):
-    parts = [layer_of(16, outputs, bias)[1] for outputs, bias in ((16, True), (24, False), (8, True))]
-    neighbours = Neighbours()
+def neighbours_of(*shapes: tuple[int, bool]) -> list[Int8Linear]:
+    parts = [layer_of(16, outputs, bias)[1] for outputs, bias in shapes]
+    neighbours = Neighbours(parts)
     for part in parts:
         part._neighbours = neighbours
+    return parts
+
+
+@needs_onednn
+@torch.no_grad()
+def test_neighbours_notice_what_changed(counted):
+    parts = neighbours_of((16, True), (24, False), (8, True))
 
     def read(chosen=parts):
         states = torch.randn(5, 16)
@@ -318,22 +320,50 @@ def test_neighbours_notice_changes_and_who_reads_no_more(counted):
         counted()
         return counts
 
-    assert read() == (1, 3) and read() == (1, 1)
+    assert read() == read() == read(parts[1:]) == read(parts[:1]) == read(parts[::-1]) == (1, 1)
     parts[0].bias.add_(1)
+    parts[2].bias.data.add_(1)
     assert read() == (1, 1)
     parts[1].weight = parts[1].weight.flip(0)
     parts[2].weight_scale.mul_(2)
     assert read() == (1, 1)
-    # One of them alone: the others' for nothing, and never again.
-    assert read(parts[:1]) == (1, 1)
-    assert read(parts[1:]) == (1, 2) and read(parts[1:]) == (1, 2) and read() == (1, 3)
+    with torch.inference_mode():
+        parts[0].load_state_dict({**parts[0].state_dict(), "weight": parts[0].weight.flip(0)})
+    assert read() == (1, 1)
+    states = torch.randn(5, 16)
+    parts[1](states).add_(1)  # changes nothing of the others'
+    assert torch.equal(parts[2](states), copy.deepcopy(parts[2])(states))
+    del parts[1]
+    counted()
+    assert read() == (1, 2)  # the others by themselves
 
 
 @needs_onednn
-@torch.inference_mode()
-def test_one_after_the_other_is_not_together(counted):
-    first, second = layer_of(16, 24)[1], layer_of(24, 16)[1]
-    first._neighbours = second._neighbours = Neighbours()
-    for _ in range(3):
-        second(first(torch.randn(5, 16)))
-        assert counted() == (2, 2)
+def test_threads_read_together():
+    states = [torch.randn(length, 16) for length in (1, 5, 9, 17) * 8]
+    for _ in range(10):
+        parts = neighbours_of((16, True), (16, True), (16, True))
+        alone = [copy.deepcopy(part) for part in parts]
+
+        def read(own, parts=parts):
+            with torch.inference_mode():
+                return [part(own) for part in parts]
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(read, states))
+        assert all(all(map(torch.equal, one, read(own, alone))) for own, one in zip(states, found, strict=True))
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_model_goes_when_it_is_let_go():
+    parts = neighbours_of((16, True), (16, True), (16, True))
+    for part in parts:
+        part(torch.randn(2, 16))
+    gone = weakref.ref(parts[0])
+    gc.disable()
+    try:
+        del part, parts
+        assert gone() is None
+    finally:
+        gc.enable()
