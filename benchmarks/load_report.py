@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -68,7 +69,8 @@ def write(docs_dir: Path) -> None:
     """Write the page and its figure."""
     path = docs_dir / "serving" / "load.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    parts = dict.fromkeys(("load_full", "load_normal", "settings"), NOT_YET)
+    template = (Path(__file__).parent / "serving_template.md").read_text(encoding="utf-8")
+    parts = dict.fromkeys(re.findall(r"{{(\w+)}}", template), NOT_YET)
     if found is not None:
         settings, (full, normal) = found["settings"], found["runs"]
         parts = {
@@ -86,7 +88,6 @@ def write(docs_dir: Path) -> None:
             "seeds": str(settings["seeds"]),
         }
         save_figure(plot(found), docs_dir / "figures" / "load")
-    template = (Path(__file__).parent / "serving_template.md").read_text(encoding="utf-8")
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
     write_whole(docs_dir / "serving.md", template)

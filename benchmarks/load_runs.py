@@ -50,6 +50,7 @@ def machine_of(
 ) -> Machine:
     """Return what answers, with what the speeds of the calibration give and cost on test."""
     splits, _, _ = distilled_runs.load("sst2", data_dir)
+    assert not model.config.calibration.get("linear"), "the machine's speeds are thresholds"
     speeds = model.config.calibration["speeds"]
     table = sweep_speeds(model, record_exits(model, splits["test"], progress=False), speeds)
     costs = np.minimum.accumulate((table["executed_flops"] / table["executed_flops"].iloc[0]).to_numpy())
@@ -89,7 +90,7 @@ def run(machine: Machine, model: FastBertForSequenceClassification, speed: float
     rows["who knows the future"] = {"in_time": 1.0, **{key: mean(own[key] for own in best) for key in best[0]}}
     fast, oracle = rows["the greatest speed"]["accuracy"], rows["who knows the future"]["accuracy"]
     for row in rows.values():
-        row["recovered"] = (row["accuracy"] - fast) / (oracle - fast)
+        row["recovered"] = (row["accuracy"] - fast) / (oracle - fast) if oracle > fast else 0.0
     return {"speed": speed, "tokens_per_second": machine.tokens_per_second(speed), "rows": rows, "drawn": drawn}
 
 

@@ -129,10 +129,11 @@ def simulate(machine: Machine, policy: Policy, texts: Arrivals, seed: int = 0) -
         size = sum(tokens[text] for text in batch)
         expected = machine.seconds_per_batch + size * machine.cost(speed) * machine.seconds_per_token
         seconds = expected * generator.lognormal(0.0, NOISE)
-        free_at, waiting = now + seconds, waiting - size
-        served.ends[batch], served.speeds[batch] = free_at, speed
+        free_at, waiting = now + expected, waiting - size  # nobody knows how long it will take
+        served.ends[batch], served.speeds[batch] = now + seconds, speed
         served.batches.append((now, speed))
-        arrive(free_at)  # while it runs
+        arrive(now + seconds)  # while it runs
+        free_at = now + seconds
         policy.observe(size, speed, seconds)
     return served
 
@@ -228,8 +229,25 @@ def clairvoyant(machine: Machine, texts: Arrivals, speed: float) -> np.ndarray:
     begins, sizes = texts.times[taken], texts.tokens[taken].astype(float)
     rates = taut_string(begins, sizes, machine.time_to_answer)
     costs = np.clip((1 / rates - overhead) / machine.seconds_per_token, machine.costs[-1], machine.cost(speed))
-    found[taken] = np.interp(-costs, -machine.costs, machine.accuracies)
+    found[taken] = np.interp(costs, *best_accuracies(machine))
     return found
+
+
+def best_accuracies(machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+    """Return costs in ascending order, and the best that texts can have for each on average, at one speed or two."""
+    order = np.argsort(machine.costs, kind="stable")
+    corners: list[tuple[float, float]] = []
+    for cost, accuracy in zip(machine.costs[order], np.maximum.accumulate(machine.accuracies[order]), strict=True):
+        while corners and corners[-1][0] == cost:
+            corners.pop()
+        while len(corners) > 1:
+            (first, low), (second, middle) = corners[-2:]
+            if (middle - low) * (cost - first) > (accuracy - low) * (second - first):
+                break
+            corners.pop()
+        corners.append((cost, accuracy))
+    costs, accuracies = np.array(corners).T
+    return costs, accuracies
 
 
 def taut_string(begins: np.ndarray, sizes: np.ndarray, time_to_answer: float) -> np.ndarray:
@@ -295,17 +313,17 @@ def summary(
     in_time[taken] = waited <= machine.time_to_answer
     accuracies = np.interp(np.nan_to_num(served.speeds), machine.speeds, machine.accuracies) * in_time
     in_burst = (texts.times >= burst[0]) & (texts.times < burst[1])
-    begins, speeds = np.array(served.batches).T
+    begins, speeds = np.array(served.batches).reshape(-1, 2).T
     costs = np.interp(speeds, machine.speeds, machine.costs)
     most, least = machine.cost(speed), machine.costs[-1]
     slow_again = begins[(begins >= burst[1]) & (costs >= most - 0.05 * (most - least))]
     steady = (begins >= burst[0]) & (begins < burst[1])
     return {
-        "in_time": float(in_time[taken].mean()),
-        "p99": float(np.quantile(waited, 0.99)),
+        "in_time": float(in_time[taken].mean()) if taken.any() else 0.0,
+        "p99": float(np.quantile(waited, 0.99)) if taken.any() else 0.0,
         "refused": weighted(~taken, texts),
         "accuracy": weighted(accuracies, texts),
         "accuracy_in_burst": weighted(accuracies, texts, in_burst),
         "recovery": float(slow_again[0] - burst[1]) if len(slow_again) else float("inf"),
-        "oscillation": float(np.abs(np.diff(costs[steady])).mean() / (most - least)) if most > least else 0.0,
+        "oscillation": float(np.abs(np.diff(costs[steady])).mean() / (most - least)) if steady.sum() > 1 else 0.0,
     }

@@ -17,6 +17,9 @@ from ..modeling.dials import is_linear, linear_speeds
 NEWEST = 0.1
 # So many mean deviations above the mean, a batch hardly ever is (as TCP waits for an answer, RFC 6298, with four).
 DEVIATIONS = 2.0
+# A batch that took longer than so many times what was expected, as one during which the machine stood still, counts as
+# that.
+LONGEST = 4.0
 
 
 class LoadControl:
@@ -112,63 +115,84 @@ class LoadControl:
         expected = batches * self.seconds_per_batch + tokens * cost * self.seconds_per_token
         return (self.ratio + DEVIATIONS * self.deviation) * expected
 
+    def seconds_of(self, tokens: int, speed: float) -> float:
+        """Return how long a batch of so many tokens will take at a speed, on the safe side."""
+        return float(self.seconds(1, tokens, np.interp(speed, self.speeds, self.costs)))
+
     def tokens_of_batch(self, cost: float) -> int:
-        """Return how many tokens a batch may have at a cost: none of them takes too large a part of the time."""
-        of_one = self.seconds(0, 1, cost)
-        left = self.batch_share * self.time_to_answer - self.seconds(1, 0, cost)
-        return max(1, min(self.most_tokens, int(left / of_one)))
+        """
+        Return how many tokens a batch should have at a cost: it takes a part of the time to answer, but at least as
+        long for its tokens as it takes without any.
+        """
+        without = self.seconds(1, 0, cost)
+        left = max(self.batch_share * self.time_to_answer - without, without)
+        return max(1, min(self.most_tokens, int(left / self.seconds(0, 1, cost))))
 
     def next_batch(self, now: float, deadlines: Sequence[float], tokens: Sequence[int]) -> tuple[int, float]:
         """
         Return how many of the texts that wait make the next batch, and its speed.
 
         Args:
-            now (`float`): Seconds on any clock, when the batch will start.
+            now (`float`): Seconds on a clock that only goes on (`time.monotonic`), when the batch will start.
             deadlines (`Sequence[float]`): Of the texts that wait, on the same clock, in ascending order.
             tokens (`Sequence[int]`): Of each.
         """
+        if not len(tokens):
+            return 0, float(self.speeds[0])
         time_left = np.asarray(deadlines, dtype=float) - now - self.reserve * self.time_to_answer
-        before = np.cumsum(tokens)
+        tokens = np.asarray(tokens)
+        fastest = len(self.speeds) - 1
+        # Those that are late at any speed are nobody's measure.
+        in_time = self.ends(fastest, tokens) <= time_left
         # While texts are refused, what time is left is better given to them than to those that wait.
-        is_refusing = now - self.refused_at < self.time_to_answer
+        is_refusing = 0 <= now - self.refused_at < self.time_to_answer
         # The speeds from `high` on are fast enough, or there is none.
-        low, high = len(self.speeds) - 1 if is_refusing else 0, len(self.speeds) - 1
+        low, high = fastest if is_refusing or not in_time.any() else 0, fastest
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.is_fast_enough(middle, time_left, before) else (middle + 1, high)
-        # The text that fills a batch is its last, so that none comes later than if every batch were full to the token.
-        number = int(np.searchsorted(before, self.tokens_of_batch(self.costs[high]))) + 1
-        return min(number, len(before)), float(self.speeds[high])
+            is_fast_enough = (self.ends(middle, tokens) <= time_left)[in_time].all()
+            low, high = (low, middle) if is_fast_enough else (middle + 1, high)
+        # The text that fills a batch is its last, so that as few batches are needed as if all were full to the token.
+        number = int(np.searchsorted(np.cumsum(tokens), self.tokens_of_batch(self.costs[high]))) + 1
+        return min(number, len(tokens)), float(self.speeds[high])
 
-    def is_fast_enough(self, place: int, time_left: np.ndarray, before: np.ndarray) -> bool:
-        """Tell whether every text ends in time at one of the speeds. `before` counts the tokens up to each text."""
-        cost = self.costs[place]
+    def ends(self, place: int, tokens: np.ndarray) -> np.ndarray:
+        """Return in how many seconds each text is answered at one of the speeds, batch by batch."""
+        cost, up_to = self.costs[place], np.cumsum(tokens)
         size = self.tokens_of_batch(cost)
-        batches = (before - 1) // size + 1
-        return bool((self.seconds(batches, np.minimum(batches * size, before[-1]), cost) <= time_left).all())
+        batches = (up_to - tokens) // size + 1
+        return self.seconds(batches, np.minimum(np.maximum(batches * size, up_to), up_to[-1]), cost)
 
     def seconds_late(self, now: float, free_at: float, waiting: int, tokens: int, deadline: float) -> float:
         """
         Return by how many seconds a new text would miss its deadline if all were answered at the greatest speed. It is
-        refused if that is above 0, and may come again after so many seconds.
+        refused if that is above 0, and may come again after so many seconds. Its deadline is to be the latest, as it
+        is where all texts have the same time to be answered.
 
         Args:
-            now, free_at, deadline (`float`): On one clock: `free_at` is when the batch that runs will have ended.
+            now, free_at, deadline (`float`): On one clock: `free_at` is when the batch that runs ends (`seconds_of`).
             waiting, tokens (`int`): Tokens of those that wait already; of the new text.
         """
-        cost = self.costs[-1]
+        cost, latest = self.costs[-1], deadline - self.reserve * self.time_to_answer
         size = self.tokens_of_batch(cost)
-        batches = (waiting + tokens - 1) // size + 1
+        batches = waiting // size + 1
         # Those that come after it fill its batch.
-        end = max(now, free_at) + self.seconds(batches, batches * size, cost)
-        late = end - (deadline - self.reserve * self.time_to_answer)
-        if late > 0:
+        late = max(now, free_at) + self.seconds(batches, max(batches * size, waiting + tokens), cost) - latest
+        if late > 0 and now + self.seconds(1, tokens, cost) <= latest:  # and not because of what it is
             self.refused_at = now
-        return late
+        if late > 0 and not waiting and free_at <= now:
+            # Nothing is at work, so nothing would ever tell that batches do not take so long any more.
+            self.learn(1.0)
+        return float(late)
 
     def observe(self, tokens: int, speed: float, seconds: float) -> None:
-        """Learn from how long a batch took."""
-        cost = float(np.interp(speed, self.speeds, self.costs))
-        ratio = seconds / (self.seconds_per_batch + tokens * cost * self.seconds_per_token)
+        """Learn from how long a batch took. What is no time, or no batch, is left out."""
+        if tokens > 0 and 0 < seconds < math.inf and math.isfinite(speed):
+            cost = float(np.interp(speed, self.speeds, self.costs))
+            self.learn(seconds / (self.seconds_per_batch + tokens * cost * self.seconds_per_token))
+
+    def learn(self, ratio: float) -> None:
+        """Follow how many times longer than expected batches take."""
+        ratio = min(ratio, LONGEST * self.ratio)
         self.deviation += NEWEST * (abs(ratio - self.ratio) - self.deviation)
         self.ratio += NEWEST * (ratio - self.ratio)

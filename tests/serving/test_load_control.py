@@ -158,3 +158,46 @@ def test_bad_settings(change, named):
     settings = {"speeds": [0.0, 1.0], "costs": [1.0, 0.2], "seconds_per_batch": 0.01, "seconds_per_token": 1e-4}
     with pytest.raises(ValueError, match=named):
         LoadControl(**{**settings, "time_to_answer": 0.1, **change})
+
+
+def test_a_stall_is_forgotten(simulation, machine):
+    control = machine.control(speed=NORMAL)
+    control.observe(25, NORMAL, 0.4)  # eighty times as long
+    for _ in range(50):
+        control.observe(25, NORMAL, 0.4)
+    refused = [control.seconds_late(now, now, 0, 25, now + 0.1) > 0 for now in np.arange(100) * 0.5]
+    assert refused[0] and not any(refused[-50:])
+    assert summary_of(simulation, machine, control, 2.0)[0]["in_time"] > 0.99
+
+
+@pytest.mark.parametrize("seconds_per_batch", [0.02, 0.03])
+def test_batches_that_cost_more_than_their_tokens(simulation, machine, seconds_per_batch):
+    slow = dataclasses.replace(machine, seconds_per_batch=seconds_per_batch)
+    control = slow.control(speed=NORMAL)
+    assert control.seconds_late(0.0, 0.0, 0, 25, 0.1) < 0 and control.next_batch(0.0, [0.1], [25]) == (1, NORMAL)
+    texts = simulation.arrivals([(3.0, 0.3)], slow.tokens_per_second(NORMAL))
+    found = simulation.summary(slow, texts, simulation.simulate(slow, control, texts), (0.0, 3.0), NORMAL)
+    assert found["in_time"] > 0.99 and found["refused"] < 0.05
+
+
+def test_what_nobody_could_answer_changes_nothing_for_the_others(machine):
+    control = machine.control(speed=NORMAL)
+    assert control.seconds_late(0.0, 0.0, 0, 100_000, 0.1) > 0
+    assert control.next_batch(0.0, [0.1], [20]) == (1, NORMAL)
+    assert control.next_batch(1.0, [0.5, 1.1], [20, 20]) == (2, NORMAL)  # the first is late already
+    assert control.next_batch(2.0, [0.5, 0.6], [20, 20])[1] == 1.0  # all are
+    assert control.next_batch(3.0, [], []) == (0, NORMAL)
+    for tokens, speed, seconds in ((0, 0.1, 1.0), (5, 0.1, 0.0), (5, 0.1, -1.0), (5, 0.1, np.nan), (5, np.nan, 1.0)):
+        control.observe(tokens, speed, seconds)
+    assert control.ratio == 1.0 and control.deviation == 0.0
+    # A text that came too late for a full queue makes the others faster, for a while.
+    assert control.seconds_late(4.0, 4.0, 30_000, 20, 4.1) > 0
+    assert control.next_batch(4.05, [4.15], [20])[1] == 1.0 and control.next_batch(4.2, [4.3], [20])[1] == NORMAL
+
+
+def test_the_oracle_mixes_speeds_where_one_is_worse(simulation, machine):
+    bent = dataclasses.replace(machine, accuracies=np.where(SPEEDS < 0.5, 0.8, np.where(SPEEDS < 0.6, 0.9, 0.7)))
+    texts, _ = burst_of(simulation, bent, 0.5)
+    assert simulation.clairvoyant(bent, texts, 0.0).mean() == pytest.approx(0.9)
+    costs, accuracies = simulation.best_accuracies(bent)
+    assert (np.diff(costs) > 0).all() and (np.diff(np.diff(accuracies) / np.diff(costs)) < 1e-9).all()
