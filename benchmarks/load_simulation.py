@@ -215,10 +215,11 @@ def clairvoyant(machine: Machine, texts: Arrivals, speed: float) -> np.ndarray:
     two could be chosen: 0 where a text is refused. As few are refused as can be; the others get the costs that are
     best together, those of the shortest path between what has arrived and what is due (as a taut string).
     """
-    # As if every batch were full; its last text goes beyond it by so much on average.
+    # Its batches are full, and as long as the others'; the last text goes beyond by so much on average.
     beyond = (texts.tokens**2).sum() / (2 * texts.tokens.sum())
-    overhead = machine.seconds_per_batch / (machine.most_tokens + beyond)
-    fastest = 1 / (overhead + machine.seconds_per_token * machine.costs[-1])
+    sizes = np.array([machine.control().tokens_of_batch(cost) for cost in machine.costs]) + beyond
+    of_token = machine.seconds_per_batch / sizes + machine.seconds_per_token * machine.costs
+    fastest = 1 / of_token.min()
     found, taken, backlog, last = np.zeros(len(texts.times)), [], 0.0, 0.0
     for text, (now, tokens) in enumerate(zip(texts.times, texts.tokens, strict=True)):
         backlog = max(0.0, backlog - (now - last) * fastest)
@@ -226,9 +227,9 @@ def clairvoyant(machine: Machine, texts: Arrivals, speed: float) -> np.ndarray:
         if backlog <= machine.time_to_answer * fastest:  # however long it is, as long texts are not worth less
             backlog += tokens
             taken.append(text)
-    begins, sizes = texts.times[taken], texts.tokens[taken].astype(float)
-    rates = taut_string(begins, sizes, machine.time_to_answer)
-    costs = np.clip((1 / rates - overhead) / machine.seconds_per_token, machine.costs[-1], machine.cost(speed))
+    rates = taut_string(texts.times[taken], texts.tokens[taken].astype(float), machine.time_to_answer)
+    order = np.argsort(of_token)
+    costs = np.minimum(np.interp(1 / rates, of_token[order], machine.costs[order]), machine.cost(speed))
     found[taken] = np.interp(costs, *best_accuracies(machine))
     return found
 

@@ -20,6 +20,8 @@ DEVIATIONS = 2.0
 # A batch that took longer than so many times what was expected, as one during which the machine stood still, counts as
 # that.
 LONGEST = 4.0
+# For so many times to answer after a text was refused, more of them are expected.
+REFUSING = 5.0
 
 
 class LoadControl:
@@ -145,7 +147,7 @@ class LoadControl:
         # Those that are late at any speed are nobody's measure.
         in_time = self.ends(fastest, tokens) <= time_left
         # While texts are refused, what time is left is better given to them than to those that wait.
-        is_refusing = 0 <= now - self.refused_at < self.time_to_answer
+        is_refusing = 0 <= now - self.refused_at < REFUSING * self.time_to_answer
         # The speeds from `high` on are fast enough, or there is none.
         low, high = fastest if is_refusing or not in_time.any() else 0, fastest
         while low < high:
