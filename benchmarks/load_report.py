@@ -84,6 +84,8 @@ def write(docs_dir: Path) -> None:
                 f"{1000 * settings['seconds_per_batch']:.1f} ms for a batch and "
                 f"{1e6 * settings['seconds_per_token']:.1f} µs for each token at speed 0"
             ),
+            "recovered_full": percent(full["rows"]["`LoadControl`"]["recovered"]),
+            "recovered_normal": percent(normal["rows"]["`LoadControl`"]["recovered"]),
             "time_to_answer": f"{1000 * settings['time_to_answer']:g}",
             "seeds": str(settings["seeds"]),
         }
