@@ -28,6 +28,7 @@ SETS = {
     "mnli_watson": ("mnli_watson", 128),
     "ag_news": ("ag_news", 128),
     "sst2": ("sst2", 128),
+    "trec": ("trec", 128),
 }
 RATIOS = (1.5, 2.0, 3.0)
 KINDS = ("drop", "mean", "truncate", "weighted", "searched", "first", "random")
