@@ -327,15 +327,25 @@ def test_neighbours_notice_what_changed(counted):
     parts[1].weight = parts[1].weight.flip(0)
     parts[2].weight_scale.mul_(2)
     assert read() == (1, 1)
-    with torch.inference_mode():
-        parts[0].load_state_dict({**parts[0].state_dict(), "weight": parts[0].weight.flip(0)})
-    assert read() == (1, 1)
     states = torch.randn(5, 16)
     parts[1](states).add_(1)  # changes nothing of the others'
     assert torch.equal(parts[2](states), copy.deepcopy(parts[2])(states))
     del parts[1]
     counted()
     assert read() == (1, 2)  # the others by themselves
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_weights_of_inference_mode_are_packed_anew_when_they_are_loaded():
+    # Such tensors do not count how often they were changed.
+    for parts in (neighbours_of((16, True), (16, True), (16, True)), [layer_of(16, 16)[1]]):
+        for part in parts:
+            part(torch.randn(5, 16))
+            part.load_state_dict({**part.state_dict(), "weight": part.weight.flip(0)})
+        states = torch.randn(5, 16)
+        for part in parts:
+            assert torch.equal(part(states), copy.deepcopy(part)(states))
 
 
 @needs_onednn
