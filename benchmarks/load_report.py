@@ -14,7 +14,6 @@ from fastbert_hf.evaluation.figures import COLOURS, STYLE, save_figure
 from fastbert_hf.files import write_whole
 
 
-DRAWN = ("the normal speed", "the greatest speed", "`LoadControl`")
 COLUMNS = (
     "in time",
     "refused",
@@ -54,8 +53,8 @@ def plot(found: dict) -> Figure:
             edges.append(start)
         load.stairs([times for _, times in settings["phases"]], edges, color="#555555", fill=True, alpha=0.5)
         load.set(ylabel="times the\ncapacity")
-        for name, colour in zip(DRAWN, COLOURS, strict=False):
-            own, label = run["drawn"][name], name.replace("`", "")
+        for (name, own), colour in zip(run["drawn"].items(), COLOURS, strict=False):
+            label = name.replace("`", "")
             accuracy.plot(own["seconds"], [100 * value for value in own["accuracy"]], color=colour, label=label)
             wait.plot(own["seconds"], [1000 * value for value in own["longest_wait"]], color=colour)
         accuracy.set(ylabel="accuracy over all\nthat arrived, %", ylim=(0, 100))

@@ -42,7 +42,7 @@ def main() -> None:
 
         found = load_runs.measure(Path(arguments.data_dir), arguments.time_to_answer, arguments.seeds)
         (docs_dir / "serving").mkdir(parents=True, exist_ok=True)
-        write_whole(docs_dir / "serving" / "load.json", json.dumps(found, indent=1) + "\n")
+        write_whole(docs_dir / "serving" / "load.json", json.dumps(found) + "\n")
 
     import load_report
 

@@ -33,7 +33,7 @@ class LoadControl:
     A batch of T tokens at a speed that costs the share c of speed 0 is expected to take
     \\( k (b + T c s) \\) seconds, where k follows what batches took ([`observe`]). All texts that wait are laid out
     in batches, the earliest deadline first, and the speed is the lowest at which each batch ends before the first of
-    its deadlines.
+    its deadlines. For a while after a text was refused it is the greatest.
 
     Args:
         speeds (`Sequence[float]`): In ascending order: those that may be chosen.

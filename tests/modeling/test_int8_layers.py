@@ -25,6 +25,7 @@ from fastbert_hf.modeling.int8_products import LEVELS, exact_levels, quantise_to
 from ..common import tiny_model
 
 
+needs_onednn = pytest.mark.skipif(exact_levels() is None, reason="oneDNN multiplies no bytes here")
 SHAPES = ((1, 1), (5, 3), (48, 96), (384, 130))
 
 
@@ -205,7 +206,7 @@ print(json.dumps({"levels": exact_levels(), "off": ((outputs - expected).abs() /
 """
 
 
-@pytest.mark.skipif(exact_levels() is None, reason="needs oneDNN")
+@needs_onednn
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
 def test_sums_do_not_overflow_on_older_processors(isa):
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "HF_HUB_OFFLINE": "1"}
@@ -265,9 +266,6 @@ def counted(monkeypatch):
         return found
 
     return since
-
-
-needs_onednn = pytest.mark.skipif(exact_levels() is None, reason="oneDNN multiplies no bytes here")
 
 
 @needs_onednn
