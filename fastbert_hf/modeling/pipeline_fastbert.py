@@ -266,28 +266,22 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
 
     def _answers(self, inputs, batch_size, preprocess_params, forward_params, postprocess_params):
         config = self.model.config
-        arguments = {name: getattr(config, name) for name in config.call_defaults}
-        arguments.update(forward_params, batch_size=None if batch_size == BY_TOKENS else batch_size)
-        shows_progress = arguments.pop("progress_bar", False)
-        returns_uncertainty = arguments.pop("return_uncertainty", False)
+        forward_params, shows = dict(forward_params), {}
+        for name in ("progress_bar", "return_uncertainty"):
+            shows[name] = forward_params.pop(name, False)
         # Skipped here, as answers carry the positions of their texts.
-        on_error = arguments.pop("on_error", "raise")
-        arguments["on_error"] = "return" if on_error == "skip" else on_error
+        on_error = forward_params.pop("on_error", "raise")
+        forward_params["on_error"] = "return" if on_error == "skip" else on_error
         total = len(inputs) if isinstance(inputs, Sized) else None
-        many = {f"{name}s": arguments.get(name) for name in DIALS}
+        many = {f"{name}s": forward_params.get(name) for name in DIALS}
         for name, value in {**many, "text_pairs": preprocess_params.get("text_pair")}.items():
             if total is not None and isinstance(value, Sized) and not isinstance(value, str) and len(value) != total:
                 raise ValueError(f"got {len(value)} {name} for {total} texts: give one for all, or one for each.")
         if isinstance(inputs, Dataset) and total is not None:
             inputs = map(inputs.__getitem__, range(total))
-        longest = None
-        if arguments.get("max_disagreement") is not None:
-            longest = self._check_reading(preprocess_params)
         encoded = self._encode(inputs, BLOCK_TEXTS if batch_size == BY_TOKENS else batch_size, **preprocess_params)
-        if longest is not None:
-            encoded = no_longer_than(longest, encoded)
-        answers = self._counted(self.model.predict(encoded, **arguments), self._counted_speed(arguments))
-        progress = tqdm(answers, total=total, desc="Classifying") if shows_progress else answers
+        answers = self._predictions(encoded, batch_size, preprocess_params, forward_params)
+        progress = tqdm(answers, total=total, desc="Classifying") if shows["progress_bar"] else answers
         # Each look into a config of Transformers takes microseconds.
         has_members, applied = hasattr(config, "members"), postprocess_params.get("function_to_apply")
         if applied is None:
@@ -301,11 +295,48 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
             outputs = {"logits": answer.logits[None], "exit_layer": answer.exit_layer}
             if has_members:
                 outputs["exit_member"] = answer.exit_member
-            if returns_uncertainty:
+            if shows["return_uncertainty"]:
                 outputs["uncertainty"] = answer.uncertainty
             if on_error != "raise":
                 outputs["position"] = position
             yield self.postprocess(outputs, **postprocess_params)
+
+    def _predictions(self, encoded, batch_size, preprocess_params, forward_params) -> Iterator[Prediction]:
+        """Yield what the model says of each encoded text, and count it."""
+        config = self.model.config
+        arguments = {name: getattr(config, name) for name in config.call_defaults}
+        arguments.update(forward_params, batch_size=None if batch_size == BY_TOKENS else batch_size)
+        if arguments.get("max_disagreement") is not None:
+            longest = self.check_reading(preprocess_params)
+            encoded = encoded if longest is None else no_longer_than(longest, encoded)
+        yield from self._counted(self.model.predict(encoded, **arguments), self._counted_speed(arguments))
+
+    def encode(self, texts: Iterable, **kwargs) -> list[Any]:
+        """
+        Return what the model reads of each text, for [`predictions`]: a call does this first. A text that cannot be
+        read is an error in its place.
+
+        Args:
+            texts (iterable): Texts, or pairs as `{"text": ..., "text_pair": ...}`.
+            kwargs: `text_pair`, `allow_blank` and arguments of the tokenizer, as in a call.
+        """
+        preprocess_params, _, _ = self._sanitize_parameters(**kwargs)
+        return list(self._encode(texts, BLOCK_TEXTS, **{**self._preprocess_params, **preprocess_params}))
+
+    def predictions(self, encoded: Iterable, **kwargs) -> Iterator[Prediction]:
+        """
+        Yield the logits and the exit layer of each text, in order: a call does this next, and then makes labels of
+        logits ([`postprocess`]). Where tokens are counted before texts are answered, as servers do, the three steps
+        are taken one by one.
+
+        Args:
+            encoded (iterable): From [`encode`].
+            kwargs: The dial, its limits and `on_error`, as in a call.
+        """
+        preprocess_params, forward_params, _ = self._sanitize_parameters(**kwargs)
+        preprocess_params = {**self._preprocess_params, **preprocess_params}
+        forward_params = {"on_error": "raise", **self._forward_params, **forward_params}
+        return self._predictions(encoded, BY_TOKENS, preprocess_params, forward_params)
 
     def _counted_speed(self, arguments: dict[str, Any]) -> float | None:
         """Return the speed of a call whose answers are compared with those of the certificate, `None` of others."""
@@ -336,7 +367,7 @@ class FastTextClassificationPipeline(TextClassificationPipeline):
         finally:
             self.served.add(threshold, block, reference)
 
-    def _check_reading(self, reading: dict[str, Any]) -> int | None:
+    def check_reading(self, reading: dict[str, Any]) -> int | None:
         """
         Raise a `ValueError` if texts are not read as they were when the model was certified. Return how many tokens
         a text may have to be read as then, `None` where longer ones are cut so, or it is not known.

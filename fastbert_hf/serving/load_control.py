@@ -24,6 +24,22 @@ LONGEST = 4.0
 REFUSING = 5.0
 
 
+def curve_of(config: PreTrainedConfig) -> tuple[list[float], list[float]]:
+    """
+    Return the speeds of a calibrated model in ascending order, and what each costs as a share of speed 0.
+
+    Raises:
+        ValueError: If the model was not calibrated.
+    """
+    if config.calibration is None:
+        raise ValueError(f"a speed that follows the load needs to know what speeds cost, calibrate once: {HOW}")
+    calibration = config.calibration
+    speeds = linear_speeds(calibration) if is_linear(config) else calibration["speeds"]
+    # Of points that are one speed to a call, the last is what it is answered at.
+    cheapest = dict(zip(speeds, calibration["speed_ups"], strict=True))
+    return list(cheapest), [1 / speed_up for speed_up in cheapest.values()]
+
+
 class LoadControl:
     r"""
     Choose before each batch how long it is, and the lowest speed at which every text that waits is answered in time.
@@ -46,6 +62,7 @@ class LoadControl:
         most_tokens (`int`): Of a batch without its last text.
         batch_share (`float`): The part of the time to answer that a batch may take, as a new text has to wait for it.
         reserve (`float`): The part of the time to answer that is kept free for what was not foreseen.
+        servers (`int`): How many answer at the same time, each a batch of its own. It may be set anew at any time.
 
     Raises:
         ValueError: If a number is out of its range, or a cost is greater than that of a lower speed.
@@ -63,6 +80,7 @@ class LoadControl:
         most_tokens: int = 1024,
         batch_share: float = 0.25,
         reserve: float = 0.1,
+        servers: int = 1,
     ):
         speeds, costs = np.asarray(speeds, dtype=float), np.asarray(costs, dtype=float)
         if not len(speeds) or speeds.shape != costs.shape or not (np.diff(speeds) > 0).all():
@@ -91,7 +109,7 @@ class LoadControl:
         self.speeds, self.costs = chosen, np.interp(chosen, speeds, costs)
         self.seconds_per_batch, self.seconds_per_token = seconds_per_batch, seconds_per_token
         self.time_to_answer, self.most_tokens = time_to_answer, most_tokens
-        self.batch_share, self.reserve = batch_share, reserve
+        self.batch_share, self.reserve, self.servers = batch_share, reserve, servers
         # How many times longer than expected batches take, and how much that differs.
         self.ratio, self.deviation = 1.0, 0.0
         self.refused_at = -math.inf
@@ -104,13 +122,7 @@ class LoadControl:
         Raises:
             ValueError: If the model was not calibrated.
         """
-        if config.calibration is None:
-            raise ValueError(f"a speed that follows the load needs to know what speeds cost, calibrate once: {HOW}")
-        calibration = config.calibration
-        speeds = linear_speeds(calibration) if is_linear(config) else calibration["speeds"]
-        # Of points that are one speed to a call, the last is what it is answered at.
-        cheapest = dict(zip(speeds, calibration["speed_ups"], strict=True))
-        return cls(list(cheapest), [1 / speed_up for speed_up in cheapest.values()], *args, **kwargs)
+        return cls(*curve_of(config), *args, **kwargs)
 
     def seconds(self, batches: int | np.ndarray, tokens: int | np.ndarray, cost: float) -> float | np.ndarray:
         """Return how long batches with so many tokens in all will take at a cost, on the safe side."""
@@ -162,8 +174,11 @@ class LoadControl:
         """Return in how many seconds each text is answered at one of the speeds, batch by batch."""
         cost, up_to = self.costs[place], np.cumsum(tokens)
         size = self.tokens_of_batch(cost)
-        batches = (up_to - tokens) // size + 1
-        return self.seconds(batches, np.minimum(np.maximum(batches * size, up_to), up_to[-1]), cost)
+        batches = (up_to - tokens) // size
+        # Of the batches before it, each server answers as many as the others.
+        rounds = batches // self.servers + 1
+        filled = np.minimum(np.maximum((batches + 1) * size, up_to), up_to[-1])
+        return self.seconds(rounds, np.maximum(filled - (batches + 1 - rounds) * size, tokens), cost)
 
     def seconds_late(self, now: float, free_at: float, waiting: int, tokens: int, deadline: float) -> float:
         """
@@ -172,14 +187,17 @@ class LoadControl:
         is where all texts have the same time to be answered.
 
         Args:
-            now, free_at, deadline (`float`): On one clock: `free_at` is when the batch that runs ends (`seconds_of`).
+            now, free_at, deadline (`float`):
+                On one clock: `free_at` is when the first of the batches that run ends (`seconds_of`).
             waiting, tokens (`int`): Tokens of those that wait already; of the new text.
         """
         cost, latest = self.costs[-1], deadline - self.reserve * self.time_to_answer
         size = self.tokens_of_batch(cost)
-        batches = waiting // size + 1
+        batches = waiting // size
+        rounds = batches // self.servers + 1
         # Those that come after it fill its batch.
-        late = max(now, free_at) + self.seconds(batches, max(batches * size, waiting + tokens), cost) - latest
+        filled = max((batches + 1) * size, waiting + tokens) - (batches + 1 - rounds) * size
+        late = max(now, free_at) + self.seconds(rounds, filled, cost) - latest
         if late > 0 and now + self.seconds(1, tokens, cost) <= latest:  # and not because of what it is
             self.refused_at = now
         if late > 0 and not waiting and free_at <= now:
