@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     # Ray reads its environment when it is imported.
     from ..serving.ray_front import answer_until_a_signal
 
-    api_key = options.api_key or os.environ.get("FASTBERT_API_KEY")
+    api_key = options.api_key or os.environ.get("FASTBERT_API_KEY") or None
     fixed = {name: getattr(options, name) for name in ("replicas", "max_replicas", "threads")}
     own_limits = Limits(**{name: getattr(options, name) for name in limits})
     answer_until_a_signal(options.host, options.port, lambda: settings_of(options), own_limits, api_key, **fixed)

@@ -6,28 +6,19 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import uvicorn
 from ray import serve
 
 from ..escapes import printable
 from .ray_serve import LOGGING, NAME, SECONDS_TO_END, RayModel, build
 from .served_model import ServerSettings, check_settings
-from .text_server import Limits, TextServer
+from .text_server import Limits, Listener, TextServer
 
 
 # For so long what comes is refused with 503, before nobody listens any more: who balances loads looks elsewhere.
 SECONDS_OF_REFUSALS = 2.0
-
-
-class Listener(uvicorn.Server):
-    """A server that leaves signals to us."""
-
-    def capture_signals(self) -> AbstractContextManager:
-        """Do nothing."""
-        return nullcontext()
+SECONDS_BETWEEN_LOOKS = 0.02
 
 
 def answer_until_a_signal(
@@ -62,17 +53,7 @@ async def listen(
     server: TextServer, host: str, port: int, settings: Callable[[], ServerSettings], size: dict[str, Any]
 ) -> None:
     """Answer until a signal ends it."""
-    listener = Listener(
-        uvicorn.Config(
-            server.app,
-            host=host,
-            port=port,
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=int(SECONDS_TO_END),
-        )
-    )
+    listener = Listener(server.app, host, port, SECONDS_TO_END)
     await server.start()
     watch = asyncio.create_task(server.model.watch())
     loop, tasks = asyncio.get_running_loop(), set()
@@ -108,9 +89,12 @@ async def listen(
     at(signal.SIGINT, end)
     at(signal.SIGTERM, end)
     at(signal.SIGHUP, reload)
+    listening = asyncio.create_task(listener.serve())
+    while not listener.started and not listening.done():
+        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"Answering on {address} ({address}/docs tells how to ask); Ctrl-C ends it.", flush=True)
     try:
-        await listener.serve()
+        await listening
     finally:
         watch.cancel()

@@ -19,6 +19,7 @@ from .served_model import Answered, Asked, Description, ServedModel, ServerSetti
 try:
     from ray import serve
     from ray.exceptions import RayActorError
+    from ray.serve._private import replica
     from ray.serve.config import AutoscalingConfig
     from ray.serve.exceptions import RayServeException
     from ray.serve.schema import LoggingConfig, ReplicaState
@@ -40,12 +41,22 @@ SECONDS_OF_DEMAND = 10.0
 SECONDS_TO_END = 30.0
 
 
+def stay_on_this_machine() -> None:
+    """
+    Let nobody else reach this replica. Ray Serve opens a port of every replica to the whole network, for calls by gRPC
+    between deployments, and unpickles what comes there. Nothing here calls so, and no setting of Ray closes it.
+    """
+    open_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: open_port(server, address.replace("[::]", "127.0.0.1"))
+
+
 @serve.deployment(name=DEPLOYMENT)
 class TextReplica:
     """One process with a model."""
 
     def __init__(self):
         disable_progress_bar()
+        stay_on_this_machine()
         self.model: ServedModel | None = None
         self.reload_error: str | None = None
         self.demand, self.demanded_at = 0.0, monotonic()

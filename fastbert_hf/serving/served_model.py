@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -170,9 +171,10 @@ class ServedModel:
     def __init__(self, settings: ServerSettings, other: ServedModel | None = None):
         self.settings = settings
         if other is not None and other.settings.loads() == settings.loads():
-            self.pipeline, self.seconds = other.pipeline, other.seconds
+            self.pipeline, self.cuts_left, self.seconds = other.pipeline, other.cuts_left, other.seconds
         else:
             self.pipeline = load_pipeline(*settings.loads())
+            self.cuts_left = cutting_left(self.pipeline)
             self.seconds = measured_seconds(self.pipeline)
         model, tokenizer = self.pipeline.model, self.pipeline.tokenizer
         members = getattr(model.config, "members", None) or [model.config]
@@ -197,7 +199,7 @@ class ServedModel:
         refusal = self._refusal("max_disagreement", risk)
         if refusal is not None:
             raise ValueError(refusal)
-        for reading in (self._reading(False, "right"), self._reading(True, "right")):
+        for reading in (self._reading(False), self._reading(True)):
             longest = self.pipeline.check_reading(reading)
             if longest is not None:
                 raise ValueError(
@@ -214,13 +216,12 @@ class ServedModel:
             return str(error)
         return None
 
-    def _reading(self, truncate: bool, side: str) -> dict[str, Any]:
+    def _reading(self, truncate: bool) -> dict[str, Any]:
         """Return the arguments of the tokenizer."""
         settings = self.settings
         if not (truncate or settings.truncate or settings.max_length is not None):
             return {}
-        reading = {"truncation": True, "max_length": settings.max_length or self.max_tokens}
-        return reading if side == "right" else {**reading, "truncation_side": side}
+        return {"truncation": True, "max_length": settings.max_length or self.max_tokens}
 
     def answer(self, asked: Sequence[Asked], speed: float) -> list[Answered]:
         """Return the answers to some texts, of which those without a dial are answered at this speed."""
@@ -235,18 +236,17 @@ class ServedModel:
                 )
                 answers[place] = Answered.failed("Tokenizer", message)
         # How texts are read is a part of what max_disagreement promises, and of nothing else.
-        by_dial: dict[tuple[str, bool, str], list[int]] = {}
+        by_dial: dict[tuple[str, bool], list[int]] = {}
         for place, one in enumerate(asked):
             name = "speed" if one.dial is None else one.dial[0]
-            reading = (one.truncate, one.side) if name == "max_disagreement" else (False, "right")
             if place not in answers:
-                by_dial.setdefault((name, *reading), []).append(place)
-        for (name, truncate, side), places in by_dial.items():
+                by_dial.setdefault((name, name == "max_disagreement" and one.truncate), []).append(place)
+        for (name, truncate), places in by_dial.items():
             values = [speed if asked[place].dial is None else asked[place].dial[1] for place in places]
             # One for all is what the pipeline counts beside its certificate.
             dial = {name: values[0] if len(set(values)) == 1 else values}
             if name == "max_disagreement":
-                dial |= self._reading(truncate, side)
+                dial |= self._reading(truncate)
             predictions = self._predictions([encoded[place] for place in places], **dial)
             for place, prediction in zip(places, predictions, strict=True):
                 answers[place] = self._answered(asked[place], tokens_of(encoded[place]), prediction)
@@ -269,8 +269,9 @@ class ServedModel:
             by_reading.setdefault(kind, []).append(place)
         encoded: dict[int, Any] = {}
         for (truncate, side, _), places in by_reading.items():
+            pipeline = self.cuts_left if side == "left" else self.pipeline
             texts = [asked[place].text for place in places]
-            encoded.update(zip(places, self.pipeline.encode(texts, **self._reading(truncate, side)), strict=True))
+            encoded.update(zip(places, pipeline.encode(texts, **self._reading(truncate)), strict=True))
         return [encoded[place] for place in range(len(asked))]
 
     def _answered(self, asked: Asked, tokens: int, prediction: Prediction) -> Answered:
@@ -283,9 +284,21 @@ class ServedModel:
         return Answered(labels, tokens, prediction.exit_layer)
 
 
+def cutting_left(pipeline: FastTextClassificationPipeline) -> FastTextClassificationPipeline:
+    """Return a pipeline of the same model whose tokenizer cuts the beginning of texts, which no call can ask for."""
+    other = copy.copy(pipeline)
+    other.tokenizer = copy.deepcopy(pipeline.tokenizer)
+    for tokenizer in getattr(other.tokenizer, "tokenizers", [other.tokenizer]):
+        tokenizer.truncation_side = "left"
+    return other
+
+
 def check_settings(settings: ServerSettings) -> None:
     """Raise a `ValueError` or `OSError` if there is no such model, or it has no such speeds; without its weights."""
-    config = AutoConfig.from_pretrained(settings.model or DEFAULT_MODEL_DIR)
+    try:
+        config = AutoConfig.from_pretrained(settings.model or DEFAULT_MODEL_DIR)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the model {settings.model} cannot be loaded: {str(error).splitlines()[0]}") from error
     if not config.model_type.startswith("fastbert"):
         raise ValueError(
             f"{settings.model} is a model of type {config.model_type!r}, not one of FastBERT: wrap it with "

@@ -8,7 +8,8 @@ from .text_queue import Batch
 
 
 try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from prometheus_client import disable_created_metrics as without_times
 except ImportError as error:
     raise ImportError('the server needs its extra: pip install "fastbert-hf[ray]"') from error
 
@@ -22,7 +23,7 @@ class ServerMetrics:
     """Counts. Names that begin with `te_` are those of Text Embeddings Inference."""
 
     def __init__(self):
-        disable_created_metrics()  # which would double the page, and nobody asks for them
+        without_times()  # of creation, which would double the page, and nobody asks for them
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("te_request_count", "Requests.", ["method"], registry=registry)
         self.answered = Counter("te_request_success", "Requests that were answered.", ["method"], registry=registry)

@@ -7,6 +7,7 @@ import logging
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from .text_queue import Overloaded, TextQueue
 
 
 try:
+    import uvicorn
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -276,6 +278,34 @@ class TextServer:
                 raise Refused(422, "Tokenizer", f"{message}: truncate=true cuts it")
             asked.append(Asked(text, length, dial, cuts, side, request.raw_scores, request.top_k))
         return asked, cost
+
+
+class Listener(uvicorn.Server):
+    """
+    Listen at an address, and leave signals to who calls this.
+
+    Args:
+        app: Of a [`TextServer`].
+        host (`str`), port (`int`): The address.
+        seconds_to_end (`float`): That requests are given when `should_exit` is set.
+    """
+
+    def __init__(self, app: FastAPI, host: str, port: int, seconds_to_end: float = 30.0):
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http="h11",  # which has a limit for headers; httptools has none
+            lifespan="off",
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=int(seconds_to_end),
+        )
+        super().__init__(config)
+
+    def capture_signals(self) -> AbstractContextManager:
+        """Do nothing."""
+        return nullcontext()
 
 
 async def refuse(request: Request, refused: Refused) -> JSONResponse:
