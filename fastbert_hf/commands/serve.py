@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         fail('the server needs its extra: pip install "fastbert-hf[ray]"')
     from ..serving.ray_cluster import start_ray
-    from ..serving.served_model import check_settings
+    from ..serving.served_model import check_server_settings
     from ..serving.text_server import Limits
 
     limits = ("max_client_batch_size", "max_body_bytes", "max_concurrent_requests")
@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> None:
     if options.max_replicas is not None and options.max_replicas < options.replicas:
         fail(f"--max-replicas must be at least --replicas, got {options.max_replicas} and {options.replicas}")
     with one_line_errors():
-        settings = settings_of(options)
-        check_settings(settings)
+        settings = settings_of_options(options)
+        check_server_settings(settings)
         check_port(options.host, options.port)
         start_ray((options.max_replicas or options.replicas) * options.threads, options.address)
     # Ray reads its environment when it is imported.
@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> None:
     api_key = options.api_key or os.environ.get("FASTBERT_API_KEY") or None
     fixed = {name: getattr(options, name) for name in ("replicas", "max_replicas", "threads")}
     own_limits = Limits(**{name: getattr(options, name) for name in limits})
-    answer_until_a_signal(options.host, options.port, lambda: settings_of(options), own_limits, api_key, **fixed)
+    answer_until_a_signal(options.host, options.port, lambda: settings_of_options(options), own_limits, api_key, **fixed)
 
 
-def settings_of(options: argparse.Namespace) -> ServerSettings:
+def settings_of_options(options: argparse.Namespace) -> ServerSettings:
     """
     Return the settings of the options, or of the file that they name.
 

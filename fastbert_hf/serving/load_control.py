@@ -24,7 +24,7 @@ LONGEST = 4.0
 REFUSING = 5.0
 
 
-def curve_of(config: PreTrainedConfig) -> tuple[list[float], list[float]]:
+def speeds_and_costs(config: PreTrainedConfig) -> tuple[list[float], list[float]]:
     """
     Return the speeds of a calibrated model in ascending order, and what each costs as a share of speed 0.
 
@@ -122,7 +122,7 @@ class LoadControl:
         Raises:
             ValueError: If the model was not calibrated.
         """
-        return cls(*curve_of(config), *args, **kwargs)
+        return cls(*speeds_and_costs(config), *args, **kwargs)
 
     def seconds(self, batches: int | np.ndarray, tokens: int | np.ndarray, cost: float) -> float | np.ndarray:
         """Return how long batches with so many tokens in all will take at a cost, on the safe side."""

@@ -12,7 +12,7 @@ from ray import serve
 
 from ..escapes import printable
 from .ray_serve import LOGGING, NAME, SECONDS_TO_END, RayModel, build
-from .served_model import ServerSettings, check_settings
+from .served_model import ServerSettings, check_server_settings
 from .text_server import Limits, Listener, TextServer
 
 
@@ -75,7 +75,7 @@ async def listen(
     async def reload() -> None:
         try:
             newer = settings()
-            await asyncio.to_thread(check_settings, newer)
+            await asyncio.to_thread(check_server_settings, newer)
             await asyncio.to_thread(serve.run, build(newer, **size), name=NAME, route_prefix=None)
             await server.start()
             error = server.description.reload_error

@@ -20,7 +20,7 @@ from ..modeling.dials import DIALS, check_dial, lookup_of, one_dial, speed_of_th
 from ..modeling.families import max_text_tokens
 from ..modeling.modeling_outputs import Prediction
 from ..modeling.pipeline_fastbert import FastTextClassificationPipeline
-from .load_control import LoadControl, curve_of
+from .load_control import LoadControl, speeds_and_costs
 from .loading import load_pipeline
 
 
@@ -153,7 +153,7 @@ class Description:
             raise ValueError(f"speed must be a number in [0, 1], got {value!r:.40}. Example: speed=0.5")
         if self.config.calibration is None:
             return 1.0
-        return float(np.interp(speed_of(self.config, name, value), *curve_of(self.config)))
+        return float(np.interp(speed_of(self.config, name, value), *speeds_and_costs(self.config)))
 
 
 class ServedModel:
@@ -293,7 +293,7 @@ def cutting_left(pipeline: FastTextClassificationPipeline) -> FastTextClassifica
     return other
 
 
-def check_settings(settings: ServerSettings) -> None:
+def check_server_settings(settings: ServerSettings) -> None:
     """Raise a `ValueError` or `OSError` if there is no such model, or it has no such speeds; without its weights."""
     try:
         config = AutoConfig.from_pretrained(settings.model or DEFAULT_MODEL_DIR)
@@ -327,7 +327,7 @@ def control_of(
         speeds, costs = [normal if normal is not None else speed_of(config, *own) or 0.0], [1.0]
         normal = greatest = speeds[0]
     else:
-        speeds, costs = curve_of(config)
+        speeds, costs = speeds_and_costs(config)
         greatest = speeds[-1] if name is None else speed_of(config, name, value)
         if normal is None:
             normal = min(speed_of(config, *own) or 0.0, greatest)

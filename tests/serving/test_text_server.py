@@ -325,10 +325,12 @@ BAD_SETTINGS = {
     ("name", "value"), [(name, value) for name, values in BAD_SETTINGS.items() for value in values]
 )
 def test_settings_that_cannot_be_are_refused(name, value):
-    from fastbert_hf.serving.served_model import check_settings
+    from fastbert_hf.serving.served_model import check_server_settings
 
     with pytest.raises(ValueError, match=r"\d|number"):
-        check_settings(ServerSettings(**{name: value, **({"speed": 0.6} if name.startswith("max_speed") else {})}))
+        check_server_settings(
+            ServerSettings(**{name: value, **({"speed": 0.6} if name.startswith("max_speed") else {})})
+        )
 
 
 def test_load_never_leads_beyond_what_was_certified(model):
