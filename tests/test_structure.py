@@ -276,7 +276,7 @@ def test_circles_are_found_through_several_files():
         ("evaluation.replay", "sharing.push"),
         ("sharing.push", "training.stages"),
         ("training.stages", "commands.run"),
-        ("commands.run", "serving.ray"),
+        ("serving.ray", "commands.run"),
         ("training.stages", None),
     ],
 )

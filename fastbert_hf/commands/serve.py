@@ -12,6 +12,7 @@ import json
 import os
 import socket
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ def run(options: argparse.Namespace) -> None:
     api_key = options.api_key or os.environ.get("FASTBERT_API_KEY") or None
     fixed = {name: getattr(options, name) for name in ("replicas", "max_replicas", "threads")}
     own_limits = Limits(**{name: getattr(options, name) for name in limits})
-    answer_until_a_signal(options.host, options.port, lambda: settings_of_options(options), own_limits, api_key, **fixed)
+    settings_now = partial(settings_of_options, options)
+    answer_until_a_signal(options.host, options.port, settings_now, own_limits, api_key, **fixed)
 
 
 def settings_of_options(options: argparse.Namespace) -> ServerSettings:
