@@ -64,15 +64,58 @@ def plot(found: dict) -> Figure:
     return figure
 
 
+def server_parts(found: dict) -> dict[str, str]:
+    """Return what the page says of the server."""
+    settings, rates = found["settings"], list(next(iter(found["loads"].values())))
+    header = ["in time (accuracy), of so many a second", *rates]
+    lines = [
+        [side, *(f"{row['in_time_per_second']:.0f} ({percent(row['accuracy_over_all'])})" for row in rows.values())]
+        for side, rows in found["loads"].items()
+    ]
+    waits = [
+        [side, *(f"{1000 * row['p50']:.0f} / {1000 * row['p99']:.0f}" for row in rows.values())]
+        for side, rows in found["loads"].items()
+    ]
+    loads = f"{markdown(header, lines)}\n\n{markdown(['half / 99 % within, ms', *rates], waits)}"
+    most = {side: max(row["in_time_per_second"] for row in rows.values()) for side, rows in found["loads"].items()}
+    follows, stock = most["speed follows the load"], most["stock pipeline in Ray Serve"]
+    answered, same = (sum(run[key] for run in found["equal"]) for key in ("answered", "same"))
+    lost = sum(row["lost"] for side, rows in found["loads"].items() if "stock" not in side for row in rows.values())
+    alone = ", ".join(f"{rate:.0f} at {name}" for name, rate in found["pipeline"].items())
+    own = most["the model's own speed"]
+    findings = (
+        f"At most {follows:.0f} texts a second are in time where the speed follows the load, {own:.0f} at the model's "
+        f"own speed, {most['speed 0']:.0f} at speed 0 and {stock:.0f} from the stock pipeline: {follows / stock:.1f} "
+        "times as many. The pipeline by itself, one process and one thread on sentences that are all there, answers "
+        f"{alone}. Of {answered:,} answers at the model's own speed, {same:,} are those of the pipeline, exit layer "
+        f"and score (to 0.00001). Requests that were lost or answered twice: {lost}."
+    )
+    events = []
+    for name, row in found["events"].items():
+        refused = row["refused"] * row["offered"]
+        events.append(f"| {name} | {row['offered']:,} | {row['lost']} | {refused:.0f} | {1000 * row['p99']:.0f} ms |")
+    return {
+        "server_settings": f"the package's own model on {settings['processor']}, {settings['instructions']}",
+        "server_slo": f"{settings['slo_ms']:g}",
+        "server_loads": loads,
+        "server_findings": findings,
+        "server_events": "\n".join(events),
+    }
+
+
+def found_in(path: Path) -> dict | None:
+    """Return what was measured, or `None` where nothing was."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def write(docs_dir: Path) -> None:
     """Write the page and its figure."""
-    path = docs_dir / "serving" / "load.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    found, server = (found_in(docs_dir / "serving" / f"{name}.json") for name in ("load", "server"))
     template = (Path(__file__).parent / "serving_template.md").read_text(encoding="utf-8")
     parts = dict.fromkeys(re.findall(r"{{(\w+)}}", template), NOT_YET)
     if found is not None:
         settings, (full, normal) = found["settings"], found["runs"]
-        parts = {
+        parts |= {
             "load_full": table(full),
             "load_normal": table(normal),
             "speed": f"{normal['speed']:g}",
@@ -89,6 +132,8 @@ def write(docs_dir: Path) -> None:
             "seeds": str(settings["seeds"]),
         }
         save_figure(plot(found), docs_dir / "figures" / "load")
+    if server is not None:
+        parts |= server_parts(server)
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
     write_whole(docs_dir / "serving.md", template)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 
@@ -10,24 +10,16 @@ from typing import Any
 BUSY = 0.7
 
 
-def demand_policy(busy: float = BUSY) -> Callable[[Any], tuple[int, dict[str, Any]]]:
+def replicas_for_demand(context: Any) -> tuple[int, dict[str, Any]]:
     """
-    Return the policy of Ray's autoscaler: as many replicas as would be busy for this share of their time if every
-    text that comes, the refused ones among them, was answered at the normal speed. The speed goes up within
-    milliseconds, so queues and busy replicas would not show what is missing.
+    Return as many replicas as would be busy for a part of their time if every text that comes, the refused ones among
+    them, was answered at the normal speed: a policy of Ray's autoscaler. The speed goes up within milliseconds, so
+    that queues and busy replicas would not show what is missing. Ray sends this file to its controller as it is.
 
     Args:
-        busy (`float`): In (0, 1].
+        context (`ray.serve.config.AutoscalingContext`):
+            With the metric `demand`, of which every replica was told for all of them.
     """
-
-    # Defined here, so that Ray sends it as it is, and its controller need not import this package.
-    def replicas_for_demand(context: Any) -> tuple[int, dict[str, Any]]:
-        from math import ceil
-
-        # Every replica was told of the demand of all.
-        demand = max((context.aggregated_metrics.get("demand") or {}).values(), default=0.0)
-        needed = ceil(demand / busy)
-        least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-        return max(least, min(needed, most)), {}
-
-    return replicas_for_demand
+    demand = max((context.aggregated_metrics.get("demand") or {}).values(), default=0.0)
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return max(least, min(math.ceil(demand / BUSY), most)), {}

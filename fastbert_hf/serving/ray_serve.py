@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from .autoscaling import demand_policy
+from .autoscaling import replicas_for_demand
 from .served_model import Answered, Asked, Description, ServedModel, ServerSettings
 
 
@@ -20,7 +20,7 @@ try:
     from ray import serve
     from ray.exceptions import RayActorError
     from ray.serve._private import replica
-    from ray.serve.config import AutoscalingConfig
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
     from ray.serve.exceptions import RayServeException
     from ray.serve.schema import LoggingConfig, ReplicaState
 except ImportError as error:
@@ -162,7 +162,7 @@ def build(
     settings = settings if isinstance(settings, ServerSettings) else ServerSettings(**(settings or {}))
     size: dict[str, Any] = {"num_replicas": replicas}
     if max_replicas is not None:
-        policy = {"policy_function": demand_policy()}
+        policy = AutoscalingPolicy(policy_function=replicas_for_demand)
         size = {
             "autoscaling_config": AutoscalingConfig(min_replicas=replicas, max_replicas=max_replicas, policy=policy)
         }

@@ -106,6 +106,19 @@ def test_a_request_that_takes_long_by_itself_is_not_refused_where_nothing_waits(
     assert labels(answered) == ["2000"] * 32
 
 
+def test_a_model_that_is_believed_too_slow_is_still_asked():
+    """As where it was measured while the machine did something else."""
+    model = Model()
+
+    async def ask(queue):
+        for _ in range(60):
+            await queue.answers(texts(40))
+        return await asyncio.gather(*(queue.answers(texts(40)) for _ in range(8)))
+
+    slow = LoadControl([0.0, 1.0], [1.0, 0.25], 5.0, 0.1, 0.1)
+    assert len(run(ask, model, slow)[0]) == 8 and slow.ratio < 0.1
+
+
 def test_much_is_answered_at_a_greater_speed_than_little():
     model = Model(0.005)
 
