@@ -15,7 +15,7 @@ from .common import DEFAULT_MODEL_FILES
 
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+NEEDED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "fastbert_hf_cli.py")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_wheel_is_under_50_megabytes(wheel):
 
 def test_every_module_is_in_the_wheel(names):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastbert_hf").rglob("*.py")}
-    assert modules and {name for name in names if name.endswith(".py")} == modules
+    assert modules and {name for name in names if name.endswith(".py")} == {*modules, "fastbert_hf_cli.py"}
 
 
 def test_the_default_model_is_in_the_wheel_as_it_is_here(wheel):
@@ -59,7 +59,8 @@ def test_the_default_model_is_in_the_wheel_as_it_is_here(wheel):
 
 def test_nothing_else_is_in_the_wheel(names):
     metadata = {name for name in names if re.match(r"fastbert_hf-[\w.]+\.dist-info/", name)}
-    assert {Path(name).name for name in metadata} == {"METADATA", "WHEEL", "RECORD", "top_level.txt", "LICENSE"}
+    files = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "LICENSE", "entry_points.txt"}
+    assert {Path(name).name for name in metadata} == files
     others = {name for name in names - metadata if not name.endswith(".py")}
     expected = {f"fastbert_hf/default_model/{name}" for name in DEFAULT_MODEL_FILES}
     assert others == {
