@@ -67,12 +67,16 @@ def add_dial(parser: argparse.ArgumentParser, normally: str) -> None:
 
 def add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="Files, folders, and patterns such as 'logs/*.csv'."
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="CSV, TSV, JSON lines and Parquet: files, folders, and patterns such as 'logs/*.csv'. Text files may be "
+        "compressed (.csv.gz), and take longer then, as such a file can only be read from its beginning.",
     )
     parser.add_argument(
         "output", metavar="OUTPUT", help="Folder of the answers. What it has already is not made again."
     )
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="Column of the text.")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="Column of the text; text.")
     parser.add_argument("--text-pair-column", metavar="NAME", help="Column of the second text of a pair.")
     parser.add_argument(
         "--columns", metavar="A,B,...", help="Columns to keep beside the answers; all of them unless given."
@@ -83,17 +87,20 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         metavar="WORD",
         help="Put before the names of the columns label, score and exit_layer, as 'predicted_'.",
     )
-    parser.add_argument("--actors", type=int, default=1, metavar="N", help="Processes that each hold a model.")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="Threads of each.")
+    parser.add_argument("--actors", type=int, default=1, metavar="N", help="Processes that each hold a model; 1.")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="Cores of each; 1.")
     parser.add_argument(
         "--block-rows",
         type=int,
-        default=20_000,
+        default=10_000,
         metavar="N",
-        help="Rows that are read, answered and written together.",
+        help="Rows that are read, answered and written together; 10000. A run that was stopped repeats so many.",
     )
     parser.add_argument(
-        "--address", metavar="HOST:PORT", help="A running Ray cluster; one on this machine unless given."
+        "--address",
+        metavar="HOST:PORT",
+        help="A running Ray cluster, whose machines all see the files by the same paths; one on this machine unless "
+        "given.",
     )
     add_model(parser)
     add_dial(parser, "")
@@ -102,14 +109,54 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="127.0.0.1, this machine alone.")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="8000.")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="Processes that each hold a model; 1.")
+    parser.add_argument("--max-replicas", type=int, metavar="N", help="Start up to so many where more comes.")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="Cores of each; 1.")
+    parser.add_argument("--max-batch-tokens", type=int, default=1024, metavar="N", help="Tokens of a batch; 1024.")
+    parser.add_argument("--max-client-batch-size", type=int, default=32, metavar="N", help="Texts of a request; 32.")
+    parser.add_argument("--max-body-bytes", type=int, default=2_000_000, metavar="N", help="Of a request; 2000000.")
+    parser.add_argument(
+        "--max-concurrent-requests", type=int, default=512, metavar="N", help="Of a replica; as many wait for it; 512."
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="What requests have to bring. FASTBERT_API_KEY is safer, as others see options.",
+    )
+    parser.add_argument(
+        "--settings",
+        metavar="FILE",
+        help='JSON with the model and its speeds, such as {"model": NAME, "max_speed": 0.8}, in place of the '
+        "options below. It is read again at every SIGHUP, and taken up without a pause.",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="A running Ray cluster; one on this machine unless given."
+    )
     add_model(parser)
-    add_dial(parser, " where nothing waits")
+    group = parser.add_argument_group("how fast it answers")
+    group.add_argument("--slo-ms", type=float, default=100.0, metavar="MS", help="Milliseconds to an answer; 100.")
+    normal, most = group.add_mutually_exclusive_group(), group.add_mutually_exclusive_group()
+    normal.add_argument("--speed", type=float, metavar="S", help="Where nothing waits. The model's own unless given.")
+    normal.add_argument("--speedup", type=float, metavar="X", help="In its place: so many times cheaper than speed 0.")
+    most.add_argument("--max-speed", type=float, metavar="S", help="What load may lead to, at most; 1.")
+    most.add_argument("--max-speedup", type=float, metavar="X", help="In its place: so many times cheaper.")
+    most.add_argument(
+        "--max-disagreement", type=float, metavar="SHARE", help="Or: so many answers may differ from speed 0."
+    )
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="127.0.0.1, this machine alone.")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="7860.")
+    parser.add_argument(
+        "--example",
+        action="append",
+        dest="examples",
+        metavar="TEXT",
+        help="A text to try; may be given several times. Film reviews, for the package's own model, if none.",
+    )
     add_model(parser)
+    add_dial(parser, " when the page opens")
 
 
 class Command(NamedTuple):

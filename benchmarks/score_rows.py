@@ -1,5 +1,5 @@
 """
-`fastbert-hf score` on one and on two cores, and what a process of it holds of many rows: writes docs/serving/score.json.
+`fastbert-hf score` on one and on two cores, and what a process holds of many rows: writes docs/serving/score.json.
 
     python benchmarks/score_rows.py              # most of an hour, and nothing else beside it
     python benchmarks/score_rows.py --rows 2000 --memory_rows 1000 2000 --docs_dir /tmp/docs   # to try it
@@ -11,6 +11,7 @@ their ends. Every thousandth row has no text. All is answered by the package's o
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import random
 import re
@@ -106,8 +107,10 @@ def measure(arguments: Arguments) -> dict:
             write_rows(path, rows, arguments.texts, arguments.seed)
             memory.append(score(path, 2))
     rates = {actors: median(run["rows_per_second"] for run in runs if run["actors"] == actors) for actors in (1, 2)}
+    versions = {name: importlib.metadata.version(name) for name in ("ray", "pyarrow")}
+    about = {"words": WORDS if arguments.texts is None else None, "bad_every": BAD_EVERY, **versions}
     return {
-        "settings": {**rivals_measures.machine(), "words": WORDS, "texts": arguments.texts is not None},
+        "settings": {**rivals_measures.machine(), **about},
         "runs": runs,
         "rows_per_second": rates,
         "ratio": round(rates[2] / rates[1], 3),

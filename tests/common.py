@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import importlib.util
 import shutil
 import sys
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,24 @@ for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, refuse)
 for name in ("getaddrinfo", "gethostbyname", "create_connection"):
     setattr(socket, name, refuse)
+"""
+# The start of a script that runs functions in forks of its process, which has imported what all of them need.
+IN_A_FORK = """
+import os, sys, traceback
+
+def in_a_fork(function, *arguments):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments)
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(f"{function.__name__}{arguments} failed")
 """
 DEFAULT_MODEL_FILES = {
     "README.md",
@@ -129,14 +149,23 @@ def tiny_stock_model(family: str = "bert", seed: int = 0, **kwargs) -> PreTraine
     return spread_out(AutoModel.from_config(tiny_text_config(family), **kwargs), seed)
 
 
+_MODELS: dict[str, tuple[FastBertForSequenceClassification, torch.Tensor]] = {}
+
+
 def tiny_model(
     family: str = "bert", seed: int = 0, num_labels: int = 3, **config
 ) -> FastBertForSequenceClassification:
-    """A FastBERT model of a family, in eval mode, whose exits disagree."""
-    torch.manual_seed(seed)
-    text_config = tiny_text_config(family)
-    model = FastBertForSequenceClassification(FastBertConfig(text_config=text_config, num_labels=num_labels, **config))
-    return spread_out(model, seed)
+    """A FastBERT model of a family, in eval mode, whose exits disagree: a copy of the first one that was like it."""
+    kind = repr((family, seed, num_labels, sorted(config.items())))
+    if kind not in _MODELS:
+        with torch.inference_mode(False):
+            torch.manual_seed(seed)
+            settings = FastBertConfig(text_config=tiny_text_config(family), num_labels=num_labels, **config)
+            model = spread_out(FastBertForSequenceClassification(settings), seed)
+        _MODELS[kind] = model, torch.get_rng_state()
+    model, state = _MODELS[kind]
+    torch.set_rng_state(state)  # as if it were new
+    return copy.deepcopy(model)
 
 
 def random_gates(seed: int, num_exits: int) -> list[list[float]]:
@@ -341,6 +370,14 @@ def copied_to_cache(checkpoint: Path, cache: Path, repo_id: str = "org/tiny", co
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     return Path(shutil.copytree(checkpoint, repository / "snapshots" / commit))
+
+
+def read_operators_once() -> None:
+    """Keep what PyTorch's exporter reads of the sources of its operators: the same, and anew for every graph."""
+    with contextlib.suppress(ImportError, AttributeError):  # where another version of PyTorch has it
+        from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+        onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 
 def load_script(path: Path) -> ModuleType:

@@ -31,12 +31,19 @@ from .common import CUT_NETWORK, tiny_model
 
 PACKAGE = Path(fastbert_hf.__file__).parent
 EXTRAS = ("datasets", "evaluate", "matplotlib", "pandas", "sklearn")
+NEED_EXTRA = (
+    "from fastbert_hf.evaluation import sweep_speeds",
+    "fastbert_hf.evaluation.load_table",
+    "from fastbert_hf.evaluation.speed_sweep import SPEEDS",
+    "from fastbert_hf.evaluation import figures",
+    "import fastbert_hf.evaluation.metrics",
+)
 
 # In a process where the extras cannot be imported.
 IMPORT_AND_LOAD = """
 import json, sys
 
-folder, *extras = sys.argv[1:]
+folder, need_extra, *extras = sys.argv[1:]
 sys.modules.update(dict.fromkeys(extras))
 import torch
 torch.set_num_threads(3)
@@ -59,6 +66,15 @@ with torch.no_grad():
     logits, hidden_states = classifier(**batch).logits, model(**batch).last_hidden_state
 import fastbert_hf.evaluation
 import fastbert_hf.training
+from fastbert_hf import choose_speed
+from fastbert_hf.evaluation import ExitRecord, executed_flops, paper_flops, record_exits, replay, replay_at_speed
+
+def said_of(code):
+    try:
+        exec(code)
+    except ImportError as error:
+        return str(error)
+
 print(json.dumps({
     "threads": threads,
     "training_imported": training_imported,
@@ -66,6 +82,7 @@ print(json.dumps({
     "guard_works": len(reached) > len(reached_at_import),
     "types": [type(loaded).__name__ for loaded in (config, model, classifier)],
     "without_extras": [fastbert_hf.SelfDistillationTrainer.__name__, fastbert_hf.evaluation.record_exits.__name__],
+    "need_extra": [said_of(code) for code in need_extra.split(";")],
     "default_dtype": str(torch.get_default_dtype()),
     "logits": logits.tolist(),
     "hidden_states": hidden_states.tolist(),
@@ -85,7 +102,7 @@ def elsewhere(folder) -> dict:
     """What a fresh process sees after `import fastbert_hf`, its network cut, and nothing of the extras there."""
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     finished = subprocess.run(
-        [sys.executable, "-c", CUT_NETWORK + IMPORT_AND_LOAD, str(folder), *EXTRAS],
+        [sys.executable, "-c", CUT_NETWORK + IMPORT_AND_LOAD, str(folder), ";".join(NEED_EXTRA), *EXTRAS],
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -159,6 +176,11 @@ def test_import_leaves_the_trainer_to_those_who_train(elsewhere):
 
 def test_training_and_recording_need_no_extra(elsewhere):
     assert elsewhere["without_extras"] == ["SelfDistillationTrainer", "record_exits"]
+
+
+def test_what_needs_the_extra_of_evaluation_says_what_to_install(elsewhere):
+    message = 'fastbert_hf.evaluation needs its extra: pip install "fastbert-hf[evaluation]"'
+    assert elsewhere["need_extra"] == [message] * len(NEED_EXTRA)
 
 
 def test_pipeline_is_registered_without_the_mark_of_custom_code():

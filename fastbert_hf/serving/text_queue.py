@@ -126,7 +126,7 @@ class TextQueue:
         deadline = now + max(control.time_to_answer, TIMES_ITS_OWN * float(control.seconds(1, worth, least)))
         before = sum(text.weight(least) for text in self.waiting if text.deadline <= deadline)
         late = control.seconds_late(now, self.free_at(now), before, worth, deadline)
-        # Where nothing is to be done a text is always tried: what was believed too slow would never be seen to be fast.
+        # Who has nothing to do tries all: what was believed to be too slow would never be seen to be fast enough.
         if late > 0 and (self.waiting or len(self.running) >= control.servers):
             raise Overloaded(late)
         loop = asyncio.get_running_loop()

@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModel, BertTokenizer
 
 from fastbert_hf.training.recipes import RECIPES
 
-from ..common import load_script
+from ..common import load_script, spread_out, tiny_text_config
 
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -157,10 +158,22 @@ def test_nothing_that_was_not_run_gets_a_number(report, tmp_path):
     assert report.report_findings.broken_claims(results) == []
 
 
+WORDS = "good bad fine poor warm cold nice dull".split()
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    """A tiny encoder of as many layers as that of the tables has, which knows the words of `write_set`."""
+    folder = str(tmp_path_factory.mktemp("backbone"))
+    spread_out(AutoModel.from_config(tiny_text_config("bert", 6))).save_pretrained(folder)
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "film", *map(str, range(60))]
+    BertTokenizer(vocab={word: index for index, word in enumerate(known)}, model_max_length=64).save_pretrained(folder)
+    return folder
+
+
 def write_set(folder: Path, rows: int = 60) -> None:
     folder.mkdir(parents=True)
-    words = "good bad fine poor warm cold nice dull".split()
-    lines = [f"{index % 2}\t{words[index % 2]} {words[2 + index % 6]} film {index}" for index in range(rows)]
+    lines = [f"{index % 2}\t{WORDS[index % 2]} {WORDS[2 + index % 6]} film {index}" for index in range(rows)]
     for split in ("train", "test"):
         with gzip.open(folder / f"{split}.tsv.gz", "wt") as file:
             file.write("\n".join(["label\ttext_a", *lines[: rows if split == "train" else 10]]) + "\n")
@@ -199,8 +212,9 @@ def start(tables, monkeypatch, tmp_path, *words: str) -> None:
     tables.main()
 
 
-def test_an_interrupted_table_goes_on_and_loses_no_finished_row(tables, runs, report, monkeypatch, tmp_path):
+def test_an_interrupted_table_goes_on_and_loses_no_finished_row(tables, runs, report, backbone, monkeypatch, tmp_path):
     write_set(tmp_path / "en" / "toy")
+    monkeypatch.setattr(runs, "MODEL_DIR", backbone)
     short = runs.StageSettings(1e-3, 1)
     monkeypatch.setitem(runs.WHOLE_MODEL, "toy", (short, short))
     monkeypatch.setitem(runs.EXITS_ALONE, "toy", (short, short))
@@ -234,12 +248,14 @@ def test_an_interrupted_table_goes_on_and_loses_no_finished_row(tables, runs, re
     assert (tmp_path / "docs" / "results.md").exists()
 
 
-def test_cascades_are_trained_measured_and_written(runs, cascades, report, monkeypatch, tmp_path):
+def test_cascades_are_trained_measured_and_written(runs, cascades, report, backbone, monkeypatch, tmp_path):
     write_set(tmp_path / "en" / "toy")
     short = runs.StageSettings(1e-3, 1)
     monkeypatch.setitem(runs.WHOLE_MODEL, "toy", (short, short))
     monkeypatch.setitem(runs.EXITS_ALONE, "toy", (short, short))
     members = sys.modules["cascade_members"]
+    for module in (runs, members):
+        monkeypatch.setattr(module, "MODEL_DIR", backbone)
     monkeypatch.setattr(members, "NUM_FOLDS", 2)
     monkeypatch.setattr(members, "SEEDS", (1,))
     monkeypatch.setitem(members.MARGINS, "toy", 0.3)

@@ -11,6 +11,8 @@ from fastbert_hf.engines.exported_models import EXPORTED_MODELS
 from ..common import assert_close, pad_token_id_of, ragged_batch, tiny_model, tiny_tokenizer
 
 
+pytestmark = pytest.mark.usefixtures("quick_export")
+
 # Those whose layers or embeddings differ from the others'; xlm-roberta, camembert and data2vec-text are roberta's.
 FAMILIES = ("bert", "ernie", "roberta", "electra", "distilbert", "albert", "modernbert")
 

@@ -33,6 +33,8 @@ from fastbert_hf.evaluation import record_exits, replay_at_speed
 from ..common import assert_close, ragged_batch, tiny_model, tiny_texts, tiny_tokenizer
 
 
+pytestmark = pytest.mark.usefixtures("quick_export")
+
 KINDS = (("onnx", None), ("onnx", "int8"), ("openvino", None), ("openvino", "int8"))
 FORMATIONS = ({"batch_size": 1}, {"batch_size": 7}, {"batch_tokens": 50}, {"rebatch": False}, {"batch_tokens": 4096})
 
@@ -178,7 +180,7 @@ def test_the_pipeline_runs_a_folder(folders):
 
 
 def test_a_calibration_goes_along_and_a_certificate_does_not(folders, tmp_path):
-    model, texts = tiny_model(), tiny_texts(300, seed=3)
+    model, texts = tiny_model(exit_type="linear"), tiny_texts(300, seed=3)
     tokenizer = tiny_tokenizer()
     calibrate(model, texts, tokenizer, progress=False)
     exported = load(export(model, tmp_path / "onnx", tokenizer=tokenizer, progress=False))
@@ -312,9 +314,9 @@ def test_a_loaded_model_does_not_notice_what_happens_to_its_folder(onnx, texts, 
 def test_an_older_export_leaves_nothing_behind(onnx, tmp_path):
     (onnx / "notes.md").write_text("mine")
     (onnx / "secret.env").write_text("x")
-    export(tiny_model(), onnx, tokenizer=tiny_tokenizer(), layers_per_stage=4, progress=False)
+    export(tiny_model(exit_type="linear"), onnx, tokenizer=tiny_tokenizer(), layers_per_stage=2, progress=False)
     names = sorted(file.name for file in onnx.iterdir())
-    assert [name for name in names if name.startswith("layers")] == ["layers_01_04.onnx"]
+    assert [name for name in names if name.startswith("layers")] == ["layers_01_02.onnx", "layers_03_04.onnx"]
     assert {"notes.md", "secret.env"} <= set(names)
     model = load(onnx)
     (onnx / "stages.json").unlink()  # as where a computer stopped
@@ -440,7 +442,7 @@ def test_an_export_that_fails_leaves_the_folder_as_it_was(onnx, texts, monkeypat
     own_fill = exporter.fill
     monkeypatch.setattr(exporter, "fill", fill_wrongly)
     with pytest.raises(RuntimeError, match="the graphs answer otherwise than the model"):
-        export(tiny_model(seed=1), onnx, tokenizer=tiny_tokenizer(), progress=False)
+        export(tiny_model(seed=1, exit_type="linear"), onnx, tokenizer=tiny_tokenizer(), progress=False)
     assert sorted(file.name for file in onnx.iterdir()) == before
     assert sorted(file.name for file in onnx.parent.iterdir()) == [onnx.name]
     assert torch.equal(answers(load(onnx), texts)[0], wanted)

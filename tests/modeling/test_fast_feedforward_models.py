@@ -1,9 +1,6 @@
-"""Models with fast feed-forward layers: every family, saving, sharing, PEFT, exits, costs, and hostile configs."""
+"""Models with fast feed-forward layers: every family, saving, PEFT, exits, costs, and hostile configs."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from fastbert_hf import (
     CascadeForSequenceClassification,
     FastBertConfig,
     FastBertForSequenceClassification,
-    save_with_code,
 )
 from fastbert_hf.evaluation import executed_flops
 from fastbert_hf.modeling.fast_feedforward import LeafTree, NeuronTrees
@@ -126,22 +122,6 @@ def test_adapters_learn_beside_them():
     assert layer.leaf_in.grad is None
     with pytest.raises(ValueError, match="Identity"):
         get_peft_model(tiny_model(feed_forward=LEAVES), LoraConfig(target_modules=["output.dense"]))
-
-
-def test_code_beside_weights_has_them_and_coarsening(tmp_path):
-    model = tiny_model(feed_forward=LEAVES, coarsening={"layers": [1, 2], "retention": [0.7, 0.4]})
-    save_with_code(model, tmp_path)
-    script = f"""
-import sys
-sys.modules["fastbert_hf"] = None
-import torch
-from transformers import AutoModelForSequenceClassification
-model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
-print(model(torch.tensor([[7, 8, 9, 10, 11]])).logits.tolist())
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    logits = torch.tensor(eval(run.stdout.splitlines()[-1]))
-    assert_close(logits, model(torch.tensor([[7, 8, 9, 10, 11]])).logits, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import argparse
 import copy
 import csv
 import io
-import json
 import os
 import runpy
 import subprocess
@@ -14,31 +13,35 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 import torch
-import transformers
-from pyarrow import parquet
 from transformers import pipeline
 
-from fastbert_hf import CascadeForSequenceClassification
 from fastbert_hf.commands import demo
 from fastbert_hf.serving import page as page_module
 from fastbert_hf.serving.loading import load_pipeline
-from fastbert_hf.serving.page import EXAMPLES, build_page
+from fastbert_hf.serving.page import build_page
 from fastbert_hf.serving.page_actions import MOST_CHARACTERS, NONE, PageActions, Visit
-from fastbert_hf.serving.page_answers import ManyTexts, OneText, joined_records, record_in_steps
+from fastbert_hf.serving.page_answers import ManyTexts, OneText
 from fastbert_hf.serving.page_dials import page_dials
-from fastbert_hf.serving.page_figures import as_html, many_texts_figure, one_text_figure, percent, table
-from fastbert_hf.serving.page_files import answered_csv, label_ids, likely_columns, read_upload
-from tests.common import tiny_model, tiny_texts, tiny_tokenizer
+from fastbert_hf.serving.page_figures import many_texts_figure, one_text_figure, percent, table
+from fastbert_hf.serving.page_files import answered_csv, read_upload
+from tests.common import tiny_texts
+from tests.serving.page_common import (
+    ASKED,
+    TEXTS,
+    assert_same_answers,
+    run_file,
+    sliders,
+    tiny_cascade,
+    tiny_classifier,
+    write_file,
+)
 
 
 ROOT = Path(__file__).parents[2]
 TEXT = "The plot is thin, but the cast makes it a joy."
-TEXTS = [*EXAMPLES, "Fine.", "a " * 40, "What a waste.", "I would see it again, and again."]
 HOSTILE = '<img src=x onerror="window.hit=1"> ${alert(1)} {{constructor}} `id` [a](http://evil.example) \x1b[31m'
-ASKED = ({"speed": 0.0}, {"speed": 0.3}, {"speed": 1.0}, {"speedup": 2.5}, {"max_disagreement": 0.02})
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +52,6 @@ def classifier():
 @pytest.fixture(scope="module")
 def actions(classifier):
     return PageActions(classifier)
-
-
-def tiny_classifier(num_labels=3, **config):
-    model = tiny_model("bert", num_labels=num_labels, **config)
-    return pipeline("fast-text-classification", model=model, tokenizer=tiny_tokenizer())
-
-
-def tiny_cascade():
-    members = [tiny_model("bert", seed=1, min_exit_layer=4), tiny_model("bert", seed=2)]
-    cascade = CascadeForSequenceClassification.from_members(members, tokenizers=[tiny_tokenizer()])
-    return pipeline("fast-text-classification", model=cascade, tokenizer=tiny_tokenizer())
-
-
-def assert_same_answers(found, expected):
-    assert len(found) == len(expected)
-    for own, other in zip(found, expected, strict=True):
-        assert {**own, "score": None} == {**other, "score": None}
-        assert own["score"] == pytest.approx(other["score"], abs=1e-5)
-
-
-def sliders(actions, **asked):
-    """Return what the page sends where a dial is set so: its title, and the values of all sliders."""
-    ((name, value),) = asked.items()
-    values = [value / dial.unit if dial.name == name else dial.value for dial in actions.dials]
-    (title,) = (dial.title for dial in actions.dials if dial.name == name)
-    return title, *values
 
 
 # One text
@@ -162,7 +139,7 @@ def test_a_text_that_is_too_long_may_be_cut(classifier, actions):
     [("  \n", "Type a text"), ("x" * (MOST_CHARACTERS + 1), "20,001 characters"), ("\ud800 joy", "half of a pair")],
 )
 def test_what_is_no_text_is_told_so(actions, text, message):
-    visit = Visit()
+    visit = Visit(text=object())
     shown, _ = actions.read_text(visit, text, "", False, *sliders(actions, speed=0.3))
     assert message in shown and visit.text is None
     assert "Type a text" in actions.move(visit, *sliders(actions, speed=0.3))
@@ -190,7 +167,7 @@ def test_a_model_has_the_dials_that_it_was_calibrated_and_certified_for(classifi
     for dial in dials:  # the ends can be asked for
         for shown in (dial.minimum, dial.maximum):
             classifier(TEXT, **dial.asked(shown))
-    with pytest.raises(ValueError, match="at least 230|cannot be certified"):
+    with pytest.raises(ValueError, match="cannot be certified"):
         classifier(TEXT, **agreement.asked(agreement.minimum - 0.1))
 
 
@@ -216,186 +193,6 @@ def test_a_slider_is_a_number(actions, shown):
         actions.move(Visit(text=object()), "Speed", shown, 2.0, 1.0)
     with pytest.raises(Exception, match="is none of Speed"):
         actions.move(Visit(text=object()), HOSTILE, 0.5, 2.0, 1.0)
-
-
-# Files
-
-
-def write_file(path, rows):
-    if path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="") as file:
-            quoting = (
-                {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if path.suffix == ".tsv" else {}
-            )
-            writer = csv.DictWriter(file, list(rows[0]), **quoting)
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".parquet":
-        parquet.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def labelled(texts=TEXTS):
-    return [{"id": str(place), "text": text, "label": "negative"} for place, text in enumerate(texts)]
-
-
-def run_file(actions, visit, path, at, columns=("text", NONE, "label"), cut=True):
-    *steps, shown = actions.run_file(visit, path, *columns, cut, *at)
-    assert all("texts" in step for step in steps)
-    return shown
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
-def test_rows_of_a_file_are_answered_as_by_the_pipeline(classifier, actions, tmp_path, suffix):
-    path = write_file(tmp_path / f"rows{suffix}", labelled())
-    for asked in ASKED:
-        visit = Visit()
-        shown = run_file(actions, visit, path, sliders(actions, **asked))
-        written = actions.write_answers(visit, *sliders(actions, **asked))["value"]
-        rows = list(csv.DictReader(Path(written).open(newline="")))
-        assert [{name: row[name] for name in ("id", "text", "label")} for row in rows] == labelled()
-        expected = classifier(TEXTS, **asked)
-        names = ("label", "score", "exit_layer")
-        assert_same_answers(
-            [{name: kind(row[f"predicted_{name}"]) for name, kind in zip(names, (str, float, int))} for row in rows],
-            expected,
-        )
-        right = sum(answer["label"] == "negative" for answer in expected) / len(expected)
-        layers = sum(answer["exit_layer"] for answer in expected) / len(expected)
-        assert f"<b>{percent(right)}</b>" in shown and f"{layers:.2f}<i>of 6</i>" in shown
-        visit.forget()
-        assert not Path(written).exists()
-
-
-def test_another_setting_is_replayed_and_takes_the_place_of_the_last_answers(actions, tmp_path, monkeypatch):
-    path, visit = write_file(tmp_path / "rows.csv", labelled()), Visit()
-    fresh = run_file(actions, Visit(), path, sliders(actions, speedup=3.0))
-    run_file(actions, visit, path, sliders(actions, speed=0.2))
-    first = actions.write_answers(visit, *sliders(actions, speed=0.2))["value"]
-    monkeypatch.setattr(type(actions.classifier.model), "forward", None)
-    shown, download = actions.move_file(visit, *sliders(actions, speedup=3.0))
-    assert shown == fresh and download == {"interactive": False, "__type__": "update"}
-    second = actions.write_answers(visit, *sliders(actions, speedup=3.0))["value"]
-    assert Path(second).name == "answers_speedup_3.csv" and Path(second).exists() and not Path(first).exists()
-    visit.forget()
-
-
-def test_summary_and_curve_are_counted_from_the_answers(classifier):
-    texts = [f"{text} {other}" for text in TEXTS for other in TEXTS]
-    records = [record for _, record, _ in record_in_steps(classifier, texts, cut=True)]
-    assert [len(record.exit_logits) for record in records] == [81]
-    labels = [place % 3 - 1 for place in range(len(texts))]  # -1 is not known
-    many = ManyTexts(classifier, joined_records(records), labels)
-    full = [answer["label"] for answer in classifier(texts, speed=0)]
-    for speed, summary in many.curve[::25]:
-        answers = classifier(texts, speed=speed)
-        ids = [classifier.model.config.label2id[answer["label"]] for answer in answers]
-        known = [own == label for own, label in zip(ids, labels) if label >= 0]
-        assert (summary.rows, summary.labelled) == (81, 54)
-        assert summary.accuracy == pytest.approx(sum(known) / len(known))
-        assert summary.agreement == pytest.approx(sum(a["label"] == b for a, b in zip(answers, full)) / 81)
-        layers = Counter(answer["exit_layer"] for answer in answers)
-        assert summary.shares == pytest.approx([layers[layer] / 81 for layer in range(1, 7)])
-        assert summary.mean_layers == pytest.approx(sum(answer["exit_layer"] for answer in answers) / 81)
-    assert many.curve[0][1].speed_up == 1.0 and many.curve[-1][1].speed_up > 4
-    assert many.speed_of(speed=0.3) == 0.3 and 0 < many.speed_of(speedup=3.0) < 1
-
-
-def test_rows_without_an_answer_are_told_with_their_reasons(classifier, actions, tmp_path):
-    path, visit = tmp_path / "rows.csv", Visit()
-    path.write_bytes(
-        b"text,label\nFine.,positive\n  ,positive\na,b,c\n" + b"good " * 600 + b",other\nno \xff,negative\n"
-    )
-    shown = run_file(actions, visit, path, sliders(actions, speed=0.3), cut=False)
-    reasons = visit.file.reasons
-    assert visit.file.places == [0] and sorted(reasons) == [1, 2, 3, 4]
-    assert "no text in 'text'" in reasons[1] and "3 values, and the header 2" in reasons[2]
-    assert reasons[3] == "602 tokens, but this model reads at most 512" and "UTF-8" in reasons[4]
-    assert "4 rows without an answer" in shown and as_html(reasons[3]) in shown
-    rows = list(csv.DictReader(Path(actions.write_answers(visit, *sliders(actions, speed=0.3))["value"]).open()))
-    assert [bool(row["predicted_error"]) for row in rows] == [False, True, True, True, True]
-    assert [row["predicted_label"] for row in rows] == [classifier("Fine.", speed=0.3)[0]["label"], "", "", "", ""]
-    visit.forget()
-
-
-def test_labels_that_the_model_does_not_know_do_not_count(actions, tmp_path):
-    at, visit = sliders(actions, speed=0.3), Visit()
-    rows = labelled()
-    rows[0]["label"], rows[1]["label"] = "neutral", ""
-    shown = run_file(actions, visit, write_file(tmp_path / "rows.csv", rows), at)
-    assert "2 rows have no label that the model knows" in shown and "7 labels" in shown
-    shown = run_file(actions, visit, tmp_path / "rows.csv", at, columns=("text", NONE, "id"))
-    assert "None of the labels in &#x27;id&#x27;" in shown and "Accuracy" not in shown and "Agreement" in shown
-    shown = run_file(actions, visit, tmp_path / "rows.csv", at, columns=("text", NONE, NONE))
-    assert "Accuracy" not in shown
-    known = {"negative": 0, "positive": 1}
-    assert label_ids(["Positive", "negative ", None, "2"], known) == [1, 0, -1, -1]
-    assert label_ids([1, 0, None, 2], known) == [1, 0, -1, -1]
-    assert label_ids(["a", "A"], {"a": 0, "A": 1}) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("rows.txt", b"text\nFine.\n", r"ends with '.txt'. Give one of .csv"),
-        ("rows.csv", b"", "is empty"),
-        ("rows.csv", b"text,label\n", "has no rows"),
-        ("rows.csv", b"text,text\na,b\n", "several columns with the name 'text'"),
-        ("rows.csv", b"te\xffxt\na\n", "cannot be read as CSV: the header of it is not in UTF-8"),
-        ("rows.csv", "text\nFine.\n".encode("utf-16"), "UTF-16"),
-        ("rows.csv", b'text,label\n"never closed', "its first row has 1 values"),
-        ("rows.jsonl", b"[1, 2]\nnothing\n", "its first row is no JSON object"),
-        ("rows.parquet", b"PAR1 nothing", "cannot be read as PARQUET"),
-        ("rows.csv", b"text\n" + b"x" * 10_000_001, "has 10 MB. The page reads up to 10 MB"),
-    ],
-)
-def test_what_cannot_be_read_is_told_so(actions, tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        read_upload(path)
-    assert str(tmp_path) not in str(error.value)
-    *_, shown = actions.open_file(Visit(), str(path))
-    assert as_html(error.value) in shown
-    *_, shown = actions.run_file(Visit(), str(path), "text", NONE, NONE, True, *sliders(actions, speed=0.3))
-    assert as_html(error.value) in shown
-
-
-def test_files_are_read_with_bounds(tmp_path):
-    path = write_file(tmp_path / "rows.csv", labelled())
-    upload = read_upload(path, most_rows=4)
-    assert (len(upload.rows), upload.is_cut) == (4, True) and not read_upload(path, most_rows=9).is_cut
-    bomb = tmp_path / "bomb.parquet"  # 2 kB on the disk, 200 MB in memory
-    parquet.write_table(pa.table({"text": ["x" * 1_000_000] * 200}), bomb, compression="zstd")
-    assert bomb.stat().st_size < 100_000
-    with pytest.raises(ValueError, match="there is too much in it"):
-        read_upload(bomb)
-
-
-def test_columns_are_found_by_their_names_or_what_is_in_them(actions, tmp_path):
-    path = write_file(tmp_path / "rows.jsonl", [{"Label": 1, "id": 7, "words": "a longer text"}, {"id": 8}])
-    upload = read_upload(path)
-    assert upload.columns == ["Label", "id", "words"] and likely_columns(upload) == ("words", None, "Label")
-    visit = Visit()
-    for columns, message in ((("no", NONE, NONE), "no column &#x27;no&#x27;"), ((NONE, NONE, NONE), "no column")):
-        *_, shown = actions.run_file(visit, path, *columns, True, *sliders(actions, speed=0.3))
-        assert message in shown and visit.file is None
-    text, pair, label, run, _, shown = actions.open_file(visit, str(path))
-    assert (text["value"], pair["value"], label["value"]) == ("words", NONE, "Label") and run["interactive"]
-    assert "The first of 2 rows" in shown
-    *_, run, _, shown = actions.open_file(visit, None)
-    assert not run["interactive"] and "Give a file" in shown
-
-
-def test_pairs_of_a_file_are_answered_as_pairs(classifier, actions, tmp_path):
-    rows = [{"text": text, "text_pair": other} for text, other in zip(TEXTS, TEXTS[1:], strict=False)]
-    path, visit = write_file(tmp_path / "rows.jsonl", [*rows, {"text": "alone"}]), Visit()
-    run_file(actions, visit, path, sliders(actions, speed=0.3), columns=("text", "text_pair", NONE))
-    texts = visit.file.texts
-    assert_same_answers(texts.answers(texts.at(speed=0.3)), classifier(rows, speed=0.3))
-    assert visit.file.reasons == {len(rows): "has no text in 'text_pair'"}
 
 
 # What others write
@@ -503,9 +300,9 @@ def test_command_and_space_show_the_page_of_the_model_that_they_name(monkeypatch
     classifier, examples, host, port = asked[0]
     assert (examples, host, port) == (["a", "b"], "127.0.0.1", 1234)
     assert page_dials(classifier)[0][0].value == 3.0 and classifier._preprocess_params == {"truncation": True}
-    with pytest.raises(SystemExit, match="no such model|no/model"):
+    with pytest.raises(SystemExit, match="couldn't connect"):
         demo.run(argparse.Namespace(**{**vars(parser_of_all().parse_args(words)), "model": "no/model"}))
-    with pytest.raises(SystemExit, match="speedup must be a number from 1 to 5.77"):
+    with pytest.raises(SystemExit, match="speedup must be a number from 1 to 5"):
         demo.run(parser_of_all().parse_args(["demo", "--speedup", "30"]))
 
     monkeypatch.delenv("FASTBERT_MODEL", raising=False)
@@ -530,4 +327,3 @@ def test_the_page_of_another_model_has_no_examples_of_films():
         for tiny, examples in ((tiny_classifier(), None), (tiny_classifier(), ["word9 word7"]))
     ]
     assert texts == [[""], ["word9 word7"]]
-    assert transformers.__version__

@@ -29,6 +29,13 @@ CODE = {
     for path in (Path(fastbert_hf.__file__).parent / "modeling").glob("*.py")
     if path.stem not in ("__init__", "configuration_cascade", "modeling_cascade")
 }
+# Of every family, and one with all that changes what layers compute.
+MODELS = {family: {"family": family} for family in FAMILIES} | {
+    "fast_and_short": {
+        "feed_forward": {"form": "leaves", "depth": 2, "leaf_size": 8, "master_size": 4},
+        "coarsening": {"layers": [1, 2], "retention": [0.7, 0.4]},
+    }
+}
 
 # A process that cannot import the package.
 ELSEWHERE = """
@@ -44,7 +51,7 @@ except ImportError:
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
-folder, marked, families = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+folder, marked, others = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 job = json.loads((folder / "job.json").read_text())
 trust = {"trust_remote_code": True}
 batch = {"input_ids": torch.tensor(job["input_ids"])}
@@ -64,11 +71,11 @@ seen = {
     "answers": [pipe(job["texts"], speed=speed) for speed in job["speeds"]],
     "answers_at_constructor_speed": pipe(job["texts"]),
     "answers_at_config_speed": named(job["texts"]),
-    "families": {},
+    "others": {},
 }
-for family in families:
-    of_family = AutoModelForSequenceClassification.from_pretrained(family, **trust)
-    seen["families"][Path(family).name] = of_family(**batch, speed=0.5).logits.tolist()
+for other in others:
+    loaded = AutoModelForSequenceClassification.from_pretrained(other, **trust)
+    seen["others"][Path(other).name] = [loaded(**batch, speed=speed).logits.tolist() for speed in (0.0, 0.5)]
 calibrated = pipeline("fast-text-classification", model=job["calibrated"], **trust)
 seen["calibrated"] = [calibrated(job["texts"], **dial) for dial in job["dials"]]
 pipe.save_pretrained(folder / "saved_again")
@@ -126,12 +133,12 @@ def elsewhere(folder, marked, calibrated_model, tmp_path_factory) -> dict:
     job = {"input_ids": BATCH["input_ids"].tolist(), "texts": TEXTS, "speeds": SPEEDS}
     job |= {"calibrated": str(calibrated), "dials": DIALS}
     (folder / "job.json").write_text(json.dumps(job))
-    families = []
-    for family in FAMILIES:
-        families.append(tmp_path_factory.mktemp("families") / family)
-        save_with_code(tiny_model(family), families[-1])
+    others = []
+    for name, settings in MODELS.items():
+        others.append(tmp_path_factory.mktemp("others") / name)
+        save_with_code(tiny_model(**settings), others[-1])
     finished = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(folder), str(marked), *map(str, families)],
+        [sys.executable, "-c", ELSEWHERE, str(folder), str(marked), *map(str, others)],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -186,11 +193,13 @@ def assert_same_answers(there: list[dict], here: list[dict]) -> None:
     assert [answer["score"] for answer in there] == pytest.approx([answer["score"] for answer in here], abs=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_elsewhere(elsewhere, family):
-    with torch.no_grad():
-        expected = tiny_model(family)(**BATCH, speed=0.5).logits
-    torch.testing.assert_close(torch.tensor(elsewhere["families"][family]), expected)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_and_every_kind_of_layers_answers_elsewhere(elsewhere, name):
+    model = tiny_model(**MODELS[name])
+    for speed, logits in zip((0.0, 0.5), elsewhere["others"][name], strict=True):
+        with torch.no_grad():
+            expected = model(**BATCH, speed=speed).logits
+        torch.testing.assert_close(torch.tensor(logits), expected)
 
 
 def test_saved_again_elsewhere_it_still_has_its_code(folder, elsewhere):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from fastbert_hf import FastBertForSequenceClassification
 from fastbert_hf.modeling.teacher_digest import teacher_digest
-from fastbert_hf.training import ExitTraining, TokenCoarsening, retention_schedule, run_stage, train
+from fastbert_hf.training import (
+    ExitTraining,
+    TokenCoarsening,
+    retention_schedule,
+    run_stage,
+    token_coarsening_stage,
+    train,
+)
 from fastbert_hf.training.backbone_distillation_trainer import shares_of_units
 
 from ..common import (
@@ -123,7 +131,10 @@ def test_what_cannot_be_is_refused(tmp_path):
     assert torch.is_grad_enabled()
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(tmp_path):
+def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
+    short = partial(token_coarsening_stage.search_retention, steps=6)
+    monkeypatch.setattr(token_coarsening_stage, "search_retention", short)
+
     def run(folder, *callbacks) -> dict[str, torch.Tensor]:
         def make_trainer(output_dir: str):
             settings = training_settings(output_dir, max_steps=6, save_strategy="steps", save_steps=2)
