@@ -149,23 +149,14 @@ def tiny_stock_model(family: str = "bert", seed: int = 0, **kwargs) -> PreTraine
     return spread_out(AutoModel.from_config(tiny_text_config(family), **kwargs), seed)
 
 
-_MODELS: dict[str, tuple[FastBertForSequenceClassification, torch.Tensor]] = {}
-
-
 def tiny_model(
     family: str = "bert", seed: int = 0, num_labels: int = 3, **config
 ) -> FastBertForSequenceClassification:
-    """A FastBERT model of a family, in eval mode, whose exits disagree: a copy of the first one that was like it."""
-    kind = repr((family, seed, num_labels, sorted(config.items())))
-    if kind not in _MODELS:
-        with torch.inference_mode(False):
-            torch.manual_seed(seed)
-            settings = FastBertConfig(text_config=tiny_text_config(family), num_labels=num_labels, **config)
-            model = spread_out(FastBertForSequenceClassification(settings), seed)
-        _MODELS[kind] = model, torch.get_rng_state()
-    model, state = _MODELS[kind]
-    torch.set_rng_state(state)  # as if it were new
-    return copy.deepcopy(model)
+    """A FastBERT model of a family, in eval mode, whose exits disagree."""
+    torch.manual_seed(seed)
+    text_config = tiny_text_config(family)
+    model = FastBertForSequenceClassification(FastBertConfig(text_config=text_config, num_labels=num_labels, **config))
+    return spread_out(model, seed)
 
 
 def random_gates(seed: int, num_exits: int) -> list[list[float]]:

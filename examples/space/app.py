@@ -6,7 +6,7 @@ from fastbert_hf.serving.loading import load_pipeline
 from fastbert_hf.serving.page import show_page
 
 
-# A name on the Hub such as org/fastbert-chnsenticorp, in the settings of the Space; the package's own model unless set.
+# In the settings of the Space: a name on the Hub, such as org/my-fastbert-model. The package's own model unless set.
 page = show_page(load_pipeline(os.environ.get("FASTBERT_MODEL") or None))
 print(f"The page is at {page.local_url} until Ctrl-C.", flush=True)
 page.block_thread()

@@ -6,6 +6,7 @@ import argparse
 
 from ..modeling.dials import DIALS
 from .options import check_at_least_one, one_line_errors
+from .serve import check_port
 
 
 def run(options: argparse.Namespace) -> None:
@@ -15,6 +16,7 @@ def run(options: argparse.Namespace) -> None:
         from ..serving.loading import load_pipeline
         from ..serving.page import show_page
 
+        check_port(options.host, options.port)
         reading = {"truncate": options.truncate, "max_length": options.max_length}
         dial = {name: getattr(options, name) for name in DIALS}
         classifier = load_pipeline(options.model, options.int8, **reading, **dial)

@@ -109,7 +109,7 @@ def _cost_tiles(text: OneText, answer: TextAnswer) -> str:
     saved, seconds, items = answer.flops_saved, text.seconds.get(answer.path), []
     if saved is not None:
         more = f"{1 / (1 - saved):.2f}× fewer than at speed 0"
-        more = "every layer is run" if saved == 0 else more if saved > 0 else "exits cost, and nothing was skipped"
+        more = "every layer is run" if saved == 0 else more if saved > 0 else "exits cost, too"
         items.append(("FLOPs saved", percent(saved, 0), more))
     if seconds is None:
         items.append(("Time", '<span class="fb-wait">…</span>', "being measured"))
@@ -208,7 +208,7 @@ def many_texts_figure(
         full = curve[0][1].accuracy
         missing = "" if summary.labelled == summary.rows else f", {summary.labelled:,} labels"
         items.append(("Accuracy", percent(summary.accuracy), f"{percent(full)} with all layers{missing}"))
-    items.append(("Agreement", percent(summary.agreement), "same answer as with all layers"))
+    items.append(("Agreement", percent(summary.agreement), "with all layers"))
     total = sum(member_layers)
     items.append(("Layers run", f"{summary.mean_layers:.2f}<i>of {total}</i>", "on average"))
     if summary.speed_up is not None:

@@ -21,6 +21,10 @@ FRAME = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; font-variant-numeric: tabular-nums; }
 .gradio-container .html-container { padding: 0 !important; }
 .gradio-container footer > .divider:first-child { display: none; }
+.gradio-container input:checked { /* Gradio shows what is chosen as if it were not, while the mouse is above it. */
+    background-color: var(--checkbox-background-color-selected) !important;
+    border-color: var(--checkbox-border-color-selected) !important;
+}
 .gradio-container .gallery { padding: 1px; }
 .dark .gradio-container { --color-accent: #3a9ad9; --link-text-color: #3a9ad9; }
 .dark button[role="tab"].selected { color: #3a9ad9; }
@@ -66,7 +70,8 @@ TILES = """
 .fb-steps i { height: 8px; flex: 1; border-radius: 4px; background: var(--fb-line); }
 .fb-steps i.fb-on { background: var(--fb-1); }
 .fb-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; }
-.fb-tile { padding: 12px 16px; display: flex; flex-direction: column; justify-content: center; gap: 1px; }
+.fb-tile { padding: 12px 16px; display: flex; flex-direction: column; gap: 1px; }
+.fb-top .fb-tile { justify-content: center; }
 .fb-tile > span { font-size: 14px; color: var(--fb-muted); }
 .fb-tile > b { font-size: 25px; line-height: 1.25; }
 .fb-tile > b > i { font-size: 16px; font-weight: 400; color: var(--fb-muted); margin-left: 6px; }

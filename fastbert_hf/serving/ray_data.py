@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -311,6 +312,8 @@ def ray_running(num_cpus: int, threads: int, address: str | None = None) -> Iter
     """
     was_running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if not was_running:
+        if address is not None:
+            check_address(address)
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         with _no_stderr():  # where it would tell that it now tells less
@@ -329,6 +332,17 @@ def ray_running(num_cpus: int, threads: int, address: str | None = None) -> Iter
     finally:
         if not was_running:
             ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Raise a `ValueError` if nobody listens at `HOST:PORT`, where Ray would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"there is no Ray cluster at {address} ({error}): give HOST:PORT of one that runs, such as 127.0.0.1:6379"
+        ) from error
 
 
 @contextmanager

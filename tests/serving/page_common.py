@@ -23,8 +23,9 @@ def tiny_classifier(num_labels=3, **config):
     return pipeline("fast-text-classification", model=model, tokenizer=tiny_tokenizer())
 
 
-def tiny_cascade():
-    members = [tiny_model("bert", seed=1, min_exit_layer=4), tiny_model("bert", seed=2)]
+def tiny_cascade(num_labels=3, **of_first):
+    first = tiny_model("bert", seed=1, num_labels=num_labels, **of_first)
+    members = [first, tiny_model("bert", seed=2, num_labels=num_labels)]
     cascade = CascadeForSequenceClassification.from_members(members, tokenizers=[tiny_tokenizer()] * 2)
     return pipeline("fast-text-classification", model=cascade, tokenizer=tiny_tokenizer())
 

@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -39,13 +40,15 @@ def classifier():
 
 
 @pytest.fixture(scope="module")
-def address(classifier):
+def address(classifier, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = show_page(classifier, host="127.0.0.1", port=port)
-    yield page.local_url
-    page.close(verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        page = show_page(classifier, host="127.0.0.1", port=port)
+        yield page.local_url
+        page.close(verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,26 +88,33 @@ class Page:
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def wait(self, what):
-        return WebDriverWait(self.browser, PATIENCE, poll_frequency=0.05).until(lambda _: what())
+        # While the page is laid out, elements go and lie above each other.
+        passing = [ElementClickInterceptedException, StaleElementReferenceException]
+        return WebDriverWait(self.browser, PATIENCE, 0.05, passing).until(lambda _: what())
 
     def find(self, selector):
         return self.wait(lambda: next(iter(self.all(selector)), None))
 
     def all(self, selector):
-        return [found for found in self.browser.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
+        found = self.browser.find_elements(By.CSS_SELECTOR, selector)
+        return [element for element in found if element.is_displayed()]
 
-    def button(self, text, selector="button"):
-        def enabled():
-            return next((found for found in self.all(selector) if found.text == text and found.is_enabled()), None)
+    def press(self, selector, text=""):
+        """Press what is there, as soon as nothing lies above it."""
 
-        return self.wait(enabled)
+        def is_pressed():
+            for found in self.all(selector):
+                if found.is_enabled() and text in found.text:
+                    found.click()
+                    return True
+            return False
 
-    def open_tab(self, name):
-        self.button(name, "button[role=tab]").click()
+        self.wait(is_pressed)
 
     def text_of(self, selector):
         """Return the text, which may be replaced while it is read."""
-        return self.browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+        text = self.browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+        return text.replace("\xa0", " ")
 
     def see(self, selector, text):
         self.wait(lambda: text in self.text_of(selector))
@@ -113,7 +123,7 @@ class Page:
     def see_answer(self, answer):
         """Wait until the page shows what the pipeline answers."""
         self.see("#fb-result .fb-label b", answer["label"])
-        self.see("#fb-result .fb-label em", percent(answer["score"]).replace("&nbsp;", "\xa0"))
+        self.see("#fb-result .fb-label em", percent(answer["score"]).replace("&nbsp;", " "))
         self.see("#fb-result .fb-depth", f"left after layer {answer['exit_layer']} of 6")
         self.see(".fb-left .fb-name", f"Layer {answer['exit_layer']}")
 
@@ -124,7 +134,7 @@ class Page:
         box.send_keys(Keys.ENTER)
 
     def give(self, path):
-        self.open_tab("A file")
+        self.press("button[role=tab]", "A file")
         self.see("#fb-file-result", "Give a file")
         self.browser.find_element(By.CSS_SELECTOR, "#fb-file input[type=file]").send_keys(str(path))
 
@@ -147,7 +157,7 @@ class Page:
 def test_a_text_is_typed_and_the_speed_is_moved(browser, address, classifier):
     page = Page(browser, address)
     page.see_answer(classifier(EXAMPLES[0])[0])
-    page.see("#fb-result", "at speed 0")  # its time was measured
+    page.see("#fb-result", "ms at speed 0")  # its time was measured
     page.type(HARD_TEXT)
     page.see_answer(classifier(HARD_TEXT, speed=0.49)[0])
     slider = page.find("input[type=range]")
@@ -158,17 +168,22 @@ def test_a_text_is_typed_and_the_speed_is_moved(browser, address, classifier):
     page.see("#fb-result", "of the model")
     slider.send_keys(Keys.END)
     page.see_answer(answers[1.0])
+    page.see("#fb-result", "ms at speed 0")
+    slider.send_keys(Keys.HOME)  # where its time is known
+    page.see_answer(answers[0.0])
+    slider.send_keys(Keys.END)
+    page.see_answer(answers[1.0])
     assert len(page.all(".fb-exit")) == 6 and len(page.all(".fb-not-run")) == 6 - answers[1.0]["exit_layer"]
-    page.find("input[type=radio][value=Agreement]").click()
+    page.press("input[type=radio][value=Agreement]")
     page.see_answer(classifier(HARD_TEXT, max_disagreement=0.01)[0])
     page.see("#fb-result", "leaves below 0.")
-    page.button(EXAMPLES[1]).click()
+    page.press("button", EXAMPLES[1])
     page.see_answer(classifier(EXAMPLES[1], max_disagreement=0.01)[0])
     page.type(HOSTILE)
     page.see_answer(classifier(HOSTILE, max_disagreement=0.01)[0])
     page.type("good " * 600)
     assert "602 tokens" in page.see("#fb-result", "Cut it")
-    page.find("input[type=checkbox]").click()
+    page.press("input[type=checkbox]")
     page.see_answer(classifier("good " * 600, max_disagreement=0.01, truncation=True)[0])
     for width in (1400, 390):
         page.resize(width, 900)
@@ -184,7 +199,7 @@ def test_a_file_is_given_and_its_answers_are_taken(browser, address, classifier,
     page = Page(browser, address, theme="dark")
     page.give(tmp_path / "rows.csv")
     page.see("#fb-file-result", "The first of 9 rows")
-    page.button("Answer all").click()
+    page.press("button", "Answer all")
     page.see("#fb-file-result", "Where texts leave")
 
     slider = page.find("input[type=range]")
@@ -193,14 +208,14 @@ def test_a_file_is_given_and_its_answers_are_taken(browser, address, classifier,
     shown = page.see("#fb-file-result", "speed 1\n")
     layers = sum(answer["exit_layer"] for answer in expected) / len(expected)
     right = sum(answer["label"] == "positive" for answer in expected) / len(expected)
-    assert f"{layers:.2f}" in shown and f"{100 * right:.1f} %" in shown.replace("\xa0", " ")
+    assert f"{layers:.2f}" in shown and f"{100 * right:.1f} %" in shown
     assert "1 row without an answer" in shown and HOSTILE[:40] in shown
     bars = page.all(".fb-bar")
     counts = [sum(answer["exit_layer"] == layer for answer in expected) for layer in range(1, 7)]
     assert [round(int(bar.text.split()[0]) * len(expected) / 100) for bar in bars] == counts
 
     written = tmp_path / "answers_speed_1.csv"
-    page.button("Download the answers").click()
+    page.press("button", "Download the answers")
     page.wait(written.is_file)
     rows = list(csv.DictReader(written.open(newline="")))
     assert [row["text"] for row in rows] == texts and rows[7]["predicted_error"] == "has no text in 'text'"
@@ -232,18 +247,18 @@ def test_a_file_is_stopped_and_visitors_do_not_see_each_other(browser, address, 
     page.see_answer(classifier(HARD_TEXT, speed=0.49)[0])
     page.give(path)
     page.see("#fb-file-result", "The first of 4,000 rows")
-    page.button("Answer all").click()
+    page.press("button", "Answer all")
     page.see("#fb-file-result", "of 4,000 texts")
     first = browser.current_window_handle
     browser.switch_to.new_window("tab")
     Page(browser, address).see_answer(classifier(EXAMPLES[0])[0])  # meanwhile
     browser.close()
     browser.switch_to.window(first)
-    page.button("Stop").click()
+    page.press("button", "Stop")
     page.see("#fb-file-result", "Stopped.")
     assert stopped.wait(PATIENCE)
-    page.button("Answer all")
-    page.open_tab("One text")
+    page.wait(lambda: any(button.text == "Answer all" and button.is_enabled() for button in page.all("button")))
+    page.press("button[role=tab]", "One text")
     page.find("input[type=range]").send_keys(Keys.END)
     page.see_answer(classifier(HARD_TEXT, speed=1.0)[0])
     page.assert_quiet()
