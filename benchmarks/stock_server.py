@@ -32,6 +32,7 @@ def main() -> None:
     @serve.deployment(num_replicas=options.replicas, ray_actor_options={"num_cpus": 1}, max_ongoing_requests=512)
     class Stock:
         def __init__(self):
+            import fastbert_hf  # noqa: F401  (registers the model)
             from transformers import pipeline
 
             self.pipeline = pipeline("text-classification", model=str(DEFAULT_MODEL_DIR), device="cpu")
