@@ -80,7 +80,8 @@ def server_parts(found: dict) -> dict[str, str]:
     most = {side: max(row["in_time_per_second"] for row in rows.values()) for side, rows in found["loads"].items()}
     follows, stock = most["speed follows the load"], most["stock pipeline in Ray Serve"]
     answered, same = (sum(run[key] for run in found["equal"]) for key in ("answered", "same"))
-    lost = sum(row["lost"] for side, rows in found["loads"].items() if "stock" not in side for row in rows.values())
+    ours = ("speed follows the load", "the model's own speed", "speed 0")
+    lost = sum(row["lost"] for side in ours for row in found["loads"][side].values())
     alone = ", ".join(f"{rate:.0f} at {name}" for name, rate in found["pipeline"].items())
     own = most["the model's own speed"]
     findings = (
@@ -88,7 +89,8 @@ def server_parts(found: dict) -> dict[str, str]:
         f"own speed, {most['speed 0']:.0f} at speed 0 and {stock:.0f} from the stock pipeline: {follows / stock:.1f} "
         "times as many. The pipeline by itself, one process and one thread on sentences that are all there, answers "
         f"{alone}. Of {answered:,} answers at the model's own speed, {same:,} are those of the pipeline, exit layer "
-        f"and score (to 0.00001). Requests that were lost or answered twice: {lost}."
+        f"and score (to 0.00001). Requests to it that were lost or answered twice: {lost}. What is left of the two cores "
+        "goes to HTTP, the queue, Ray and the clients."
     )
     events = []
     for name, row in found["events"].items():
