@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import signal
 
-from fastbert_hf import DEFAULT_MODEL_DIR
 from fastbert_hf.serving.ray_cluster import start_ray
 
 
@@ -32,10 +31,12 @@ def main() -> None:
     @serve.deployment(num_replicas=options.replicas, ray_actor_options={"num_cpus": 1}, max_ongoing_requests=512)
     class Stock:
         def __init__(self):
-            import fastbert_hf  # noqa: F401  (registers the model)
             from transformers import pipeline
 
-            self.pipeline = pipeline("text-classification", model=str(DEFAULT_MODEL_DIR), device="cpu")
+            import fastbert_hf  # which registers the model
+
+            folder = str(fastbert_hf.DEFAULT_MODEL_DIR)
+            self.pipeline = pipeline("text-classification", model=folder, device="cpu")
 
         @serve.batch(**size)
         async def answer(self, texts: list[str]) -> list[dict]:
