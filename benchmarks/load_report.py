@@ -89,8 +89,8 @@ def server_parts(found: dict) -> dict[str, str]:
         f"own speed, {most['speed 0']:.0f} at speed 0 and {stock:.0f} from the stock pipeline: {follows / stock:.1f} "
         "times as many. The pipeline by itself, one process and one thread on sentences that are all there, answers "
         f"{alone}. Of {answered:,} answers at the model's own speed, {same:,} are those of the pipeline, exit layer "
-        f"and score (to 0.00001). Requests to it that were lost or answered twice: {lost}. What is left of the two cores "
-        "goes to HTTP, the queue, Ray and the clients."
+        f"and score (to 0.00001). Requests to it that were lost or answered twice: {lost}. What is left of the two "
+        "cores goes to HTTP, the queue, Ray and the clients."
     )
     events = []
     for name, row in found["events"].items():
