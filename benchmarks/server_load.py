@@ -206,7 +206,9 @@ def events(texts: list[str], labels: list[str]) -> dict:
 def replica_of(process: subprocess.Popen) -> psutil.Process:
     """Return one of the processes with a model."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return next(child for child in children if child.cmdline()[:1] == ["ray::ServeReplica:fastbert:TextReplica"])
+    # Its name ends with what it does just now.
+    name = "ray::ServeReplica:fastbert:TextReplica"
+    return next(child for child in children if " ".join(child.cmdline()).startswith(name))
 
 
 def wait_for_replicas() -> None:

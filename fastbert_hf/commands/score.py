@@ -31,7 +31,7 @@ from .options import check_at_least_one, fail, one_line_errors
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ..serving.ray_data import BlockOutcome
+    from ..serving.block_scorer import BlockOutcome
     from ..serving.row_blocks import RowBlock
     from ..serving.row_files import RowFile
     from ..serving.scored_parts import PartCounts, PartFolder
@@ -198,7 +198,7 @@ def blocks_of(files: Sequence[RowFile], block_rows: int) -> list[RowBlock]:
 
 def score(options: argparse.Namespace, folder: PartFolder, blocks: Sequence[RowBlock], columns: Columns) -> None:
     """Score the blocks that are not finished, and tell what became of all rows."""
-    before = {block.name: counts for block in blocks if (counts := folder.counts(block.name)) is not None}
+    before = {block.name: counts for block in blocks if (counts := finished(folder, block)) is not None}
     progress = Progress(blocks, before)
     start = time.perf_counter()
     if progress.left:
@@ -242,7 +242,7 @@ class Progress:
 
 def score_left(options: argparse.Namespace, folder: PartFolder, columns: Columns, progress: Progress) -> None:
     """Score the blocks that are left, and show how far that is."""
-    from ..serving.ray_data import ray_running, score_blocks
+    from ..serving.block_scorer import ray_running, score_blocks
 
     actors = min(options.actors, len(progress.left))
     settings = {
@@ -278,14 +278,20 @@ def scorer_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": model_name(options), **{name: getattr(options, name) for name in names}, **dials}
 
 
+def finished(folder: PartFolder, block: RowBlock) -> PartCounts | None:
+    """Return what became of the rows of a block, as its files tell; `None` unless that are all of its rows."""
+    counts = folder.counts(block.name)
+    return counts if counts is not None and counts.rows + counts.rejected == block.rows else None
+
+
 def totals(folder: PartFolder, blocks: Sequence[RowBlock]) -> tuple[PartCounts, list[str]]:
-    """Return what became of all rows, as the files in the folder tell, and the names of blocks that lack some."""
+    """Return what became of all rows of finished blocks, and the names of the others."""
     from ..serving.scored_parts import PartCounts
 
     total, unfinished = PartCounts(), []
     for block in blocks:
-        counts = folder.counts(block.name)
-        if counts is None or block.rows != counts.rows + counts.rejected:
+        counts = finished(folder, block)
+        if counts is None:
             unfinished.append(block.name)
         else:
             total = total.plus(counts)

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import fastbert_hf_cli
-from fastbert_hf.serving import ray_data
-from fastbert_hf.serving.ray_data import BlockOutcome, BlockScorer
+from fastbert_hf.serving import block_scorer
+from fastbert_hf.serving.block_scorer import BlockOutcome, BlockScorer
 
 from ..common import stock, tiny_model, tiny_texts, tiny_tokenizer
 
@@ -43,8 +43,8 @@ def here(tmp_path, monkeypatch) -> Path:
         for number, block in enumerate(blocks):
             yield actor.outcome(number, block)
 
-    monkeypatch.setattr(ray_data, "score_blocks", score_here)
-    monkeypatch.setattr(ray_data, "ray_running", lambda *_: nullcontext())
+    monkeypatch.setattr(block_scorer, "score_blocks", score_here)
+    monkeypatch.setattr(block_scorer, "ray_running", lambda *_: nullcontext())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -142,6 +142,19 @@ def test_what_is_not_finished_is_done_by_the_same_command(score):
     assert "Rows: 10. Answered: 8" in told and "This run: 5 rows" in told
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert "This run" not in score(*words)
+    part = Path("out", "part-00000-000000.parquet")
+    lost = pq.read_table(part).slice(1)
+    metadata = pq.read_metadata(part).metadata
+    pq.write_table(lost.replace_schema_metadata(metadata), part)  # a row of it is lost
+    told = score(*words)
+    assert "Rows: 10. Answered: 8" in told and "This run: 2 rows" in told
+
+
+def test_rejected_rows_are_in_the_order_of_the_file(score):
+    Path("a.jsonl").write_text('{"text": null}\nnonsense\n{"text": null}\n{"text": "word5"}\n{"text": 1}\n')
+    score("a.jsonl", "out")
+    assert [row for _, row, _ in rejected("out")] == [0, 1, 2, 4]
+    assert pd.read_parquet("out/_rejected")["text"].tolist()[1::2] == ["nonsense", '{"text": 1}']
 
 
 def test_a_file_that_vanishes_leaves_the_others_and_is_told(score, monkeypatch):
@@ -177,7 +190,7 @@ def test_ctrl_c_tells_how_to_go_on(score, monkeypatch, capsys):
         yield
 
     Path("a.csv").write_text("text\nword5\n")
-    monkeypatch.setattr(ray_data, "score_blocks", interrupted)
+    monkeypatch.setattr(block_scorer, "score_blocks", interrupted)
     monkeypatch.setattr("sys.argv", ["/bin/fastbert-hf", "score", "a b.csv", "out"])
     with pytest.raises(SystemExit) as error:
         score("a.csv", "out")

@@ -24,8 +24,9 @@ from transformers import pipeline
 
 import fastbert_hf_cli
 from fastbert_hf import CascadeForSequenceClassification
+from fastbert_hf.serving.block_scorer import MOST_TRIES, BlockScorer
 from fastbert_hf.serving.ray_cluster import start_ray
-from fastbert_hf.serving.ray_data import MOST_TRIES, BlockScorer, FastTextScorer
+from fastbert_hf.serving.ray_data import FastTextScorer
 from fastbert_hf.serving.row_blocks import cut_file
 from fastbert_hf.serving.row_files import find_row_files
 from fastbert_hf.serving.scored_parts import PartFolder
@@ -115,9 +116,9 @@ def test_arrays_of_numpy_are_answered_alike(scorer, expected, texts):
 
 def test_a_row_without_an_answer_tells_why_and_changes_no_other(scorer, expected):
     bad = {
+        5: "its text is no string, but int (5)",
         "word " * 600: "the text has 602 tokens, but this model reads at most 512",
         "half \ud800": "character 5 is half of a pair of surrogates",
-        5: "its text is no string, but int (5)",
         b"bytes": "its text is no string, but bytes",
         ("a", "b"): "its text is no string, but tuple",
     }

@@ -62,7 +62,8 @@ class Command:
     def replicas(self) -> list[psutil.Process]:
         """Return the processes that have a model."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if is_running(child) and child.cmdline()[:1] == [REPLICA]]
+        # Their names end with what they do just now.
+        return [child for child in children if is_running(child) and " ".join(child.cmdline()).startswith(REPLICA)]
 
     def info(self) -> dict:
         return ask(self.port, path="/info")[1]

@@ -298,6 +298,16 @@ def test_a_file_that_changes_under_its_reader_is_not_read(change, message):
         list(read_block(block, STRINGS))
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_read():
+    file = row_file("a.csv", "id,text\n1,a\n2,b\n")
+    (block,) = cut_file(file, 0, 5)
+    pieces = read_block(block, STRINGS, piece_rows=1)
+    next(pieces)
+    changed(file)
+    with pytest.raises(UnreadableFile, match="it was changed after this run began"):
+        list(pieces)
+
+
 def test_rows_that_are_not_as_many_as_before_are_an_error():
     file = row_file("a.csv", "id,text\n1,a\n2,b\n")
     with pytest.raises(UnreadableFile, match="has 2 rows where it had 3, from row 0 on"):

@@ -124,14 +124,18 @@ def test_columns_of_parquet_keep_their_types_and_forget_their_index(here):
 
 
 def test_json_lines_may_leave_out_columns_and_disagree_in_a_row(here):
-    lines = [{"text": "a", "n": 1, "tags": []}, {"m": {"x": None}}, {"text": 5}, {"text": "b"}, {"n": 2.5}]
+    lines = [{"n": 1, "tags": []}, {"text": 5}, {"m": {"x": None}}, {"text": "a"}, {"text": "b"}, {"n": 2.5}]
     a = write(here / "a.jsonl", "\ufeff" + "\n\nnonsense\n[1]\n".join(map(json.dumps, lines)))
     b = write(here / "b.jsonl", json.dumps({"tags": ["x"], "other": True}))
-    own = {"text": pa.string(), "n": pa.float64(), "tags": pa.list_(pa.string())}
+    own = {"n": pa.float64(), "tags": pa.list_(pa.string()), "text": pa.string()}
     own["m"] = pa.struct([("x", pa.string())])
     assert columns(a) == pa.schema(own)
     assert columns(b, a) == pa.schema({"tags": own["tags"], "other": pa.bool_(), **own})
-    assert columns(a, rows=1) == pa.schema({**own, "n": pa.int64()}).remove(3)  # none but the first row is looked at
+    assert columns(a, rows=1) == pa.schema({"n": pa.int64(), "tags": own["tags"]})  # no other row is looked at
+    assert columns(a, b, rows=1).types == [pa.int64(), own["tags"], pa.bool_()]
+    assert columns(a, write(here / "c.jsonl", '{"n": 0.5}'), rows=1) == pa.schema(
+        {"n": pa.float64(), "tags": own["tags"]}
+    )
 
 
 def test_columns_of_several_files_are_the_same_in_any_order(here):
