@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Where single files take up to a minute. They go first: one that began as the last would keep all workers waiting.
-SLOW_FOLDERS = ("benchmarks", "commands", "engines", "examples", "sharing", "training")
+SLOW_FOLDERS = ("benchmarks", "commands", "engines", "examples", "serving", "sharing", "training")
 SLOW_FILES = ("test_default_model.py", "test_hub.py", "test_operators.py", "test_readme.py")
 
 # How many new objects let Python look for garbage, and how often it looks among old ones.

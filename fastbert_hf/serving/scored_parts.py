@@ -88,9 +88,7 @@ class PartFolder:
             raise ValueError(f"{self.path / SETTINGS} cannot be read ({error}): choose another folder") from error
         difference = first_difference(known, json.loads(json.dumps(settings)))
         if difference is not None:
-            raise ValueError(
-                f"{self.path} was begun {difference}: repeat that command to go on, or choose another folder"
-            )
+            raise ValueError(f"{self.path} was begun {difference}: put that back to go on, or choose another folder")
         return True
 
     def begin(self, settings: Mapping[str, Any]) -> None:

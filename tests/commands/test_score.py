@@ -250,9 +250,9 @@ def test_another_model_or_another_input_is_another_run(tmp_path, monkeypatch):
     words = [tmp_path / "a.csv", tmp_path / "out", "--model", model]
     fastbert_hf_cli.main(["score", *map(str, words)])
     fastbert_hf_cli.main(["score", *map(str, words), "--actors", "3"])
-    assert "was begun with speed=None, and now it is 0.1: repeat" in error_of(*words, "--speed", "0.1")
+    assert "was begun with speed=None, and now it is 0.1: put that back" in error_of(*words, "--speed", "0.1")
     tiny_model(seed=1).save_pretrained(model)
     assert "was begun with model_files='" in error_of(*words)
     Path(tmp_path, "a.csv").write_text("id,text\n1,Other.\n")
     tiny_model().save_pretrained(model)
-    assert "a.csv was changed: repeat that command to go on, or choose another folder" in error_of(*words)
+    assert "a.csv was changed: put that back to go on, or choose another folder" in error_of(*words)

@@ -96,7 +96,7 @@ def test_what_a_killed_run_left_is_removed(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"speed": 0.6}, "was begun with speed=0.5, and now it is 0.6: repeat that command to go on, or choose"),
+        ({"speed": 0.6}, "was begun with speed=0.5, and now it is 0.6: put that back to go on, or choose"),
         ({"columns": ["text", "id"]}, r"was begun with columns=\['text'\], and now it is \['text', 'id'\]"),
         ({"new": 1}, "was begun with new=None, and now it is 1"),
         ({"inputs": {"/a.csv": {"size": 3}}}, "was begun with /b.csv, which is not among the inputs now"),
