@@ -105,6 +105,23 @@ def server_parts(found: dict) -> dict[str, str]:
     }
 
 
+def score_parts(found: dict) -> dict[str, str]:
+    """Return what the page says of files."""
+    settings, memory = found["settings"], found["memory"]
+    rows = "; ".join(f"{run['mib_of_a_process']:,} MiB for {run['rows']:,} rows" for run in memory)
+    largest = memory[-1]
+    return {
+        "score_settings": f"{settings['processor']}, {settings['instructions']}",
+        "score_rates": f"{found['rows_per_second']['1']:,.0f} and {found['rows_per_second']['2']:,.0f} rows a second",
+        "score_ratio": f"{found['ratio']:.2f}",
+        "score_memory": rows,
+        "score_rows": (
+            f"{largest['rows']:,} rows were {largest['answered']:,} answers and {largest['rejected']:,} rejected, "
+            f"{'each' if largest['each_row_once'] else 'NOT each'} there once"
+        ),
+    }
+
+
 def found_in(path: Path) -> dict | None:
     """Return what was measured, or `None` where nothing was."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -112,7 +129,7 @@ def found_in(path: Path) -> dict | None:
 
 def write(docs_dir: Path) -> None:
     """Write the page and its figure."""
-    found, server = (found_in(docs_dir / "serving" / f"{name}.json") for name in ("load", "server"))
+    found, server, score = (found_in(docs_dir / "serving" / f"{name}.json") for name in ("load", "server", "score"))
     template = (Path(__file__).parent / "serving_template.md").read_text(encoding="utf-8")
     parts = dict.fromkeys(re.findall(r"{{(\w+)}}", template), NOT_YET)
     if found is not None:
@@ -136,6 +153,8 @@ def write(docs_dir: Path) -> None:
         save_figure(plot(found), docs_dir / "figures" / "load")
     if server is not None:
         parts |= server_parts(server)
+    if score is not None:
+        parts |= score_parts(score)
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)
     write_whole(docs_dir / "serving.md", template)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..escapes import printable
 from ..modeling.dials import DIALS, check_dial, one_dial
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ..serving.row_files import RowFile
     from ..serving.scored_parts import PartCounts, PartFolder
 
-DEFAULT_MODEL_DIR = Path(__file__).parents[1] / "default_model"
 # Files of a model that have no part in its answers.
 ABOUT = (".md", ".png")
 ERRORS = (ValueError, TypeError, OSError, ImportError)
@@ -84,13 +83,9 @@ def run(options: argparse.Namespace) -> None:
 
 def model_config(options: argparse.Namespace) -> PreTrainedConfig:
     """Return the config of the model, once it is known that it can be asked for what the options ask."""
-    with one_line_errors(f"the model {options.model} cannot be loaded", ERRORS):
-        config = AutoConfig.from_pretrained(options.model or DEFAULT_MODEL_DIR)
-    if not config.model_type.startswith("fastbert"):
-        raise ValueError(
-            f"{options.model} is a model of type {config.model_type!r}, not one of FastBERT: wrap it with "
-            "FastBertForSequenceClassification.from_classifier(name) and self-distil it first"
-        )
+    from ..serving.loading import load_config
+
+    config = load_config(options.model)
     name, value = one_dial(dials_of(options))
     if name == "speed":
         check_speed(value)
@@ -170,6 +165,8 @@ def model_name(options: argparse.Namespace) -> str | None:
 
 def model_digest(options: argparse.Namespace, config: PreTrainedConfig) -> str | None:
     """Return a digest of the files of a model, or of one on the Hub its revision."""
+    from ..serving.loading import DEFAULT_MODEL_DIR
+
     folder = Path(options.model or DEFAULT_MODEL_DIR)
     if not folder.is_dir():
         return config._commit_hash

@@ -1,14 +1,40 @@
-"""The pipeline of a process that serves: the same whether it is an actor, a replica or a page."""
+"""The model of a process that serves: the same whether it is an actor, a replica or a page."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from transformers import pipeline
+from transformers import AutoConfig, PreTrainedConfig, pipeline
 
 from ..modeling.int8_quantizer import FastBertInt8Config
 from ..modeling.pipeline_fastbert import FastTextClassificationPipeline
+
+
+DEFAULT_MODEL_DIR = Path(__file__).parents[1] / "default_model"
+
+
+def load_config(model: str | os.PathLike | None = None) -> PreTrainedConfig:
+    """
+    Load the config of a model, by which it is known what it can be asked for before its weights are loaded.
+
+    Args:
+        model (`str` or `PathLike`, *optional*): As in [`load_pipeline`].
+
+    Raises:
+        ValueError: If there is no such model, or it is not one of FastBERT.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model or DEFAULT_MODEL_DIR)
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"the model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if not config.model_type.startswith("fastbert"):
+        raise ValueError(
+            f"{model} is a model of type {config.model_type!r}, not one of FastBERT: wrap it with "
+            "FastBertForSequenceClassification.from_classifier(name) and self-distil it first"
+        )
+    return config
 
 
 def load_pipeline(

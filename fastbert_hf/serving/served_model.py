@@ -7,12 +7,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.pipelines.text_classification import ClassificationFunction
 
 from ..modeling.dial_checks import HOW
@@ -21,12 +20,10 @@ from ..modeling.families import max_text_tokens
 from ..modeling.modeling_outputs import Prediction
 from ..modeling.pipeline_fastbert import FastTextClassificationPipeline
 from .load_control import LoadControl, speeds_and_costs
-from .loading import load_pipeline
+from .loading import load_config, load_pipeline
 
 
 logger = logging.getLogger("ray.serve")
-# What the pipeline answers with when it is given no model.
-DEFAULT_MODEL_DIR = Path(__file__).parents[1] / "default_model"
 # Tokens of the batches whose times tell what a batch and a token take, of texts of so many.
 SIZES = (32, 256, 1024)
 TEXT_TOKENS = 32
@@ -294,17 +291,8 @@ def cutting_left(pipeline: FastTextClassificationPipeline) -> FastTextClassifica
 
 
 def check_server_settings(settings: ServerSettings) -> None:
-    """Raise a `ValueError` or `OSError` if there is no such model, or it has no such speeds; without its weights."""
-    try:
-        config = AutoConfig.from_pretrained(settings.model or DEFAULT_MODEL_DIR)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the model {settings.model} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if not config.model_type.startswith("fastbert"):
-        raise ValueError(
-            f"{settings.model} is a model of type {config.model_type!r}, not one of FastBERT: wrap it with "
-            "FastBertForSequenceClassification.from_classifier(name) and self-distil it first"
-        )
-    control_of(config, settings, 0.01, 1e-4)
+    """Raise a `ValueError` if there is no such model, or it has no such speeds; without its weights."""
+    control_of(load_config(settings.model), settings, 0.01, 1e-4)
 
 
 def control_of(
