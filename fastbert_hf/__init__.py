@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .engines.exported_models import FastBertOnnx, FastBertOpenVino
@@ -12,8 +12,13 @@ from .modeling.configuration_cascade import CascadeConfig
 from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.int8_quantizer import FastBertInt8Config
 from .modeling.modeling_cascade import CascadeForSequenceClassification
-from .modeling.modeling_fastbert import FastBertForSequenceClassification, FastBertModel
+from .modeling.modeling_fastbert import (
+    FastBertForSequenceClassification,
+    FastBertForTokenClassification,
+    FastBertModel,
+)
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
+from .modeling.pipeline_token_classification import FastTokenClassificationPipeline
 from .modeling.processing_cascade import CascadeProcessor
 from .sharing import Measured, push_to_hub, save_with_code, write_model_card
 from .version import __version__
@@ -32,6 +37,7 @@ DEFAULT_MODEL_DIR = Path(__file__).parent / "default_model"
 AutoConfig.register("fastbert", FastBertConfig)
 AutoModel.register(FastBertConfig, FastBertModel)
 AutoModelForSequenceClassification.register(FastBertConfig, FastBertForSequenceClassification)
+AutoModelForTokenClassification.register(FastBertConfig, FastBertForTokenClassification)
 AutoConfig.register("fastbert_cascade", CascadeConfig)
 # A cascade has no encoder of its own below its classifiers.
 AutoModel.register(CascadeConfig, CascadeForSequenceClassification)
@@ -47,10 +53,22 @@ PIPELINE_REGISTRY.register_pipeline(
     default=(str(DEFAULT_MODEL_DIR), "main"),
     type="text",
 )
+PIPELINE_REGISTRY.register_pipeline(
+    "fast-token-classification",
+    pipeline_class=FastTokenClassificationPipeline,
+    pt_model=AutoModelForTokenClassification,
+    type="text",
+)
 # With this mark every saved pipeline would point to custom code, and refuse to load without trust_remote_code.
-del FastTextClassificationPipeline._registered_impl
+del FastTextClassificationPipeline._registered_impl, FastTokenClassificationPipeline._registered_impl
 # The code that travels with weights keeps the stock push; the package adds a model card and, on request, that code.
-for pushed in (FastBertForSequenceClassification, CascadeForSequenceClassification, FastTextClassificationPipeline):
+for pushed in (
+    FastBertForSequenceClassification,
+    FastBertForTokenClassification,
+    CascadeForSequenceClassification,
+    FastTextClassificationPipeline,
+    FastTokenClassificationPipeline,
+):
     pushed.push_to_hub = push_to_hub
 del push_to_hub, pushed, exported
 
@@ -66,8 +84,10 @@ def _drift(pipeline, *arguments, **named):
 
 
 # What code beside weights cannot do alone.
-FastBertForSequenceClassification.certify = CascadeForSequenceClassification.certify = _certify
-FastTextClassificationPipeline.drift = _drift
+for certified in (FastBertForSequenceClassification, FastBertForTokenClassification, CascadeForSequenceClassification):
+    certified.certify = _certify
+del certified
+FastTextClassificationPipeline.drift = FastTokenClassificationPipeline.drift = _drift
 
 
 # Loaded when they are asked for. Who only serves a model does not pay for the Trainer: its import takes about 90 MiB
@@ -100,11 +120,13 @@ __all__ = [
     "CascadeProcessor",
     "FastBertConfig",
     "FastBertForSequenceClassification",
+    "FastBertForTokenClassification",
     "FastBertInt8Config",
     "FastBertModel",
     "FastBertOnnx",
     "FastBertOpenVino",
     "FastTextClassificationPipeline",
+    "FastTokenClassificationPipeline",
     "Measured",
     "SelfDistillationArguments",
     "SelfDistillationTrainer",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from .modeling.tasks import task_of
+from .word_rows import WORDS, encode_words
 
 
 # What a row may hold for the model beside its labels, and what stands there at padding. None: the padding token.
@@ -33,7 +36,8 @@ def encoded_rows(
     Args:
         rows (`datasets.Dataset`, or sequence of `dict` or `str`):
             Tokenized rows, which are returned as they are. Or texts: rows with `text`, and `text_pair` where there are
-            two, and `label` or `labels` if any; or strings. A DataFrame of such rows, a Series of texts, and what a
+            two, and `label` or `labels` if any; or strings. Where words are labelled, rows with `tokens`, a list of
+            words, and `labels`, one for each. A DataFrame of such rows, a Series of texts, and what a
             tokenizer returns for several texts will do, too.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Needed where there are texts.
         max_length (`int`, *optional*): Longer texts are cut to so many tokens; to the tokenizer's limit unless given.
@@ -113,7 +117,7 @@ def _encoded_dataset(
 
 
 def _check_names(names: Iterable[str], place: str = "the rows") -> None:
-    if "text" not in names:
+    if "text" not in names and WORDS not in names:
         found = ", ".join(map(repr, names)) or "nothing"
         raise ValueError(
             f"{place} need 'input_ids', or 'text' to tokenize, got {found}. Name the column of the texts so, as in "
@@ -123,7 +127,7 @@ def _check_names(names: Iterable[str], place: str = "the rows") -> None:
 
 def _columns_of(rows: Sequence[Any], start: int, others: Sequence[str]) -> dict[str, list]:
     """Return the texts, labels and other columns of rows, which all of them must have."""
-    used = (*TEXT_NAMES, *LABEL_NAMES, *others)
+    used = (*TEXT_NAMES, WORDS, *LABEL_NAMES, *others)
     for position, row in enumerate(rows, start=start):
         if not isinstance(row, Mapping):
             raise ValueError(
@@ -159,14 +163,19 @@ class _Encoder:
 
     def inputs(self, columns: Mapping[str, list], start: int) -> dict[str, list]:
         """Return the columns of the rows from number `start` on as the model reads them."""
-        texts = [columns[name] for name in TEXT_NAMES if name in columns]
+        has_words = WORDS in columns and "text" not in columns
+        texts = [] if has_words else [columns[name] for name in TEXT_NAMES if name in columns]
         for column in texts:
             for position, text in enumerate(column, start=start):
                 if not isinstance(text, str):
                     raise ValueError(f"the text of row {position} must be a string, got {text!r:.40}: leave it out.")
-        encoded = dict(self._tokenized(texts, start))
+        encoded = dict(self._tokenized(texts, start)) if texts else {}
         label_name = next((name for name in LABEL_NAMES if name in columns), None)
-        if label_name is not None:
+        if has_words:
+            encoded = encode_words(
+                self.tokenizer, columns[WORDS], columns.get(label_name), self.label2id, self.max_length, start
+            )
+        elif label_name is not None:
             encoded["labels"] = [self._label(value, start + row) for row, value in enumerate(columns[label_name])]
         return {**encoded, **{name: columns[name] for name in self.others if name in columns}}
 
@@ -204,6 +213,9 @@ class PaddingCollator:
         pad_token_id (`int`, *optional*, defaults to 0): What stands in `input_ids` at padding.
         padding_side (`str`, *optional*, defaults to `"right"`): `"right"` or `"left"`.
         columns (`tuple[str, ...]`, *optional*): Further columns to stack, where the rows have them: a number each.
+        label_kind (`str`, *optional*, defaults to `"ids"`):
+            What `labels` are: `"ids"` of labels, or a number for each of them; `"token_ids"`, one for each token of a
+            row, padded with -100; or `"numbers"` of a regression.
 
     Example:
 
@@ -218,6 +230,7 @@ class PaddingCollator:
     pad_token_id: int = 0
     padding_side: str = "right"
     columns: tuple[str, ...] = ()
+    label_kind: str = "ids"
 
     def __post_init__(self):
         if self.padding_side not in ("right", "left"):
@@ -235,6 +248,8 @@ class PaddingCollator:
         config = getattr(model, "config", model)
         config = (getattr(config, "members", None) or [config])[0]
         pad_token_id = getattr(getattr(config, "text_config", config), "pad_token_id", None)
+        if hasattr(config, "task"):
+            fields.setdefault("label_kind", task_of(config).label_kind)
         return cls(0 if pad_token_id is None else pad_token_id, **fields)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -256,7 +271,7 @@ class PaddingCollator:
         longest = max(len(row["input_ids"]) for row in inputs)
         batch = {name: torch.tensor([self._padded(name, row[name], longest) for row in inputs]) for name in names}
         batch.update({name: torch.tensor([row[name] for row in rows]) for name in self.columns if name in rows[0]})
-        labels = self._labels(rows)
+        labels = self._token_labels(rows, batch) if self.label_kind == "token_ids" else self._labels(rows)
         return batch if labels is None else {**batch, "labels": labels}
 
     @staticmethod
@@ -282,16 +297,35 @@ class PaddingCollator:
         padding = [self.pad_token_id if padding is None else padding] * (longest - len(values))
         return [*values, *padding] if self.padding_side == "right" else [*padding, *values]
 
-    @staticmethod
-    def _labels(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+    def _token_labels(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, torch.Tensor]) -> Any:
+        name = next((name for name in LABEL_NAMES if name in rows[0]), None)
+        if name is None or all(row.get(name) is None for row in rows):
+            return None
+        labels = torch.full(batch["input_ids"].shape, -100)
+        is_token = batch["attention_mask"].bool()
+        for place, row in enumerate(rows):
+            own = row.get(name)
+            if not isinstance(own, Sequence | torch.Tensor) or len(own) != len(row["input_ids"]):
+                raise ValueError(
+                    f"{name!r} must have an id for each of the {len(row['input_ids'])} tokens of a row, -100 for "
+                    f"those without, got {own!r:.60}: encode words with their labels, as 'tokens' and 'labels'."
+                )
+            # A row may come padded.
+            given = torch.as_tensor(own)[torch.as_tensor(self._inputs(row)["attention_mask"]).bool()]
+            labels[place, is_token[place]] = given
+        return labels
+
+    def _labels(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
         name = next((name for name in LABEL_NAMES if name in rows[0]), None)
         values = [row.get(name) for row in rows]
         if name is None or all(value is None for value in values):
             return None
         values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
         kinds = {len(value) if isinstance(value, (list, tuple)) else type(value) for value in values}
-        if all(isinstance(value, Integral) for value in values):
+        if all(isinstance(value, Integral) for value in values) and self.label_kind == "ids":
             return torch.tensor(values, dtype=torch.long)
+        if self.label_kind == "numbers" and all(isinstance(value, Real) for value in values):
+            return torch.tensor(values, dtype=torch.float)
         if len(kinds) > 1 or not all(isinstance(value, (list, tuple)) for value in values):
             strange = next((value for value in values if not isinstance(value, (Integral, list, tuple))), values)
             raise ValueError(

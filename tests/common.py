@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from transformers import (
@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
-from fastbert_hf.modeling.exit_gates import FEATURES
+from fastbert_hf.modeling.categorical_tasks import SingleLabel
+from fastbert_hf.modeling.exit_gates import NUMBERS
 
 
 # The start of a script whose process then reaches no network; what it tried is in `reached`.
@@ -159,10 +160,15 @@ def tiny_model(
     return spread_out(model, seed)
 
 
+def one_label(num_labels: int = 2) -> SingleLabel:
+    """The task of one label for each text."""
+    return SingleLabel(SimpleNamespace(num_labels=num_labels))
+
+
 def random_gates(seed: int, num_exits: int) -> list[list[float]]:
     """Return gates whose probabilities are spread over [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_exits, len(FEATURES) + 1, generator=generator).tolist()
+    return torch.randn(num_exits, NUMBERS, generator=generator).tolist()
 
 
 def made_up_certification(num_exits: int = NUM_LAYERS) -> dict:

@@ -20,6 +20,7 @@ from ..modeling.dial_checks import GRID, asked_by, check_certification, own_limi
 from ..modeling.dials import CONFIDENCE, certified_point, check_risk, not_certifiable, speed_of_threshold
 from ..modeling.exit_policies import ExitPolicy
 from ..modeling.processing_cascade import CascadeProcessor, tokenizer_digest
+from ..modeling.tasks import task_of
 from .curves import curve_of
 from .texts import MOST_SHARED, check_batch_size, check_record, limit_of, own_tokenizer, share_known
 
@@ -202,10 +203,12 @@ def certification_of(
         lost_answers (`bool`): Whether answers count that are wrong where the full model's are right.
     """
 
-    def is_lost(answers: torch.Tensor, full_answers: torch.Tensor) -> torch.Tensor:
-        return (answers != full_answers) & (full_answers == record.labels)
+    task = task_of(config)
 
-    curve = curve_of(record, config, unit, is_lost if lost_answers else torch.ne)
+    def is_lost(logits: torch.Tensor, full_logits: torch.Tensor) -> torch.Tensor:
+        return task.differs(logits, full_logits) & task.is_right(full_logits, record.labels)
+
+    curve = curve_of(record, config, unit, is_lost if lost_answers else None)
     rows = [(speed, *curve.at(speed)) for speed in GRID]
     # Of speeds in a row at which all texts leave alike, the last one.
     rows = [row for row, after in zip(rows, [*rows[1:], None], strict=True) if after is None or row[1:] != after[1:]]

@@ -35,7 +35,7 @@ def curve_of(
     record: ExitRecord,
     config: PreTrainedConfig,
     unit: str = "flops",
-    is_error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.ne,
+    is_error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     uncertainties: torch.Tensor | None = None,
 ) -> Curve:
     """
@@ -46,18 +46,18 @@ def curve_of(
         config ([`FastBertConfig`] or [`CascadeConfig`]): Of the model of the record.
         unit (`str`): What costs are: `"flops"` or `"layers"`.
         is_error (`Callable`):
-            From answers and those of the full model, `[rows]` each, to which of them are errors: all that differ
+            From logits and those of the full model, `[rows, ...]` each, to which answers are errors: all that differ
             unless given.
         uncertainties (`torch.Tensor` of shape `[rows, L]`, *optional*): As in [`replay_every_speed`].
     """
     full, task = replay_at_speed(record, config, 0.0), task_of(config)
-    full_answers = task.predictions(full.logits)
+    is_error = is_error or task.differs
 
     def cost(replayed: Replay) -> torch.Tensor:
         return replayed.flops if unit == "flops" else replayed.exit_layer
 
     def errors(replayed: Replay) -> torch.Tensor:
-        return is_error(task.predictions(replayed.logits), full_answers).long()
+        return is_error(replayed.logits, full.logits).long()
 
     steps, replays = replay_every_speed(record, config, uncertainties)
     layers, costs, differs = (  # [rows, L + 1] each

@@ -34,9 +34,10 @@ def halves(record: ExitRecord) -> tuple[ExitRecord, ExitRecord]:
 
 def fitted_gates(record: ExitRecord, config: PreTrainedConfig) -> list[list[float]]:
     """Return gates for the exits of a model, within the limits of its config."""
-    full = replay_at_speed(record, with_fields(config, exit_policy="entropy", calibration=None), 0.0)
+    task = task_of(config)
+    full = replay_at_speed(record, with_fields(config, exit_policy=task.exit_policy, calibration=None), 0.0)
     may_answer = (raw_thresholds(record, config, 1.0) > 0)[0]  # alike for all rows
-    return fit_gates(record, task_of(config), task_of(config).predictions(full.logits), may_answer)
+    return fit_gates(record, task, full.logits, may_answer)
 
 
 def compare_policies(

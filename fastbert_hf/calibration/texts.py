@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..evaluation.exit_record import ExitRecord
+from ..modeling.answer_layouts import NO_TOKEN
 from ..modeling.families import max_text_tokens
 from ..modeling.processing_cascade import find_tokenizer
 from ..modeling.teacher_digest import tells_of_training
@@ -85,8 +86,9 @@ def known_again(record: ExitRecord) -> str:
 def marks_of(record: ExitRecord) -> set[bytes]:
     """Return a mark of each text: of how long it is, and what the last exit says of it, roughly."""
     lengths = torch.zeros(len(record.exit_logits), 1) if record.layer_flops is None else record.layer_flops[:, -1:]
-    said = torch.cat([(100 * record.exit_logits[:, -1]).round().double(), lengths.double()], 1)
-    return {sha256(row.tobytes()).digest()[:BYTES] for row in said.numpy()}
+    said = torch.cat([(100 * record.exit_logits[:, -1]).flatten(1).round().double(), lengths.double()], 1).numpy()
+    # Where tokens are labelled, those that a text has not.
+    return {sha256(row[row != 100 * NO_TOKEN].tobytes()).digest()[:BYTES] for row in said}
 
 
 def share_known(record: ExitRecord, known: str) -> float:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling.families import max_text_tokens
 from ..modeling.processing_cascade import CascadeProcessor
+from ..modeling.tasks import task_of
 from ..rows import LABEL_NAMES, PADDED_WITH, PaddingCollator, encoded_rows
 from .flops import executed_costs
 
@@ -24,11 +25,14 @@ class ExitRecord:
 
     Args:
         exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`, float32):
-            Of every exit on every row; for a cascade those of all members, one behind the other.
+            Of every exit on every row; for a cascade those of all members, one behind the other. Where tokens are
+            labelled `[rows, L, tokens, num_labels]`, -100 where a row has no more tokens.
         layer_flops (`torch.Tensor` of shape `[rows, L]`, long, *optional*):
             What each layer costs for each row. The embeddings count in the first layer of a member.
         exit_flops (`torch.Tensor` of shape `[rows, L]`, long, *optional*): What each exit costs if it is evaluated.
-        labels (`torch.Tensor` of shape `[rows]`, long, *optional*): Gold labels, where the data has them.
+        labels (`torch.Tensor` of shape `[rows]`, long, *optional*):
+            Gold labels, where the data has them; a number for each label of several, or for each token, where the task
+            has those: `[rows, num_labels]`, `[rows, tokens]`.
         member_layers (`tuple[int, ...]`, *optional*):
             Layers of each member of a cascade, which add up to L. One model of L layers unless given.
         weights (`tuple[str, ...]`, *optional*):
@@ -43,15 +47,17 @@ class ExitRecord:
     weights: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.exit_logits.dim() != 3 or self.exit_logits.shape[0] == 0:
+        if self.exit_logits.dim() not in (3, 4) or self.exit_logits.shape[0] == 0:
             raise ValueError(
-                f"exit_logits must be [rows, L, num_labels] of at least one row, got {list(self.exit_logits.shape)}."
+                "exit_logits must be [rows, L, num_labels], or [rows, L, tokens, num_labels], of at least one row, "
+                f"got {list(self.exit_logits.shape)}."
             )
         rows, layers = self.exit_logits.shape[:2]
+        has_many = self.labels is not None and self.labels.shape == (rows, self.exit_logits.shape[2])
         for name, shape, meaning in (
             ("layer_flops", (rows, layers), "[rows, L]"),
             ("exit_flops", (rows, layers), "[rows, L]"),
-            ("labels", (rows,), "[rows]"),
+            *(() if has_many else [("labels", (rows,), "[rows]")]),
         ):
             value = getattr(self, name)
             if value is not None and value.shape != shape:
@@ -231,7 +237,7 @@ def _record_model(
     progress: bool,
 ) -> ExitRecord:
     model.eval()
-    data_collator = data_collator or PaddingCollator.of(model)
+    data_collator, task = data_collator or PaddingCollator.of(model), task_of(model.config)
     lengths = torch.tensor([sum(row.get("attention_mask", [1] * len(row["input_ids"]))) for row in dataset])
     order = lengths.argsort(stable=True)  # texts of similar length share a batch
     exit_logits, labels = [], []
@@ -239,11 +245,8 @@ def _record_model(
         for rows in order.split(batch_size):
             batch = dict(data_collator([_read_columns(dataset[row]) for row in rows.tolist()]))
             gold = batch.pop("labels", None)
-            if gold is not None and (gold.min() < 0 or gold.max() >= model.config.num_labels):
-                raise ValueError(
-                    f"labels must be from 0 to {model.config.num_labels - 1}, got {gold.min()} to {gold.max()}: for "
-                    "data without gold labels leave out the column 'labels'."
-                )
+            if gold is not None:
+                task.check_gold(gold)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             exit_logits.append(model(**inputs, output_exit_logits=True).exit_logits.float().cpu())
             labels.append(gold)
@@ -252,9 +255,9 @@ def _record_model(
         raise ValueError("some rows have labels and others none: leave out these rows, or the labels of all.")
     back = order.argsort()
     return ExitRecord(
-        torch.cat(exit_logits)[back].clone(),  # outside inference mode: a tensor like any other
+        task.layout.cat(exit_logits)[back].clone(),  # outside inference mode: a tensor like any other
         *executed_costs(model, lengths),
-        labels=torch.cat(labels)[back] if labels[0] is not None else None,
+        labels=task.layout.cat_labels(labels)[back] if labels[0] is not None else None,
         weights=(model.weights_digest(),),
     )
 

@@ -22,7 +22,7 @@ from ..modeling.exit_policies import ExitPolicy
 from .exit_record import ExitRecord
 from .flops import paper_costs, paper_flops
 from .replay import exit_uncertainties, replay_at_speed, speed_thresholds
-from .speed_sweep import TASK_METRICS
+from .task_metrics import ALL_METRICS
 
 
 try:
@@ -67,9 +67,9 @@ def plot_trade_off(tables: Mapping[str, pd.DataFrame], speed_up: str = "paper_sp
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         by_speed, speed_ups, trade_off = figure.subplots(1, 3)
         for index, (name, table) in enumerate(tables.items()):
-            metric = next((column for column in (*TASK_METRICS, "agreement") if column in table), None)
+            metric = next((column for column in (*ALL_METRICS, "agreement") if column in table), None)
             if metric is None:
-                raise ValueError(f"the table of {name!r} has no column of {', '.join(TASK_METRICS)} or agreement.")
+                raise ValueError(f"the table of {name!r} has no column of {', '.join(ALL_METRICS)} or agreement.")
             line = {
                 "color": COLOURS[index],
                 "marker": MARKERS[index],
@@ -151,7 +151,7 @@ def plot_accuracy_by_uncertainty(
     exits = sorted({1, (record.num_exits + 1) // 2, record.num_exits}) if exits is None else exits
     exit_policy = ExitPolicy.of(config, policy)
     uncertainties = exit_uncertainties(record, exit_policy)
-    right = exit_policy.task.predictions(record.exit_logits) == record.labels[:, None]
+    right = torch.stack([exit_policy.task.is_right(said, record.labels) for said in record.exit_logits.unbind(1)], 1)
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.8), layout="constrained")
         axes = figure.subplots()

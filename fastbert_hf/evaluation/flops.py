@@ -105,7 +105,7 @@ def paper_costs(model: PreTrainedModel, sequence_length: int = 128) -> tuple[tor
     exits = []
     for exit_classifier in model.exits:
         pooler = _pooler(model, exit_classifier)
-        once = _linear_weights(pooler.exit_dense)
+        once = 0 if pooler.layout.per_token else _linear_weights(pooler.exit_dense)
         exits.append(sequence_length * (_linear_weights(pooler) - once) + once)
     return 2 * torch.tensor(layers), 2 * torch.tensor(exits)
 
@@ -135,7 +135,9 @@ def executed_costs(
                 units < tokens
             )
         tokens = units
-        exits.append(_pooler(model, exit_classifier).macs(tokens) + _linear_weights(exit_classifier.out_proj))
+        pooler = _pooler(model, exit_classifier)
+        answers = tokens if pooler.layout.per_token else 1
+        exits.append(pooler.macs(tokens) + answers * _linear_weights(exit_classifier.out_proj))
     layers[0] = layers[0] + text_lengths * _embedding_weights(model)
     return 2 * torch.stack(layers, 1), 2 * torch.stack(exits, 1)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..modeling.tasks import TASKS
+from ..modeling.categorical_tasks import SingleLabel
 
 
 try:
@@ -25,7 +25,7 @@ except ImportError as error:
     raise ImportError('fastbert_hf.evaluation needs its extra: pip install "fastbert-hf[evaluation]"') from error
 
 
-CLASSIFICATION = TASKS["single_label_classification"]
+CLASSIFICATION = SingleLabel()
 CASCADEBERT = """\
 @inproceedings{li-etal-2021-cascadebert-accelerating,
     title = "{C}ascade{BERT}: Accelerating Inference of Pre-trained Language Models via Calibrated Complete Models Cascade",

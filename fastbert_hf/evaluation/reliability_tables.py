@@ -38,14 +38,14 @@ def reliability(
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
     exit_policy, task = ExitPolicy.of(config, policy), task_of(config)
-    full = task.predictions(replay_at_speed(record, config, 0.0).logits)
+    full = replay_at_speed(record, config, 0.0).logits
     thresholds = raw_thresholds(record, config, 1.0)
     uncertainties = exit_uncertainties(record, exit_policy, thresholds > 0)
     is_early = (thresholds > 0) & ~thresholds.isinf()
     if not is_early.any():
         raise ValueError("no exit but the last may answer within the limits of this config.")
     uncertainties = uncertainties[is_early]
-    differs = (task.predictions(record.exit_logits) != full[:, None])[is_early]
+    differs = task.differs(record.exit_logits, full[:, None])[is_early]
     order = uncertainties.argsort(stable=True)
     rows = [
         {

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling.dials import is_linear, speed_of_threshold
@@ -18,6 +16,7 @@ from ..modeling.processing_cascade import CascadeProcessor
 from ..modeling.tasks import task_of
 from .exit_record import ExitRecord, record_exits
 from .replay import Replay, add_up, replay_at_speed, replay_every_speed
+from .task_metrics import metric_of, metrics_of, of_all, share
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,9 @@ def choose_speed(
         max_loss (`float`): Points, hundredths of the metric, that may be lost against speed 0.
         tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*): Needed for texts.
         metric (`str`, *optional*):
-            `"accuracy"`, `"f1"` (binary for two labels, else macro), `"matthews_correlation"`, or `"agreement"` with
-            the answers at speed 0, which needs no labels. Accuracy where there are labels, agreement where there are
-            none, unless given.
+            One of those of [`sweep_speeds`], or `"agreement"` with the answers at speed 0, which needs no labels. The
+            first one of the task where there are labels (accuracy, or F1, or the explained variance), agreement where
+            there are none, unless given.
         batch_size (`int`): Rows in a batch.
         progress (`bool`): Whether to show a progress bar.
 
@@ -95,15 +94,17 @@ def choose_speed(
     """
     if isinstance(max_loss, bool) or not isinstance(max_loss, Real) or not max_loss >= 0:
         raise ValueError(f"max_loss must be a number of points, at least 0, got {max_loss!r}. Example: max_loss=0.5")
-    if metric is not None and metric not in METRICS:
-        raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(METRICS)}.")
+    if metric not in (None, "agreement", *metrics_of(model.config)):
+        known = ", ".join(("agreement", *metrics_of(model.config)))
+        raise ValueError(f"metric={metric!r} is not known; choose one of {known}.")
     members_with_students(model)  # refused before all work
     record = texts_or_rows
     if not isinstance(record, ExitRecord):
         record = record_exits(model, texts_or_rows, batch_size=batch_size, progress=progress, tokenizer=tokenizer)
     if record.labels is None and metric not in (None, "agreement"):
         raise ValueError(f"the data has no labels, which {metric} needs: give some, or metric='agreement'.")
-    choice = _fastest(record, model.config, metric or ("agreement" if record.labels is None else "accuracy"), max_loss)
+    own = "agreement" if record.labels is None else metric_of(model.config)[0]
+    choice = _fastest(record, model.config, metric or own, max_loss)
     model.config.speed = choice.speed
     return choice
 
@@ -121,76 +122,39 @@ def members_with_students(model: PreTrainedModel) -> list[PreTrainedModel]:
     return members
 
 
-def _right(answers: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-    return (answers == labels).long()  # [rows]
+class _Data:
+    """
+    A record, and what to make of it.
 
+    Args:
+        record ([`ExitRecord`]), config ([`FastBertConfig`] or [`CascadeConfig`]): Of one model.
+        metric (`str`): A metric of its task, or `"agreement"` with these logits of the full model.
+        full_logits (`torch.Tensor` of shape `[rows, ...]`): What the full model says.
+    """
 
-def _of_each_label(answers: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-    answered = nn.functional.one_hot(answers, num_labels)
-    return torch.stack([answered * (answers == labels)[:, None], answered], 1)  # [rows, 2, num_labels]
+    def __init__(self, record: ExitRecord, config: PreTrainedConfig, metric: str, full_logits: torch.Tensor):
+        self.record, self.config, self.task, self.full_logits = record, config, task_of(config), full_logits
+        self.metric = None if metric == "agreement" else metric_of(config, metric)[1]
 
+    def counts(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return what the metric adds up, `[rows, ...]`."""
+        if self.metric is None:
+            return of_all(~self.task.differs(logits, self.full_logits))
+        return self.metric.counts(self.task, logits, self.record.labels, self.config)
 
-def _share(totals: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
-    return totals.double() / labelled.sum()
+    def scores(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the metric of such sums."""
+        return share(sums) if self.metric is None else self.metric.score(sums)
 
-
-def _f1(totals: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
-    right, answered = totals.unbind(1)
-    seen = answered + labelled
-    of_labels = 2 * right.double() / seen.clamp(min=1)
-    return of_labels[:, 1] if len(labelled) == 2 else of_labels.sum(1) / (seen > 0).sum(1)
-
-
-def _matthews_correlation(totals: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
-    right, answered, labelled = *totals.double().unbind(1), labelled.double()
-    rows = labelled.sum()
-    covariance = right.sum(1) * rows - answered @ labelled
-    spread = (rows**2 - answered.square().sum(1)) * (rows**2 - labelled.square().sum())
-    return torch.where(spread > 0, covariance / spread.clamp(min=1).sqrt(), 0.0)
-
-
-class _Metric(NamedTuple):
-    """A metric that needs no more than sums over the texts, so that those of all speeds follow from a few changes."""
-
-    counts: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # what it adds up, of answers and gold labels
-    # Of such sums, [speeds, ...], and of how many texts have each label, [num_labels], the metric: [speeds].
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-METRICS = {
-    "accuracy": _Metric(_right, _share),
-    "agreement": _Metric(_right, _share),
-    "f1": _Metric(_of_each_label, _f1),
-    "matthews_correlation": _Metric(_of_each_label, _matthews_correlation),
-}
-
-
-class _Data(NamedTuple):
-    """A record, and what to make of it."""
-
-    record: ExitRecord
-    config: PreTrainedConfig
-    metric: _Metric
-    labels: torch.Tensor  # [rows]
-
-    def answers(self, replayed: Replay) -> torch.Tensor:
-        return task_of(self.config).predictions(replayed.logits)
-
-    def counts(self, answers: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        return self.metric.counts(answers, self.labels[rows], self.config.num_labels)
-
-    def scores(self, totals: torch.Tensor) -> torch.Tensor:
-        return self.metric.score(totals, self.labels.bincount(minlength=self.config.num_labels))
-
-    def score(self, answers: torch.Tensor) -> float:
-        return self.scores(self.counts(answers).sum(0, keepdim=True)).item()
+    def score(self, logits: torch.Tensor) -> float:
+        """Return the metric of some answers."""
+        return self.scores(self.counts(logits).sum(0)).item()
 
 
 def _fastest(record: ExitRecord, config: PreTrainedConfig, metric: str, max_loss: float) -> SpeedChoice:
     full = replay_at_speed(record, config, 0.0)
-    full_answers = task_of(config).predictions(full.logits)
-    data = _Data(record, config, METRICS[metric], full_answers if metric == "agreement" else record.labels)
-    full_score, speed = data.score(full_answers), 0.0
+    data = _Data(record, config, metric, full.logits)
+    full_score, speed = data.score(full.logits), 0.0
     lower, upper, costs, scores = _every_speed(data)
     # Close to 0, exits are evaluated at which hardly a text leaves: that may cost more than it saves.
     allowed = (100 * (full_score - scores) <= max_loss + 1e-9) & (costs < _costs(full).sum())
@@ -210,7 +174,7 @@ def _fastest(record: ExitRecord, config: PreTrainedConfig, metric: str, max_loss
             speed = speed_of_threshold(config, max(there))
 
     chosen = replay_at_speed(record, config, speed)
-    score = data.score(data.answers(chosen))
+    score = data.score(chosen.logits)
     layers, full_layers = (replayed.exit_layer.double().mean().item() for replayed in (chosen, full))
     return SpeedChoice(
         speed=speed,
@@ -218,11 +182,11 @@ def _fastest(record: ExitRecord, config: PreTrainedConfig, metric: str, max_loss
         score=score,
         full_score=full_score,
         loss=100 * (full_score - score),
-        agreement=(data.answers(chosen) == full_answers).double().mean().item(),
+        agreement=1 - data.task.differs(chosen.logits, full.logits).double().mean().item(),
         mean_exit_layer=layers,
         layer_speed_up=full_layers / layers,
         executed_speed_up=None if full.flops is None else full.flops.sum().item() / chosen.flops.sum().item(),
-        rows=len(full_answers),
+        rows=len(full.logits),
     )
 
 
@@ -232,13 +196,13 @@ def _every_speed(data: _Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     texts together cost there and score: `[intervals]` each.
     """
     steps, replays = replay_every_speed(data.record, data.config)
-    layers, answers, costs = (  # [rows, L + 1] each
+    layers, counts, costs = (  # [rows, L + 1, ...] each
         torch.stack([part(replayed) for replayed in replays], 1)
-        for part in (lambda replayed: replayed.exit_layer, data.answers, _costs)
+        for part in (lambda replayed: replayed.exit_layer, lambda replayed: data.counts(replayed.logits), _costs)
     )
     lower, costs_there = add_up(steps, layers, lambda rows, places: costs[rows, places])
-    _, counts = add_up(steps, layers, lambda rows, places: data.counts(answers[rows, places], rows))
-    return lower, torch.cat([lower[1:], torch.ones(1)]), costs_there, data.scores(counts)
+    _, sums = add_up(steps, layers, lambda rows, places: counts[rows, places])
+    return lower, torch.cat([lower[1:], torch.ones(1)]), costs_there, data.scores(sums)
 
 
 def _costs(replayed: Replay) -> torch.Tensor:

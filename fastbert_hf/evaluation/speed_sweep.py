@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import write_whole
-from ..modeling.configuration_cascade import CASCADE_POLICIES
-from ..modeling.exit_policies import EXIT_POLICIES, ExitPolicy, exit_thresholds
+from ..modeling.exit_policies import ExitPolicy, exit_thresholds
 from ..modeling.processing_cascade import CascadeProcessor
 from ..modeling.tasks import task_of
 from .exit_record import ExitRecord, as_record
 from .flops import paper_costs
 from .replay import Replay, exit_uncertainties, replay, speed_thresholds
+from .task_metrics import measured, metric_of
 
 
 try:
     import pandas as pd
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 except ImportError as error:
     raise ImportError('fastbert_hf.evaluation needs its extra: pip install "fastbert-hf[evaluation]"') from error
 
@@ -37,22 +36,12 @@ except ImportError as error:
 SPEEDS = (*(step / 1000 for step in range(100)), *(step / 100 for step in range(10, 101)))
 
 
-# From gold labels, answers and the number of labels to a number.
-TASK_METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], float]] = {
-    "accuracy": lambda labels, answers, num_labels: accuracy_score(labels, answers),
-    "f1": lambda labels, answers, num_labels: f1_score(
-        labels, answers, average="binary" if num_labels == 2 else "macro", zero_division=0
-    ),
-    "matthews_correlation": lambda labels, answers, num_labels: matthews_corrcoef(labels, answers),
-}
-
-
 def sweep_speeds(
     model: PreTrainedModel,
     record: ExitRecord | Any,
     speeds: Iterable[float] = SPEEDS,
     policies: Sequence[str] | None = None,
-    metric: str = "accuracy",
+    metric: str | None = None,
     tokenizer: PreTrainedTokenizerBase | CascadeProcessor | None = None,
 ) -> pd.DataFrame:
     """
@@ -61,7 +50,7 @@ def sweep_speeds(
     | column | meaning |
     |---|---|
     | `policy`, `speed` | what decides when a text leaves |
-    | `accuracy`, `f1` or `matthews_correlation` | against the gold labels; left out where there are none |
+    | `accuracy`, `f1` or another metric | against the gold labels; left out where there are none |
     | `agreement` | share of the answers that are those of the full model |
     | `mean_exit_layer` | layers that a text ran through, on average; in all members of a cascade |
     | `layer_speed_up` | how many times fewer layers were executed than by the full model |
@@ -79,7 +68,11 @@ def sweep_speeds(
         speeds (iterable of `float`):
             In [0, 1]; unless given, 0 to 0.1 in steps of a thousandth and on to 1 in steps of a hundredth.
         policies (sequence of `str`, *optional*): The config's own unless given.
-        metric (`str`): `"accuracy"`, `"f1"` (binary for two labels, else macro) or `"matthews_correlation"`.
+        metric (`str`, *optional*):
+            `"accuracy"`, which it is unless given, `"f1"` (binary for two labels, else macro) or
+            `"matthews_correlation"`. Of several labels `"f1"` (of all together; the default), `"macro_f1"` or
+            `"accuracy"` of whole answers; of a regression `"r2"` (the default) or `"pearson"`; of tokens `"f1"` of
+            entities (the default, where labels are such tags) or `"accuracy"`.
         tokenizer (`PreTrainedTokenizerBase` or [`CascadeProcessor`], *optional*): Needed for texts.
 
     Returns:
@@ -87,7 +80,7 @@ def sweep_speeds(
     """
     record = as_record(model, record, tokenizer)
     columns_of, config = _Columns(model, record, metric), model.config
-    allowed = CASCADE_POLICIES if config.model_type == "fastbert_cascade" else EXIT_POLICIES
+    allowed = config.exit_policies
     speeds, policies = list(speeds), [config.exit_policy] if policies is None else list(policies)
     for policy in policies:
         if policy not in allowed:
@@ -108,7 +101,7 @@ def sweep_speeds(
 def sweep_depths(
     model: PreTrainedModel,
     record: ExitRecord | Any,
-    metric: str = "accuracy",
+    metric: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> pd.DataFrame:
     """
@@ -119,7 +112,7 @@ def sweep_depths(
     Args:
         model ([`FastBertForSequenceClassification`]): The model of the record.
         record ([`ExitRecord`], or rows or texts): As in [`sweep_speeds`].
-        metric (`str`): As in [`sweep_speeds`].
+        metric (`str`, *optional*): As in [`sweep_speeds`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed for texts.
 
     Returns:
@@ -143,9 +136,8 @@ def sweep_depths(
 class _Columns:
     """The columns of a table that follow from where each text leaves, beside those of the full model."""
 
-    def __init__(self, model: PreTrainedModel, record: ExitRecord, metric: str):
-        if metric not in TASK_METRICS:
-            raise ValueError(f"metric={metric!r} is not known; choose one of {', '.join(TASK_METRICS)}.")
+    def __init__(self, model: PreTrainedModel, record: ExitRecord, metric: str | None):
+        metric, _ = metric_of(model.config, metric)
         if record.layer_flops is None or record.exit_flops is None:
             raise ValueError("the record has no costs: record_exits(model, dataset) makes one that has.")
         if record.labels is None:
@@ -154,7 +146,7 @@ class _Columns:
                 "model (give a 'labels' column for more).",
                 stacklevel=3,
             )
-        self.record, self.metric, self.task = record, metric, task_of(model.config)
+        self.record, self.metric, self.config, self.task = record, metric, model.config, task_of(model.config)
         members = list(getattr(model, "members", [model]))
         self.is_cascade = len(members) > 1
         layers, exits = zip(*map(paper_costs, members), strict=True)
@@ -164,7 +156,7 @@ class _Columns:
             # Callers may go beyond the limits of the config; those of a member are a part of the cascade.
             thresholds = exit_thresholds(torch.zeros(len(thresholds)), record.num_exits)
         full = replay(record, thresholds, ExitPolicy.of(model.config))
-        self.full_answers, self.full_costs = self.task.predictions(full.logits), self._costs(full)
+        self.full_logits, self.full_costs = full.logits, self._costs(full)
 
     def _costs(self, replayed: Replay) -> dict[str, float]:
         paper = (replayed.layers_run * self.paper_layers + replayed.exits_run * self.paper_exits).sum(1)
@@ -172,15 +164,14 @@ class _Columns:
         return {name: column.double().mean().item() for name, column in costs.items()}
 
     def __call__(self, replayed: Replay) -> dict[str, float]:
-        labels, answers, costs = self.record.labels, self.task.predictions(replayed.logits), self._costs(replayed)
-        num_labels = self.record.exit_logits.shape[-1]
+        labels, costs = self.record.labels, self._costs(replayed)
         speed_ups = {name: full / costs[name] for name, full in self.full_costs.items()}
         number = len(self.record.member_layers) if self.is_cascade else self.record.num_exits
         places, name = (replayed.exit_member, "member") if self.is_cascade else (replayed.exit_layer, "exit")
         shares = torch.bincount(places, minlength=number + 1)[1:].double() / len(places)
         return {
-            **({} if labels is None else {self.metric: float(TASK_METRICS[self.metric](labels, answers, num_labels))}),
-            "agreement": (answers == self.full_answers).double().mean().item(),
+            **({} if labels is None else {self.metric: measured(self.config, self.metric, replayed.logits, labels)}),
+            "agreement": 1 - self.task.differs(replayed.logits, self.full_logits).double().mean().item(),
             "mean_exit_layer": costs["layer"],
             "layer_speed_up": speed_ups["layer"],
             "paper_flops": costs["paper"],

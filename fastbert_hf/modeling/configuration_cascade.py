@@ -12,6 +12,7 @@ from .configuration_fastbert import CODE_FIELDS, FastBertConfig
 from .dial_checks import check_calibration, check_certification
 from .exit_gates import check_gates
 from .exit_policies import check_speed
+from .tasks import task_class
 
 
 # Patience counts agreements of neighbouring exits, and most members have one exit that may answer.
@@ -72,6 +73,8 @@ class CascadeConfig(PreTrainedConfig):
         if self.members and self.id2label is None and "num_labels" not in kwargs:
             self.id2label = dict(self.members[0].id2label)
             self.label2id = {name: index for index, name in self.id2label.items()}
+        if self.members and self.problem_type is None:
+            self.problem_type = self.members[0].problem_type
         super().__post_init__(**kwargs)
         # Transformers builds a config without arguments to compare others with.
         if self.members:
@@ -107,6 +110,16 @@ class CascadeConfig(PreTrainedConfig):
                     f"member {number} has the labels {member.id2label}, but the cascade {self.id2label}: all members "
                     "must know the same labels in the same order. Fine-tune them with one id2label."
                 )
+            if member.problem_type != self.problem_type:
+                raise ValueError(
+                    f"member {number} has problem_type={member.problem_type!r}, and the cascade {self.problem_type!r}: "
+                    "all of them must do the same."
+                )
+            if member.task != "text-classification" or self.exit_policy not in member.exit_policies:
+                raise ValueError(
+                    f"member {number} is for {task_class(member).name}, and a cascade needs one label or several for "
+                    "each text: nothing else tells it which texts to pass on. Use a FastBERT model alone."
+                )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -133,6 +146,11 @@ class CascadeConfig(PreTrainedConfig):
         for member in output["members"]:
             del member["transformers_version"]
         return output
+
+    @property
+    def label_thresholds(self) -> list | None:
+        """Those of the last member, which count for the answers of all."""
+        return self.members[-1].label_thresholds if self.members else None
 
     @property
     def num_hidden_layers(self) -> int:

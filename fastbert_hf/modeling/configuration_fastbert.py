@@ -11,11 +11,13 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoint_checks import check_labels, check_raw_config, explained, read_config, shortened
 from .dial_checks import check_calibration, check_certification
-from .exit_classifiers import EXIT_TYPES
+from .exit_classifiers import exit_types_of
 from .exit_gates import check_gates
-from .exit_policies import EXIT_POLICIES, check_speed, exit_range
+from .exit_policies import check_policy, check_speed, exit_range
 from .families import get_encoder_family
 from .feed_forward_settings import check_feed_forward
+from .task_settings import check_task_settings
+from .tasks import task_class
 from .teacher_digest import is_digest
 from .token_coarsening import check_coarsening
 
@@ -52,12 +54,17 @@ class FastBertConfig(PreTrainedConfig):
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a `BertConfig`):
             The backbone's own config.
-        exit_type (`str`, *optional*, defaults to `"attention"`):
+        task (`str`, *optional*, defaults to `"text-classification"`):
+            What the model answers: `"text-classification"`, whose `problem_type` is one label for each text unless it
+            says `"multi_label_classification"` or `"regression"`; `"token-classification"`; or
+            `"question-answering"`. The classes of models set it.
+        exit_type (`str`, *optional*, defaults to `"attention"`, or `"token_dense"` where tokens are labelled):
             Structure of the exits. `"attention"` is the paper's (section 3.1.3: project to `exit_hidden_size`, one
             self-attention, first token, one dense layer); `"linear"` is dense, activation, dropout, Linear on the
-            first token, `"linear_mean"` the same on the mean of all tokens.
+            first token, `"linear_mean"` the same on the mean of all tokens. Of every token `"token_dense"` is dense to
+            `exit_hidden_size`, GELU, dropout, Linear, and `"token_linear"` dropout and Linear alone.
         teacher_exit_type (`str`, *optional*, defaults to `exit_type`):
-            Structure of the last exit. `from_classifier` sets it to `"linear"` to keep the stock head.
+            Structure of the last exit. `from_classifier` sets it to that of the stock head, to keep it.
         share_exit_pooler (`bool`, *optional*, defaults to `False`):
             Whether the exits share everything but their last Linear (as in PABEE). A teacher of another type than
             the students keeps a pooler of its own.
@@ -67,10 +74,11 @@ class FastBertConfig(PreTrainedConfig):
             Number of heads of an attention exit.
         exit_dropout (`float`, *optional*, defaults to 0.1):
             Dropout of the exits: on the attention probabilities, or before the last Linear of a linear exit.
-        exit_policy (`str`, *optional*, defaults to `"entropy"`):
+        exit_policy (`str`, *optional*, defaults to `"entropy"`, or `"patience"` for a regression):
             How an exit's logits become an uncertainty in [0, 1]: `"entropy"` (the paper's, normalised by the log of
             the number of labels), `"confidence"`, `"margin"`, `"patience"` or `"learned"`, for which the model needs
-            `gates`.
+            `gates`. Where a text has several labels, or one for each token, the least certain of them counts;
+            `"mean_entropy"`, and for tokens `"window_entropy"`, take means ([`ExitPolicy`]).
         speed (`float`, *optional*, defaults to 0.5):
             The speed that the pipeline uses when the call names none. The model itself runs every layer then.
         patience (`int`, *optional*, defaults to 2):
@@ -79,6 +87,11 @@ class FastBertConfig(PreTrainedConfig):
             The first layer after which the pipeline lets a text leave. `None` means 1.
         max_layers (`int`, *optional*):
             The number of layers after which the pipeline answers at the latest. `None` means all.
+        tolerance (`float`, *optional*):
+            For a regression: how far two numbers may be apart and count as the same answer. 0 unless given, with which
+            no exit agrees with another, and every layer is run.
+        label_thresholds (`list` of `float`, *optional*):
+            For several labels for each text: the probability above which each of them is answered. 0.5 unless given.
         feed_forward (`dict`, *optional*):
             Fast feed-forward layers in place of the backbone's own, of which each token meets a part: their `form`,
             its fields, and `layers`, the numbers of those that have them, all unless given.
@@ -92,7 +105,7 @@ class FastBertConfig(PreTrainedConfig):
             Digest of the backbone and teacher that the students were distilled from, `"float32:0123456789abcdef"`,
             as the trainer writes it. `None` says nothing of them.
         gates (`list` of `list` of `float`, *optional*):
-            For the policy `"learned"`: of each exit a weight for each feature of an [`ExitGates`], and a bias, as
+            For the policy `"learned"`: of each exit a weight for each of four features ([`ExitGates`]), and a bias, as
             [`calibrate`] writes them.
         calibration (`dict`, *optional*):
             What speeds cost on a user's own texts, as [`calibrate`] writes it, so that a call may ask for a `speedup`.
@@ -117,20 +130,22 @@ class FastBertConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["exit_layer", "uncertainty", "exit_logits", "hidden_states", "attentions"]
     # What the pipeline passes on to `predict` where the call does not name it.
     call_defaults = ("speed", "min_exit_layer", "max_layers")
-    exit_policies = EXIT_POLICIES
 
     text_config: dict | PreTrainedConfig | None = None
-    exit_type: str = "attention"
+    task: str = "text-classification"
+    exit_type: str | None = None
     teacher_exit_type: str | None = None
     share_exit_pooler: bool = False
     exit_hidden_size: int = 128
     exit_num_attention_heads: int = 2
     exit_dropout: float | int = 0.1
-    exit_policy: str = "entropy"
+    exit_policy: str | None = None
     speed: float | int = 0.5
     patience: int = 2
     min_exit_layer: int | None = None
     max_layers: int | None = None
+    tolerance: float | int | None = None
+    label_thresholds: list | None = None
     feed_forward: dict | None = None
     coarsening: dict | None = None
     distilled_for: str | None = None
@@ -144,12 +159,19 @@ class FastBertConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         get_encoder_family(self.text_config)
         check_labels(self.id2label)
-        if self.teacher_exit_type is None:
-            self.teacher_exit_type = self.exit_type
-        known = {"exit_type": EXIT_TYPES, "teacher_exit_type": EXIT_TYPES, "exit_policy": EXIT_POLICIES}
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
+        task = task_class(self)
+        exit_types = exit_types_of(task.layout)
+        self.exit_type = exit_types[0] if self.exit_type is None else self.exit_type
+        self.teacher_exit_type = self.exit_type if self.teacher_exit_type is None else self.teacher_exit_type
+        for name in ("exit_type", "teacher_exit_type"):
+            if getattr(self, name) not in exit_types:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known for {task.name}; choose one of "
+                    f"{', '.join(exit_types)}."
+                )
+        self.exit_policy = task.exit_policy if self.exit_policy is None else self.exit_policy
+        check_policy(self.exit_policy, task)
+        check_task_settings(self, task)
         for name in ("exit_hidden_size", "exit_num_attention_heads", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -176,6 +198,11 @@ class FastBertConfig(PreTrainedConfig):
         check_certification(self.certification, 1, self.num_hidden_layers)
         check_calibration(self.calibration)
         exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
+
+    @property
+    def exit_policies(self) -> tuple[str, ...]:
+        """Names of the exit policies that a model of this task can have."""
+        return task_class(self).policies()
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

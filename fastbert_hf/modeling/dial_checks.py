@@ -30,6 +30,8 @@ MOST_LEVELS = 16
 GRID = tuple(float(f"{10 ** (step / 40 - 4):.4g}") for step in range(161))
 # What is meant by a name in an error.
 HINTS = {"exits": " (first and last, by min_exit_layer and max_layers)"}
+# Fields of a config that say which answers count as the same, where a task has them.
+OF_ANSWERS = ("tolerance", "label_thresholds")
 HOW = "fastbert_hf.calibrate(model, texts, tokenizer)"
 HOW_TO_CERTIFY = "model.certify(texts, tokenizer, max_disagreement=0.01)"
 
@@ -164,6 +166,7 @@ def asked_by(
             member.coarsening and {name: without_tuple(value) for name, value in member.coarsening.items()}
             for member in members
         ],
+        **{name: value for name in OF_ANSWERS if (value := getattr(config, name, None)) is not None},
         **({"gates": [list(map(float, gate)) for gate in config.gates or ()]} if policy == "learned" else {}),
     }
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .answer_layouts import TextLayout, TokenLayout
 from .families import get_encoder_family
 from .packed_attention import attend_within_texts
 from .packed_batch import PackedBatch
@@ -34,7 +35,26 @@ def take_up_query(key_layer: nn.Module, query: torch.Tensor) -> torch.Tensor:
     return (query.transpose(0, 1) @ weight.unflatten(0, query.shape[1:])).transpose(0, 1)
 
 
-class AttentionExitPooler(nn.Module):
+class ExitPooler(nn.Module):
+    """What an exit has below its last Linear."""
+
+    layout = TextLayout()  # whether it reads a vector for each text or for each token
+
+    @staticmethod
+    def sizes(hidden_size: int, exit_hidden_size: int) -> tuple[int, int]:
+        """Return the size of a vector, and the number of weights."""
+        raise NotImplementedError
+
+    def macs(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the multiply-accumulates of all matrix products for texts of so many tokens, shaped as `tokens`."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        """Return the vectors, `[texts, size]` or `[total_tokens, size]`, of `[1, total_tokens, hidden_size]`."""
+        raise NotImplementedError
+
+
+class AttentionExitPooler(ExitPooler):
     r"""
     The body of the paper's exit classifier (FastBERT, ACL 2020, section 3.1.3 and its Table 1): project to a small
     width, one self-attention without residual or norm, first token, one dense layer.
@@ -58,11 +78,9 @@ class AttentionExitPooler(nn.Module):
 
     @staticmethod
     def sizes(hidden_size: int, exit_hidden_size: int) -> tuple[int, int]:
-        """Return the size of a text's vector, and the number of weights."""
         return exit_hidden_size, (hidden_size + 5 * exit_hidden_size) * exit_hidden_size
 
     def macs(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the multiply-accumulates of all matrix products for texts of so many tokens, shaped as `tokens`."""
         size = self.exit_dense.out_features
         # Of every token its projection, its score and its share of the weighted sum in each head; the rest once.
         every_token = self.exit_projection.in_features * size + 2 * self.num_heads * size
@@ -87,7 +105,7 @@ class AttentionExitPooler(nn.Module):
         return self.exit_dense(self.exit_output(values)).tanh()
 
 
-class LinearExitPooler(nn.Module):
+class LinearExitPooler(ExitPooler):
     """Dense, activation and dropout on the first token, as in the stock classifiers and in DeeBERT and PABEE."""
 
     def __init__(self, config: PreTrainedConfig):
@@ -118,12 +136,62 @@ class MeanExitPooler(LinearExitPooler):
         return packed_batch.mean_of_texts(hidden_states)
 
 
-# What `exit_type` can be: how the hidden states of a text become one vector. No other code knows which there are.
-EXIT_TYPES: dict[str, type[nn.Module]] = {
+class TokenExitPooler(ExitPooler):
+    """Dropout on every token: with the last Linear, the head of the stock token classifiers."""
+
+    layout = TokenLayout()
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.exit_dropout)
+
+    @staticmethod
+    def sizes(hidden_size: int, exit_hidden_size: int) -> tuple[int, int]:
+        return hidden_size, 0
+
+    def macs(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tokens)
+
+    def forward(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        return self.dropout(hidden_states[0])
+
+
+class DenseTokenExitPooler(ExitPooler):
+    """A dense layer of `exit_hidden_size` on every token, so that a student can make more of a lower layer."""
+
+    layout = TokenLayout()
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.exit_dense = nn.Linear(config.hidden_size, config.exit_hidden_size)
+        self.activation = nn.GELU()
+        self.dropout = nn.Dropout(config.exit_dropout)
+
+    @staticmethod
+    def sizes(hidden_size: int, exit_hidden_size: int) -> tuple[int, int]:
+        return exit_hidden_size, hidden_size * exit_hidden_size
+
+    def macs(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens * self.exit_dense.weight.numel()
+
+    def forward(self, hidden_states: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        return self.dropout(self.activation(self.exit_dense(hidden_states[0])))
+
+
+# What `exit_type` can be: how the hidden states of a text become one vector, or one for each token. The first of each
+# is that of a new model. No other code knows which there are.
+EXIT_TYPES: dict[str, type[ExitPooler]] = {
     "attention": AttentionExitPooler,
     "linear": LinearExitPooler,
     "linear_mean": MeanExitPooler,
+    "token_dense": DenseTokenExitPooler,
+    "token_linear": TokenExitPooler,
 }
+
+
+def exit_types_of(layout: TextLayout) -> list[str]:
+    """Return the exit types that answer for each text, or for each token."""
+    return [name for name, pooler in EXIT_TYPES.items() if pooler.layout.per_token == layout.per_token]
 
 
 class ExitClassifier(nn.Module):
@@ -134,13 +202,17 @@ class ExitClassifier(nn.Module):
         self.pooler = None if shared_pooler else EXIT_TYPES[exit_type](config)
         features, _ = EXIT_TYPES[exit_type].sizes(config.hidden_size, config.exit_hidden_size)
         self.out_proj = nn.Linear(features, config.num_labels)
+        self.layout = EXIT_TYPES[exit_type].layout
 
     def forward(
         self, hidden_states: torch.Tensor, packed_batch: PackedBatch, shared_pooler: nn.Module | None = None
     ) -> torch.Tensor:
-        """Return what the exit says of each text, `[texts, num_labels]`, of `[1, total_tokens, hidden_size]`."""
+        """
+        Return what the exit says of each text, `[texts, num_labels]`, or of each of its tokens, `[texts, tokens,
+        num_labels]`, of `[1, total_tokens, hidden_size]`.
+        """
         pooler = shared_pooler if self.pooler is None else self.pooler
-        return self.out_proj(pooler(hidden_states, packed_batch))
+        return self.layout.arrange(self.out_proj(pooler(hidden_states, packed_batch)), packed_batch)
 
 
 def build_exits(config: PreTrainedConfig) -> tuple[nn.ModuleList, nn.Module | None]:

@@ -10,24 +10,28 @@ import torch
 from transformers import PreTrainedConfig
 
 from .exit_gates import ExitGates, check_gates
-from .tasks import TASKS, Task, task_of
+from .task_interface import Task
+from .tasks import EVERY_TASK, task_of
 
 
 # Patience needs to know what is answered, not how sure the exit is of it, and gates what was answered before.
-FREE_POLICIES = (*dict.fromkeys(name for task in TASKS.values() for name in task.uncertainties), "patience")
+FREE_POLICIES = (*dict.fromkeys(name for task in EVERY_TASK for name in task.uncertainties), "patience")
 EXIT_POLICIES = (*FREE_POLICIES, "learned")  # whose gates are fitted when a model is trained
 
 
 @dataclass(frozen=True)
 class ExitPolicy:
     r"""
-    How the logits of an exit become an uncertainty in [0, 1], computed in float32 whatever their dtype.
+    How the logits of an exit become an uncertainty in [0, 1], computed in float32 whatever their dtype. Where a text
+    has several labels, or one for each token, it is that of the least certain one.
 
     | name | uncertainty | source |
     |---|---|---|
     | `"entropy"` | \\( -\sum_i p_i \ln p_i / \ln N \\) | FastBERT (ACL 2020), Eq. 7 |
     | `"confidence"` | \\( (1 - \max_i p_i) \cdot N / (N - 1) \\) | maximum softmax probability |
     | `"margin"` | \\( 1 - (p_{(1)} - p_{(2)}) \\) | difference of the two best |
+    | `"mean_entropy"` | the mean entropy of all labels or tokens | |
+    | `"window_entropy"` | the greatest mean entropy of 5 neighbouring tokens | SENTEE (ACL 2021) |
     | `"patience"` | \\( 1 - a / \text{patience} \\), `a` exits in a row agreed with the one before | PABEE |
     | `"learned"` | \\( P(\text{the answer differs from the full model's}) \\), by a gate ([`ExitGates`]) | |
 
@@ -44,8 +48,7 @@ class ExitPolicy:
     gates: ExitGates | None = None
 
     def __post_init__(self):
-        if self.name not in EXIT_POLICIES:
-            raise ValueError(f"exit policy {self.name!r} is not known; choose one of {', '.join(EXIT_POLICIES)}.")
+        check_policy(self.name, self.task)
         if (self.name == "learned") != (self.gates is not None):
             raise ValueError(
                 f"exit policy {self.name!r} with gates={self.gates!r:.40}: gates are for 'learned' alone."
@@ -58,14 +61,14 @@ class ExitPolicy:
         gates = None
         if name == "learned":
             check_gates(config.gates, config.num_hidden_layers, name)
-            gates = ExitGates(torch.tensor(config.gates), config.num_labels)
+            gates = ExitGates(torch.tensor(config.gates))
         return cls(name, task_of(config), getattr(config, "patience", 1), gates)
 
     def start(self, texts: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """Return what the policy remembers of texts before their first exit, `None` if it remembers nothing."""
         if self.gates is not None:
-            return self.gates.start(texts, device)
-        return torch.full((texts, 2), -1, device=device) if self.name == "patience" else None
+            return self.task.start_gate(texts, device)
+        return self.task.start_patience(texts, device) if self.name == "patience" else None
 
     def uncertainty(
         self,
@@ -78,15 +81,17 @@ class ExitPolicy:
         Return the uncertainty of one exit's answers, float32 of shape `[rows]`, and what the policy remembers of them.
 
         Args:
-            logits (`torch.Tensor` of shape `[rows, num_labels]`): What the exit says. NaN stays NaN.
+            logits (`torch.Tensor` of shape `[rows, num_labels]`, or `[rows, tokens, num_labels]`):
+                What the exit says. NaN stays NaN.
             state (`torch.Tensor`, *optional*): What this method returned at the exit before, [`start`] at the first.
             asked (`torch.Tensor` of shape `[rows]`, bool, CPU, *optional*):
                 The rows that this exit may answer; the others keep their state. All unless given.
             place (`int`): Number of the exit, from 1; those of all members of a cascade are counted.
         """
         if self.name in self.task.uncertainties:
-            return self.task.uncertainties[self.name](logits.float()), state
+            return self.task.uncertainty(self.name, logits.float()), state
         state = self.start(len(logits), logits.device) if state is None else state
+        state = self.task.fit(state, logits, 0 if self.gates is not None else -1)
         if self.gates is not None:
             uncertainty, remembered = self.gates.uncertainty(self.task, logits, state, place)
         else:
@@ -97,12 +102,22 @@ class ExitPolicy:
         return uncertainty, remembered
 
     def _patience(self, logits: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        answers = self.task.predictions(logits)
-        agreements = torch.where(answers == state[:, 0], state[:, 1] + 1, 0)
+        answers = self.task.decided(logits)
+        agreements = torch.where(self.task.is_same(answers, state[..., 0]), state[..., 1] + 1, 0)
+        nothing = self.task.has_no_token(logits)
+        counted = agreements if nothing is None else agreements.masked_fill(nothing, self.patience)
         # Not 1 - a / patience, whose rounding error would pass for an agreement at speeds that are k / patience.
-        uncertainty = (self.patience - agreements).clamp(min=0).float() / self.patience
-        uncertainty = uncertainty.masked_fill(self.task.probabilities(logits).isnan().any(-1), math.nan)
+        uncertainty = (self.patience - counted.amin(-1)).clamp(min=0).float() / self.patience
+        uncertainty = uncertainty.masked_fill(self.task.has_nan(logits), math.nan)
         return uncertainty, torch.stack([answers, agreements], -1)
+
+
+def check_policy(name: str, task: Task | type[Task]) -> None:
+    """Raise a `ValueError` unless a task has such an exit policy."""
+    if name not in task.policies():
+        raise ValueError(
+            f"exit_policy={name!r} is not known for {task.name}; choose one of {', '.join(task.policies())}."
+        )
 
 
 def leaves(uncertainty: torch.Tensor, threshold: torch.Tensor, at_end: bool = False) -> torch.Tensor:

@@ -104,6 +104,9 @@ class EncoderFamily:
             `(dense, out_proj)`: the two Linears of the family's stock classifier, as names below the
             `AutoModelForSequenceClassification`. `None` where that head has another structure.
         head_activation (`str`): Activation between the two, also that of linear exits.
+        token_head (`str`, *optional*):
+            The Linear of the family's stock classifier of tokens, as a name below the
+            `AutoModelForTokenClassification`. `None` where that head has another structure.
     """
 
     layers: str = "encoder.layer"
@@ -116,6 +119,7 @@ class EncoderFamily:
     has_pooler: bool = True
     head: tuple[str, str] | None = ("classifier.dense", "classifier.out_proj")
     head_activation: str = "tanh"
+    token_head: str | None = "classifier"
 
 
 ENCODER_FAMILIES = {
@@ -153,6 +157,7 @@ ENCODER_FAMILIES = {
         feed_forward=MODERNBERT_FEED_FORWARD,
         has_pooler=False,
         head=None,
+        token_head=None,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""FastBertForSequenceClassification: a stock encoder run on packed batches, with an exit after every layer."""
+"""The FastBERT classifiers: a stock encoder run on packed batches, with an exit after every layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from numbers import Integral
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -36,34 +36,27 @@ from .token_coarsening import Coarsening, check_retention
 if TYPE_CHECKING:
     # Code beside weights is copied as far as its imports go, and the pipeline must go with it.
     from .pipeline_fastbert import FastTextClassificationPipeline  # noqa: F401
+    from .pipeline_token_classification import FastTokenClassificationPipeline  # noqa: F401
 
 
-class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBertPreTrainedModel):
+class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel):
     """
-    A stock encoder with a classifier after every layer, which answers each text with as many layers as it needs
-    (FastBERT, Liu et al., ACL 2020). `exits[-1]` is the teacher, `exits[:-1]` are the students.
-
-    As built or loaded, the students ask for no gradients: the model is ready for stage 1, where the stock `Trainer`
-    fine-tunes the backbone and the teacher. [`SelfDistillationTrainer`] then turns the students on and the rest off.
+    What the classifiers of texts and of tokens share: all but the task that they are for. `exits[-1]` is the teacher,
+    `exits[:-1]` are the students.
 
     Args:
         config ([`FastBertConfig`]): The model's config.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoTokenizer
-    >>> from fastbert_hf import FastBertForSequenceClassification
-
-    >>> model = FastBertForSequenceClassification.from_pretrained("org/fastbert-chnsenticorp")
-    >>> tokenizer = AutoTokenizer.from_pretrained("org/fastbert-chnsenticorp")
-    >>> output = model(**tokenizer(["first text", "second text"], padding=True, return_tensors="pt"), speed=0.5)
-    >>> output.logits.argmax(-1), output.exit_layer
-    ```
     """
+
+    task: str  # of the config
 
     def __init__(self, config: FastBertConfig):
         super().__init__(config)
+        if config.task != self.task:
+            raise ValueError(
+                f"{type(self).__name__} is for task={self.task!r}, and this config is for {config.task!r}: use "
+                f"{CLASSIFIERS[config.task].__name__}, or FastBertConfig(task={self.task!r}, ...)."
+            )
         task_of(config)
         self.num_labels = config.num_labels
         self.fastbert = FastBertModel(config)
@@ -87,7 +80,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         num_labels: int | None = None,
         num_hidden_layers: int | None = None,
         **kwargs,
-    ) -> FastBertForSequenceClassification:
+    ) -> Self:
         """
         Put a new teacher and new students on a pretrained encoder. Then fine-tune (stage 1) and self-distil (stage
         2).
@@ -108,7 +101,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         >>> model = FastBertForSequenceClassification.from_backbone("bert-base-uncased", num_labels=2)
         ```
         """
-        config_arguments, loading_arguments = split_arguments(FastBertConfig, kwargs)
+        config_arguments, loading_arguments = cls._split_arguments(kwargs)
         encoder = load_encoder(name_or_path, **loading_arguments)
         if num_hidden_layers is not None:
             keep_first_layers(encoder, num_hidden_layers)
@@ -122,9 +115,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         return cls._around(encoder, FastBertConfig(text_config=encoder.config, **config_arguments))
 
     @classmethod
-    def from_classifier(
-        cls, name_or_path: str | PathLike | PreTrainedModel, **kwargs
-    ) -> FastBertForSequenceClassification:
+    def from_classifier(cls, name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> Self:
         """
         Put students under a classifier that was already fine-tuned with stock Transformers. Its own head stays as the
         teacher, so at speed 0 the logits are those of the stock model. Only stage 2 is left to do, and needs no
@@ -132,7 +123,7 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
 
         Args:
             name_or_path (`str`, `PathLike` or `PreTrainedModel`):
-                A sequence classifier of a supported family, or a loaded one, which is copied and left alone.
+                A classifier of a supported family, for the same task, or a loaded one, which is copied and left alone.
             kwargs: As in [`from_backbone`]; the labels are the classifier's.
 
         Example:
@@ -141,21 +132,28 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         >>> model = FastBertForSequenceClassification.from_classifier("org/my-finetuned-bert")
         ```
         """
-        config_arguments, loading_arguments = split_arguments(FastBertConfig, kwargs)
+        config_arguments, loading_arguments = cls._split_arguments(kwargs)
         if config_arguments.get("feed_forward") is not None:
             raise ValueError(
                 "new feed-forward layers would take the place of what the classifier has learnt: leave out "
                 "feed_forward, and convert its own with fastbert_hf.training.convert_feed_forward(model, texts)."
             )
-        encoder, dense, out_proj = load_classifier(name_or_path, **loading_arguments)
+        encoder, dense, out_proj = load_classifier(name_or_path, cls.task, **loading_arguments)
         config = FastBertConfig(**classifier_config(encoder.config, config_arguments))
         model = cls._around(encoder, config)
-        (model.teacher.pooler or model.shared_pooler).exit_dense.load_state_dict(dense.state_dict())
+        if dense is not None:
+            (model.teacher.pooler or model.shared_pooler).exit_dense.load_state_dict(dense.state_dict())
         model.teacher.out_proj.load_state_dict(out_proj.state_dict())
         return model
 
     @classmethod
-    def _around(cls, encoder: PreTrainedModel, config: FastBertConfig) -> FastBertForSequenceClassification:
+    def _split_arguments(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if kwargs.get("task", cls.task) != cls.task:
+            raise ValueError(f"{cls.__name__} is for task={cls.task!r}: leave out task={kwargs['task']!r}.")
+        return split_arguments(FastBertConfig, {**kwargs, "task": cls.task})
+
+    @classmethod
+    def _around(cls, encoder: PreTrainedModel, config: FastBertConfig) -> Self:
         model = cls._from_config(config, dtype=encoder.dtype)
         if config.feed_forward is not None:
             replace_feed_forward(encoder, config.feed_forward)
@@ -230,9 +228,10 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         Answer a padded batch. The other arguments are those of [`FastBertModel.forward`].
 
         Args:
-            labels (`torch.Tensor` of shape `[batch_size]`, or `[batch_size, num_labels]`, *optional*):
-                For the loss of the answers: label ids, or the probabilities of another model, which this one
-                is to learn.
+            labels (`torch.Tensor`, *optional*):
+                For the loss of the answers. `[batch_size]`: label ids; `[batch_size, num_labels]`: the probabilities
+                of another model, which this one is to learn, a 0 or 1 for each of several labels, or the numbers of a
+                regression; `[batch_size, sequence_length]`: an id for each token, -100 for those without.
             speed (`float`, sequence or tensor of `batch_size` numbers, *optional*):
                 In [0, 1], for all rows or one per row. A row leaves at the first exit whose uncertainty is below its
                 speed; the last exit always answers. 0 and `None` run every layer and evaluate no student.
@@ -291,16 +290,17 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         answers = answer_rows([member], policy, trace=trace)
         if not self.training:
             answers.check_finite()
-        exit_logits = hidden_states = None
+        layout, exit_logits, hidden_states = policy.task.layout, None, None
+        logits = layout.to_caller(answers.logits, padding)
         if output_exit_logits:
             order = packed_batch.rows.argsort().to(answers.logits.device)
-            exit_logits = torch.stack(trace.exit_logits, 1)[order]
+            exit_logits = layout.to_caller(torch.stack(trace.exit_logits, 1)[order], padding)
         if output_hidden_states:
             *states, last = trace.hidden_states
             hidden_states = tuple(map(padding.pad, (*states, engine.final_norm(last))))
         return FastBertSequenceClassifierOutput(
-            loss=None if labels is None else policy.task.mean_loss(answers.logits, labels),
-            logits=answers.logits,
+            loss=None if labels is None else policy.task.mean_loss(logits, labels),
+            logits=logits,
             exit_layer=answers.exit_layer,
             uncertainty=answers.uncertainty,
             exit_logits=exit_logits,
@@ -404,4 +404,61 @@ class FastBertForSequenceClassification(ChecksStudents, CompilesLayers, FastBert
         return TorchEngine(self.fastbert.backbone, self.exits, self.shared_pooler, inference, coarsening)
 
 
-__all__ = ["FastBertForSequenceClassification", "FastBertModel"]
+class FastBertForSequenceClassification(FastBertClassifier):
+    """
+    A stock encoder with a classifier after every layer, which answers each text with as many layers as it needs
+    (FastBERT, Liu et al., ACL 2020). `exits[-1]` is the teacher, `exits[:-1]` are the students.
+
+    As built or loaded, the students ask for no gradients: the model is ready for stage 1, where the stock `Trainer`
+    fine-tunes the backbone and the teacher. [`SelfDistillationTrainer`] then turns the students on and the rest off.
+
+    Args:
+        config ([`FastBertConfig`]): The model's config.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from fastbert_hf import FastBertForSequenceClassification
+
+    >>> model = FastBertForSequenceClassification.from_pretrained("org/fastbert-chnsenticorp")
+    >>> tokenizer = AutoTokenizer.from_pretrained("org/fastbert-chnsenticorp")
+    >>> output = model(**tokenizer(["first text", "second text"], padding=True, return_tensors="pt"), speed=0.5)
+    >>> output.logits.argmax(-1), output.exit_layer
+    ```
+    """
+
+    task = "text-classification"
+
+
+class FastBertForTokenClassification(FastBertClassifier):
+    """
+    A stock encoder with a classifier after every layer, which labels the tokens of each text with as many layers as
+    that text needs: it leaves where the least certain of its tokens is sure (Li et al., ACL 2021: sentence-level
+    exits). Everything else is as in [`FastBertForSequenceClassification`], with logits `[batch_size, sequence_length,
+    num_labels]`, -100 at padding, and predictions of `[tokens, num_labels]`.
+
+    Args:
+        config ([`FastBertConfig`]): The model's config, with `task="token-classification"`.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from fastbert_hf import FastBertForTokenClassification
+
+    >>> model = FastBertForTokenClassification.from_classifier("org/my-finetuned-ner")
+    >>> tokenizer = AutoTokenizer.from_pretrained("org/my-finetuned-ner")
+    >>> output = model(**tokenizer(["Ada lives in Turin."], return_tensors="pt"), speed=0.2)
+    >>> output.logits.argmax(-1), output.exit_layer
+    ```
+    """
+
+    task = "token-classification"
+
+
+CLASSIFIERS: dict[str, type[FastBertClassifier]] = {
+    classifier.task: classifier for classifier in (FastBertForSequenceClassification, FastBertForTokenClassification)
+}
+
+__all__ = ["FastBertForSequenceClassification", "FastBertForTokenClassification", "FastBertModel"]

@@ -46,7 +46,7 @@ class ActiveBatch(NamedTuple):
         return ActiveBatch(hidden_states, packed_batch, self.thresholds[kept], state)
 
     @classmethod
-    def join(cls, batches: list[ActiveBatch]) -> ActiveBatch:
+    def join(cls, batches: list[ActiveBatch], policy: ExitPolicy | None) -> ActiveBatch:
         """Return several as one, in the order given."""
         if len(batches) == 1:
             return batches[0]
@@ -54,7 +54,7 @@ class ActiveBatch(NamedTuple):
             torch.cat([batch.hidden_states for batch in batches], 1),
             PackedBatch.join([batch.packed_batch for batch in batches]),
             torch.cat([batch.thresholds for batch in batches]),
-            None if batches[0].state is None else torch.cat([batch.state for batch in batches]),
+            None if batches[0].state is None else policy.task.layout.cat([batch.state for batch in batches]),
         )
 
 
@@ -62,7 +62,7 @@ class ExitOutput(NamedTuple):
     """What one exit answers to the texts that leave there."""
 
     rows: torch.Tensor  # [texts], on the CPU: in the caller's batch
-    logits: torch.Tensor  # [texts, num_labels]
+    logits: torch.Tensor  # [texts, num_labels], or [texts, tokens, num_labels]
     uncertainty: torch.Tensor  # [texts]
     depth: int  # the layer of the exit, from 1
 
@@ -143,7 +143,7 @@ def answer_rows(
             layers_before[rows[is_open[rows]]] += exits[-1]
     answered = torch.cat([output.rows for output in outputs])
     columns = [
-        torch.cat([output.logits for output in outputs]),
+        policy.task.layout.cat([output.logits for output in outputs]),
         torch.tensor(depths) + layers_before[answered],
         torch.cat([output.uncertainty for output in outputs]),
         torch.tensor(of_members),
@@ -194,7 +194,7 @@ def run_layers(
             active += [] if rest is None else [rest]
         if not active:
             break
-        batches = join_small(active, batch_tokens)
+        batches = join_small(active, batch_tokens, policy)
     return left
 
 
@@ -230,7 +230,7 @@ def ask_exit(
     return (output.keep(leaving), batch.keep(~leaving)) if leaving.any() else (None, batch)
 
 
-def join_small(batches: list[ActiveBatch], batch_tokens: int) -> list[ActiveBatch]:
+def join_small(batches: list[ActiveBatch], batch_tokens: int, policy: ExitPolicy | None) -> list[ActiveBatch]:
     """Join neighbours that fit into one batch, where one of them has too few tokens for efficient matrix products."""
     groups = [[batches[0]]]
     for batch in batches[1:]:
@@ -239,7 +239,7 @@ def join_small(batches: list[ActiveBatch], batch_tokens: int) -> list[ActiveBatc
             groups[-1].append(batch)
         else:
             groups.append([batch])
-    return [ActiveBatch.join(group) for group in groups]
+    return [ActiveBatch.join(group, policy) for group in groups]
 
 
 def answer_texts(
@@ -281,7 +281,8 @@ def answer_texts(
         answers = answer_rows(members, policy, tokens if rebatch else 0)
         logits, *columns = (column.cpu() for column in answers)
         # A copy outside inference mode is a tensor like any other.
-        return list(map(Prediction, logits.clone().unbind(), *(column.tolist() for column in columns)))
+        of_texts = policy.task.layout.of_texts(logits.clone(), block)
+        return list(map(Prediction, of_texts, *(column.tolist() for column in columns)))
 
     return answer_blocks(blocks, answer, batch_tokens, on_error)
 

@@ -6,18 +6,25 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .adapter_checks import find_adapter
-from .families import ENCODER_FAMILIES, get_encoder_family
+from .families import ENCODER_FAMILIES, EncoderFamily, get_encoder_family
 from .int8_layers import has_int8_layers
 
 
@@ -60,22 +67,48 @@ def load_encoder(name_or_path: str | PathLike | PreTrainedModel, **kwargs) -> Pr
     return bare_encoder(load_stock(AutoModel, name_or_path, [], **kwargs, **arguments))
 
 
+class StockHead(NamedTuple):
+    """What stock Transformers has for a task."""
+
+    auto_class: type
+    suffix: str  # of the names of its models
+    # From a family to the Linears of its head, `(dense, out_proj)` or `(out_proj,)`; `None` where it has another form.
+    names: Callable[[EncoderFamily], tuple[str, ...] | None]
+    exit_type: str  # that of an exit of the same structure
+
+
+STOCK_HEADS = {
+    "text-classification": StockHead(
+        AutoModelForSequenceClassification, "ForSequenceClassification", lambda family: family.head, "linear"
+    ),
+    "token-classification": StockHead(
+        AutoModelForTokenClassification,
+        "ForTokenClassification",
+        lambda family: family.token_head and (family.token_head,),
+        "token_linear",
+    ),
+}
+
+
 def load_classifier(
-    name_or_path: str | PathLike | PreTrainedModel, **kwargs
-) -> tuple[PreTrainedModel, nn.Linear, nn.Linear]:
-    """Return a fine-tuned stock classifier in parts: its encoder without the pooler, and the Linears of its head."""
+    name_or_path: str | PathLike | PreTrainedModel, task: str = "text-classification", **kwargs
+) -> tuple[PreTrainedModel, nn.Linear | None, nn.Linear]:
+    """
+    Return a fine-tuned stock classifier in parts: its encoder without the pooler, and the Linears of its head, of
+    which that of tokens has one.
+    """
+    stock = STOCK_HEADS[task]
     if isinstance(name_or_path, PreTrainedModel):
-        names = head_names(name_or_path.config)
+        names = head_names(name_or_path.config, task)
         model = copy_of(name_or_path, **kwargs)
-        if not type(model).__name__.endswith("ForSequenceClassification"):
-            raise ValueError(
-                f"{type(model).__name__} is not a sequence classifier. Use from_backbone(model, num_labels=...)."
-            )
+        if not type(model).__name__.endswith(stock.suffix):
+            what = task.replace("text", "sequence").replace("-classification", " classifier")
+            raise ValueError(f"{type(model).__name__} is not a {what}. Use from_backbone(model, num_labels=...).")
     else:
-        names = head_names(AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs)))
-        model = load_stock(AutoModelForSequenceClassification, name_or_path, names, **kwargs)
-    dense, out_proj = map(model.get_submodule, names)
-    return bare_encoder(model.base_model), dense, out_proj
+        names = head_names(AutoConfig.from_pretrained(name_or_path, **without_dtype(kwargs)), task)
+        model = load_stock(stock.auto_class, name_or_path, names, **kwargs)
+    *dense, out_proj = map(model.get_submodule, names)
+    return bare_encoder(model.base_model), dense[0] if dense else None, out_proj
 
 
 def load_stock(auto_class: type, name_or_path: str | PathLike, head: Sequence[str], **kwargs) -> PreTrainedModel:
@@ -144,18 +177,19 @@ def classifier_config(text_config: PreTrainedConfig, arguments: dict[str, Any]) 
         )
     return {
         "text_config": text_config,
-        "teacher_exit_type": "linear",
+        "teacher_exit_type": STOCK_HEADS[arguments["task"]].exit_type,
         **{name: getattr(text_config, name) for name in ("id2label", "label2id", "problem_type")},
         **arguments,
     }
 
 
-def head_names(config: PreTrainedConfig) -> tuple[str, str]:
-    """Return the two Linears of a family's stock classifier. If it cannot be kept, a `ValueError` says why."""
+def head_names(config: PreTrainedConfig, task: str = "text-classification") -> tuple[str, ...]:
+    """Return the Linears of a family's stock classifier. If it cannot be kept, a `ValueError` says why."""
     refuse_wrapped(config)
-    names = get_encoder_family(config).head
+    names_of = STOCK_HEADS[task].names
+    names = names_of(get_encoder_family(config))
     if names is None:
-        supported = [name for name, family in ENCODER_FAMILIES.items() if family.head is not None]
+        supported = [name for name, family in ENCODER_FAMILIES.items() if names_of(family) is not None]
         raise ValueError(
             f"The stock classifier of {config.model_type!r} is not dense, activation, dropout, Linear on the first "
             "token (it has a normalisation of its own and may average the tokens), so it cannot be kept as the "

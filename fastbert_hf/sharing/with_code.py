@@ -18,21 +18,35 @@ from ..modeling.processing_cascade import CascadeProcessor, check_tokenizer
 from .model_card import write_model_card
 
 
-# Where Transformers finds the classes; the installed config drops both on load, as it needs neither.
-PIPELINE = {
-    "fast-text-classification": {
-        "impl": "pipeline_fastbert.FastTextClassificationPipeline",
-        "pt": ["AutoModelForSequenceClassification"],
-        "type": "text",
-    }
+# By the task of a model, where Transformers finds the classes; the installed config drops both on load, as it needs
+# neither.
+PIPELINES = {
+    "text-classification": {
+        "fast-text-classification": {
+            "impl": "pipeline_fastbert.FastTextClassificationPipeline",
+            "pt": ["AutoModelForSequenceClassification"],
+            "type": "text",
+        }
+    },
+    "token-classification": {
+        "fast-token-classification": {
+            "impl": "pipeline_token_classification.FastTokenClassificationPipeline",
+            "pt": ["AutoModelForTokenClassification"],
+            "type": "text",
+        }
+    },
 }
+ENCODER = {"AutoConfig": "configuration_fastbert.FastBertConfig", "AutoModel": "modeling_fastbert.FastBertModel"}
 AUTO_MAPS = {
-    "fastbert": {
-        "AutoConfig": "configuration_fastbert.FastBertConfig",
-        "AutoModel": "modeling_fastbert.FastBertModel",
+    ("fastbert", "text-classification"): {
+        **ENCODER,
         "AutoModelForSequenceClassification": "modeling_fastbert.FastBertForSequenceClassification",
     },
-    "fastbert_cascade": {
+    ("fastbert", "token-classification"): {
+        **ENCODER,
+        "AutoModelForTokenClassification": "modeling_fastbert.FastBertForTokenClassification",
+    },
+    ("fastbert_cascade", "text-classification"): {
         "AutoConfig": "configuration_cascade.CascadeConfig",
         "AutoModel": "modeling_cascade.CascadeForSequenceClassification",
         "AutoModelForSequenceClassification": "modeling_cascade.CascadeForSequenceClassification",
@@ -91,10 +105,11 @@ def save_with_code(
 def write_code(folder: Path) -> None:
     """Put the code into the folder of a saved model, and into its config where that is. The config comes last."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    auto_map = AUTO_MAPS[config["model_type"]]
-    for path in code_of([*auto_map.values(), *(pipeline["impl"] for pipeline in PIPELINE.values())]):
+    task = config.get("task", "text-classification")
+    auto_map, pipelines = AUTO_MAPS[config["model_type"], task], PIPELINES[task]
+    for path in code_of([*auto_map.values(), *(pipeline["impl"] for pipeline in pipelines.values())]):
         shutil.copyfile(path, folder / path.name)
-    config.update(auto_map=auto_map, custom_pipelines=PIPELINE)
+    config.update(auto_map=auto_map, custom_pipelines=pipelines)
     write_whole(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

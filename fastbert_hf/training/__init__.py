@@ -6,7 +6,7 @@ from .arguments import ExitTrainingArguments, SelfDistillationArguments
 from .backbone_distillation_trainer import BackboneDistillationArguments, BackboneDistillationTrainer
 from .both_stages import Trained, train
 from .difficulty_aware_trainer import DifficultyAwareArguments, DifficultyAwareTrainer
-from .exit_trainer import ExitTrainer, SelfDistillationTrainer, accuracy
+from .exit_trainer import ExitTrainer, SelfDistillationTrainer, task_metric
 from .feed_forward_conversion import convert_feed_forward
 from .feed_forward_stage import FeedForwardConversion
 from .leaf_usage import LeafUsage
@@ -56,7 +56,6 @@ __all__ = [
     "StageSettings",
     "TokenCoarsening",
     "Trained",
-    "accuracy",
     "convert_feed_forward",
     "depth_weights",
     "difficulty_margin_loss",
@@ -66,5 +65,6 @@ __all__ = [
     "run_stage",
     "search_retention",
     "student_divergences",
+    "task_metric",
     "train",
 ]

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.exit_record import ExitRecord
 from ..evaluation.replay import replay_at_speed
+from ..evaluation.task_metrics import measured, metric_of
 from ..modeling.tasks import Task, task_of
 from ..modeling.teacher_digest import teacher_digest
 from ..sharing.model_card import Measured, as_list, write_model_card
 from .arguments import ExitTrainingArguments, SelfDistillationArguments
 from .checked_trainer import CheckedTrainer, base_model
-from .objectives import CLASSIFICATION, OBJECTIVES
+from .objectives import OBJECTIVES
 from .what_learns import choose_what_learns
 
 
-def accuracy(prediction: EvalPrediction, task: Task = CLASSIFICATION) -> dict[str, float]:
-    """Return the share of the rows that are answered rightly, for the `compute_metrics` of a trainer."""
-    answers = task.predictions(torch.from_numpy(prediction.predictions)).numpy()
-    return {"accuracy": float((answers == prediction.label_ids).mean())}
+def task_metric(prediction: EvalPrediction, config: PreTrainedConfig) -> dict[str, float]:
+    """Return the first metric of a model's task, such as its accuracy, for the `compute_metrics` of a trainer."""
+    logits, labels = map(torch.from_numpy, (prediction.predictions, prediction.label_ids))
+    return {metric_of(config)[0]: measured(config, None, logits, labels)}
 
 
 class ExitTrainer(CheckedTrainer):
@@ -56,7 +56,7 @@ class ExitTrainer(CheckedTrainer):
         args ([`ExitTrainingArguments`], *optional*): Settings.
         compute_metrics (`Callable`, *optional*):
             From an `EvalPrediction` with the logits at one speed, `[rows, num_labels]`, and the labels to a dict.
-            Accuracy unless given.
+            The first metric of the task ([`sweep_speeds`]), such as accuracy, unless given.
         kwargs: As in `Trainer`.
 
     Example:
@@ -94,7 +94,7 @@ class ExitTrainer(CheckedTrainer):
             choose_what_learns(model, self.exit_objective)
         kwargs["callbacks"] = [_Beginning(self), *(kwargs.get("callbacks") or ())]
         super().__init__(model, args, **kwargs)
-        self.metrics_at_speed = compute_metrics or partial(accuracy, task=self.task)
+        self.metrics_at_speed = compute_metrics or self._task_metric
         self._has_own_optimizer = any(part is not None for part in kwargs.get("optimizers", ()))
         self._losses, self._steps = 0.0, 0
 
@@ -102,6 +102,9 @@ class ExitTrainer(CheckedTrainer):
     def task(self) -> Task:
         """What the model answers."""
         return task_of(base_model(self.model).config)
+
+    def _task_metric(self, prediction: EvalPrediction) -> dict[str, float]:
+        return task_metric(prediction, base_model(self.model).config)
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
@@ -231,7 +234,8 @@ class ExitTrainer(CheckedTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        return loss, outputs.exit_logits.float(), inputs.get("labels")
+        # What is gathered is padded along the dimension after the rows, which are tokens where those are labelled.
+        return loss, outputs.exit_logits.float().movedim(1, -2), inputs.get("labels")
 
     def evaluation_loop(
         self,
@@ -245,8 +249,9 @@ class ExitTrainer(CheckedTrainer):
         prediction_loss_only = self.args.prediction_loss_only
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if output.predictions is not None:
-            exit_logits = torch.from_numpy(output.predictions)
-            has_answers = ~self.task.probabilities(exit_logits).isnan().any(-1).any(0)  # [L]
+            exit_logits = torch.from_numpy(output.predictions).movedim(-2, 1)
+            output = output._replace(predictions=exit_logits.numpy())
+            has_answers = ~self.task.has_nan(exit_logits).any(0)  # [L]
             if not has_answers.all():
                 raise ValueError(
                     f"exits {(~has_answers).nonzero()[:, 0].add(1).tolist()} answer some rows with NaN: check the "
@@ -275,12 +280,12 @@ class ExitTrainer(CheckedTrainer):
             losses = self.exit_losses(exit_logits, None if label_ids is None else torch.from_numpy(label_ids))
             metrics = {"loss": losses.sum().item(), **self._named(losses)}
         record, config = ExitRecord(exit_logits), base_model(self.model).config
-        of_teacher, speeds = self.task.predictions(exit_logits[:, -1]), []
+        of_teacher, speeds = exit_logits[:, -1], []
         for speed in dict.fromkeys([*self.args.eval_speeds, 0.0]):
             replay = replay_at_speed(record, config, speed)
             at_speed = {
                 "mean_exit_layer": replay.exit_layer.float().mean().item(),
-                "agreement": (self.task.predictions(replay.logits) == of_teacher).float().mean().item(),
+                "agreement": 1 - self.task.differs(replay.logits, of_teacher).float().mean().item(),
             }
             of_task = {}
             if label_ids is not None:

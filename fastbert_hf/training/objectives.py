@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from ..modeling.tasks import TASKS, Task
+from ..modeling.categorical_tasks import SingleLabel
+from ..modeling.task_interface import Task
 
 
 # For callers that have no config at hand.
-CLASSIFICATION = TASKS["single_label_classification"]
+CLASSIFICATION = SingleLabel()
 
 
 def student_divergences(
@@ -23,7 +24,8 @@ def student_divergences(
     Eq. 5 and 6).
 
     Args:
-        exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`): Of every exit; the last one is the teacher.
+        exit_logits (`torch.Tensor` of shape `[rows, L, num_labels]`, or `[rows, L, tokens, num_labels]`):
+            Of every exit; the last one is the teacher.
         reverse_kl (`bool`): KL(student || teacher) instead of KL(teacher || student).
         temperature (`float`):
             Divides all logits; the divergence is multiplied by its square, so that gradients keep their size (Hinton

@@ -22,7 +22,7 @@ from .arguments import ExitTrainingArguments, StageArguments
 from .checked_trainer import CheckedTrainer, check_finite_weights
 from .checkpoints import last_checkpoint
 from .difficulty_aware_trainer import DifficultyAwareArguments, DifficultyAwareTrainer
-from .exit_trainer import ExitTrainer, accuracy
+from .exit_trainer import ExitTrainer, task_metric
 from .objectives import OBJECTIVES
 from .settings_files import check_settings
 
@@ -65,7 +65,7 @@ class Stage:
     trainer_class = CheckedTrainer
     arguments_class = StageArguments
     name = ""  # a part of the name of its folder
-    metrics = "loss|accuracy"  # what its evaluation measures, a pattern
+    metrics = "loss|accuracy|f1|r2"  # what its evaluation measures, a pattern
     trains_backbone = True
     trains_students = False
     needs_labels = True
@@ -163,7 +163,7 @@ class Stage:
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            compute_metrics=partial(accuracy, task=task_of(model.config)),
+            compute_metrics=partial(task_metric, config=model.config),
         )
 
 

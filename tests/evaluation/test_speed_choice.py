@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import nn
 from transformers import PreTrainedModel, pipeline
 
 import fastbert_hf
@@ -25,14 +27,22 @@ from fastbert_hf.evaluation import (
     replay_at_speed,
     sweep_speeds,
 )
-from fastbert_hf.evaluation.speed_choice import METRICS, between
-from fastbert_hf.evaluation.speed_sweep import TASK_METRICS
+from fastbert_hf.evaluation.speed_choice import between
+from fastbert_hf.evaluation.task_metrics import METRICS
 from fastbert_hf.modeling.exit_policies import ExitPolicy
 
-from ..common import other_tokenizer, stock, tiny_model, tiny_texts, tiny_tokenizer
+from ..common import one_label, other_tokenizer, stock, tiny_model, tiny_texts, tiny_tokenizer
 
 
 NUM_TEXTS = 12
+# From gold labels, answers and the number of labels to a number, as scikit-learn has them.
+SCORES = {
+    "accuracy": lambda labels, answers, num_labels: accuracy_score(labels, answers),
+    "f1": lambda labels, answers, num_labels: f1_score(
+        labels, answers, average="binary" if num_labels == 2 else "macro", zero_division=0
+    ),
+    "matthews_correlation": lambda labels, answers, num_labels: matthews_corrcoef(labels, answers),
+}
 LIMITS = ({}, {"min_exit_layer": 2}, {"max_layers": 3}, {"min_exit_layer": 2, "max_layers": 3})
 
 
@@ -88,7 +98,7 @@ def test_no_speed_is_faster_that_loses_as_little(kind, policy, metric, num_label
 
     def score(replayed: Replay) -> float:
         answers = replayed.logits.argmax(-1)
-        return TASK_METRICS["accuracy" if metric == "agreement" else metric](gold, answers, num_labels)
+        return SCORES["accuracy" if metric == "agreement" else metric](gold, answers, num_labels)
 
     losses = 100 * (score(replays[0]) - np.array(list(map(score, replays))))
     costs = [(replayed.flops if has_costs else replayed.exit_layer).sum().item() for replayed in replays]
@@ -114,15 +124,15 @@ def test_no_speed_is_faster_that_loses_as_little(kind, policy, metric, num_label
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12),
     num_labels=st.integers(2, 4),
-    metric=st.sampled_from(list(TASK_METRICS)),
+    metric=st.sampled_from(list(SCORES)),
 )
 def test_metrics_of_sums_are_those_of_the_answers(pairs, num_labels, metric):
     labels, answers = torch.tensor(pairs).clamp(max=num_labels - 1).unbind(1)
-    totals = METRICS[metric].counts(answers, labels, num_labels).sum(0, keepdim=True)
-    value = METRICS[metric].score(totals, labels.bincount(minlength=num_labels)).item()
+    own, logits = METRICS["single_label_classification"][metric], nn.functional.one_hot(answers, num_labels).float()
+    value = own.score(own.counts(one_label(num_labels), logits, labels, None).sum(0)).item()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a single label
-        assert value == pytest.approx(TASK_METRICS[metric](labels, answers, num_labels))
+        assert value == pytest.approx(SCORES[metric](labels, answers, num_labels))
 
 
 def test_the_pipeline_answers_at_the_chosen_speed():
@@ -260,7 +270,7 @@ def test_a_stock_model_is_refused():
         ({"max_loss": float("nan")}, "max_loss must be a number"),
         ({"max_loss": "0.5"}, "max_loss must be a number"),
         ({"max_loss": True}, "max_loss must be a number"),
-        ({"metric": "bleu"}, "metric='bleu' is not known; choose one of accuracy, agreement, f1"),
+        ({"metric": "bleu"}, "metric='bleu' is not known; choose one of agreement, accuracy, f1"),
         ({"metric": "f1"}, "the data has no labels, which f1 needs: give some, or metric='agreement'"),
     ],
 )

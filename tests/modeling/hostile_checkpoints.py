@@ -145,7 +145,7 @@ CONFIGS = {
     "quantised by a number": ({"quantization_config": 5}, "quantization_config=5, but it must say how the weights"),
     "kinds of problems": (
         {"problem_type": ["x"]},
-        "the model that the config describes cannot be built (TypeError: \"unhashable type: 'list'\"): load the",
+        "problem_type=['x'] is not known; choose one of single_label_classification, multi_label_classification, ",
     ),
     # Labels
     "hole in the labels": (

@@ -21,6 +21,7 @@ from tests.common import FAMILIES, NUM_LAYERS, SHAPE, made_up_certification, ran
 
 
 OWN_FIELDS = {
+    "task": "text-classification",
     "exit_type": "linear",
     "teacher_exit_type": "attention",
     "share_exit_pooler": True,
@@ -32,6 +33,8 @@ OWN_FIELDS = {
     "patience": 3,
     "min_exit_layer": 1,
     "max_layers": 2,
+    "tolerance": None,
+    "label_thresholds": None,
     "feed_forward": {"form": "leaves", "depth": 2, "leaf_size": 8, "layers": [1, 3]},
     "coarsening": {"layers": [1, 3], "retention": [0.7, 0.5], "merge": "weighted", "clusters": 2, "size_aware": False},
     "distilled_for": "float32:0123456789abcdef",
@@ -55,6 +58,7 @@ def test_defaults_are_the_papers_and_the_documented_ones():
     assert config.num_hidden_layers == 12
     assert config.hidden_size == 768
     assert {name: getattr(config, name) for name in OWN_FIELDS} == {
+        "task": "text-classification",
         "exit_type": "attention",
         "teacher_exit_type": "attention",
         "share_exit_pooler": False,
@@ -66,6 +70,8 @@ def test_defaults_are_the_papers_and_the_documented_ones():
         "patience": 2,
         "min_exit_layer": None,
         "max_layers": None,
+        "tolerance": None,
+        "label_thresholds": None,
         "feed_forward": None,
         "coarsening": None,
         "distilled_for": None,
@@ -181,11 +187,17 @@ def test_decoder_is_refused(config_class, name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"exit_type": "mlp"}, "exit_type='mlp' is not known; choose one of attention, linear"),
-        ({"teacher_exit_type": "mlp"}, "teacher_exit_type='mlp' is not known; choose one of attention, linear"),
+        (
+            {"exit_type": "mlp"},
+            "exit_type='mlp' is not known for single_label_classification; choose",
+        ),
+        (
+            {"teacher_exit_type": "mlp"},
+            "teacher_exit_type='mlp' is not known for single_label_classification; choose",
+        ),
         (
             {"exit_policy": "vote"},
-            "exit_policy='vote' is not known; choose one of entropy, confidence, margin, patience",
+            "exit_policy='vote' is not known for single_label_classification; choose one of entropy, confidence,",
         ),
         ({"exit_hidden_size": 0}, "exit_hidden_size must be at least 1, got 0"),
         ({"exit_num_attention_heads": 0}, "exit_num_attention_heads must be at least 1, got 0"),
@@ -221,7 +233,7 @@ def test_field_out_of_its_range_is_refused(fields, message):
         {"exit_dropout": "0.1"},
         {"share_exit_pooler": "yes"},
         {"max_layers": 2.5},
-        {"exit_policy": None},
+        {"exit_policy": 1},
     ],
 )
 def test_field_of_the_wrong_type_names_itself(fields):

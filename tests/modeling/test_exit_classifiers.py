@@ -12,7 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
-from fastbert_hf.modeling.exit_classifiers import EXIT_TYPES, ExitClassifier
+from fastbert_hf.modeling.answer_layouts import TextLayout
+from fastbert_hf.modeling.exit_classifiers import EXIT_TYPES, ExitClassifier, exit_types_of
 from fastbert_hf.modeling.packed_batch import pack_padded
 from tests.common import (
     FAMILIES,
@@ -24,6 +25,9 @@ from tests.common import (
     tiny_model,
     tiny_text_config,
 )
+
+
+OF_TEXTS = exit_types_of(TextLayout())
 
 
 LENGTHS = (4, 1, 7, 4, 10)
@@ -94,7 +98,7 @@ def test_linear_exit_equals_the_familys_stock_head_on_each_first_token_or_mean(f
     assert_close(logits, torch.stack([reference_exit_logits(model, 2, text) for text in texts]))
 
 
-@pytest.mark.parametrize("exit_type", EXIT_TYPES)
+@pytest.mark.parametrize("exit_type", OF_TEXTS)
 def test_multiply_accumulates_are_half_of_what_torch_counts(exit_type):
     model = tiny_model(exit_type=exit_type)
     pooler, (_, hidden_states, packed_batch, _) = model.exits[1].pooler, packed_states()
@@ -133,7 +137,7 @@ def test_linear_exit_keeps_the_hidden_width(exit_type):
 
 @pytest.mark.parametrize(
     ("family", "exit_type"),
-    [*(("bert", exit_type) for exit_type in EXIT_TYPES), ("electra", "linear"), ("distilbert", "linear_mean")],
+    [*(("bert", exit_type) for exit_type in OF_TEXTS), ("electra", "linear"), ("distilbert", "linear_mean")],
 )
 def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_type):
     config = FastBertConfig(text_config=tiny_text_config(family), num_labels=3, exit_dropout=0)
@@ -151,7 +155,7 @@ def test_gradient_reaches_every_parameter_of_an_exit_and_its_input(family, exit_
     assert reached.all() == reads_all_tokens
 
 
-@pytest.mark.parametrize("exit_type", EXIT_TYPES)
+@pytest.mark.parametrize("exit_type", OF_TEXTS)
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_exit_reads_nothing_but_its_own_text(exit_type, padding_side):
     model = tiny_model(exit_type=exit_type)
@@ -163,7 +167,7 @@ def test_exit_reads_nothing_but_its_own_text(exit_type, padding_side):
     assert changed.tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("exit_type", EXIT_TYPES)
+@pytest.mark.parametrize("exit_type", OF_TEXTS)
 def test_exit_dropout_acts_in_training_only(exit_type):
     model = tiny_model(exit_type=exit_type, exit_dropout=0.5)
     _, hidden_states, packed_batch, _ = packed_states()
@@ -177,7 +181,7 @@ def test_exit_dropout_acts_in_training_only(exit_type):
     assert (answers[True][0] - answers[False][0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("exit_type", EXIT_TYPES)
+@pytest.mark.parametrize("exit_type", OF_TEXTS)
 def test_exit_without_dropout_answers_in_training_as_in_evaluation(exit_type):
     model = tiny_model(exit_type=exit_type, exit_dropout=0)
     _, hidden_states, packed_batch, _ = packed_states()
@@ -185,7 +189,7 @@ def test_exit_without_dropout_answers_in_training_as_in_evaluation(exit_type):
     assert_close(in_training, model.exits[0].eval()(hidden_states, packed_batch))
 
 
-@pytest.mark.parametrize(("exit_type", "pooler"), EXIT_TYPES.items())
+@pytest.mark.parametrize(("exit_type", "pooler"), [(name, EXIT_TYPES[name]) for name in OF_TEXTS])
 def test_shared_pooler_serves_every_exit_and_each_keeps_its_last_linear(exit_type, pooler):
     model = tiny_model(exit_type=exit_type, share_exit_pooler=True)
     assert type(model.shared_pooler) is pooler

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fastbert_hf import CascadeForSequenceClassification, FastBertConfig, FastBertForSequenceClassification
-from fastbert_hf.modeling.exit_gates import FEATURES, ExitGates, check_gates, gate_features
+from fastbert_hf.modeling.exit_gates import NUMBERS, ExitGates, check_gates
 from fastbert_hf.modeling.exit_policies import ExitPolicy
-from fastbert_hf.modeling.tasks import TASKS
 
 from ..common import (
     NUM_LAYERS,
     assert_close,
+    one_label,
     random_gates,
     stock,
     tiny_model,
@@ -24,7 +24,7 @@ from ..common import (
 )
 
 
-TASK = TASKS["single_label_classification"]
+TASK = one_label(3)
 
 
 def learned_model(seed: int = 0, **fields) -> FastBertForSequenceClassification:
@@ -37,7 +37,7 @@ def encoded(number: int = 12) -> list[dict]:
 
 def test_what_a_gate_weighs_by_hand():
     said = torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.6, 0.3]], [[0.6, 0.3, 0.1]]]).log()  # three exits, one text
-    state = ExitGates(torch.empty(0), 3).start(1)
+    state = TASK.start_gate(1, "cpu")
     expected = [
         (0.7, math.log(0.7 / 0.2), 0.0, 0.0),
         (0.6, math.log(0.6 / 0.3), 0.2, 0.0),
@@ -47,20 +47,20 @@ def test_what_a_gate_weighs_by_hand():
         probabilities = logits.exp()[0].tolist()
         assert max(probabilities) == pytest.approx(best)
         entropy = -sum(p * math.log(p) for p in probabilities) / math.log(3)
-        features, state = gate_features(TASK, logits, state)
+        features, state = TASK.gate(logits, state)
         assert features[0].tolist() == pytest.approx([entropy, lead, earlier, agreement], abs=1e-6)
-    gates = ExitGates(torch.tensor([[1.0, 2.0, 3.0, 4.0, -5.0], [0.5, -0.5, 1.5, 2.5, 0.25]]), 3)
-    uncertainty, state = gates.uncertainty(TASK, said[0], gates.start(1), 1)
-    entropy = TASK.uncertainties["entropy"](said[0]).item()
+    gates = ExitGates(torch.tensor([[1.0, 2.0, 3.0, 4.0, -5.0], [0.5, -0.5, 1.5, 2.5, 0.25]]))
+    uncertainty, state = gates.uncertainty(TASK, said[0], TASK.start_gate(1, "cpu"), 1)
+    entropy = TASK.uncertainty("entropy", said[0]).item()
     assert uncertainty.item() == pytest.approx(1 / (1 + math.exp(-(entropy + 2 * math.log(3.5) - 5))))
     uncertainty, _ = gates.uncertainty(TASK, said[2], state, 2)
-    odds = 0.5 * TASK.uncertainties["entropy"](said[2]).item() - 0.5 * math.log(2) + 1.5 * 0.7 + 2.5 + 0.25
+    odds = 0.5 * TASK.uncertainty("entropy", said[2]).item() - 0.5 * math.log(2) + 1.5 * 0.7 + 2.5 + 0.25
     assert uncertainty.item() == pytest.approx(1 / (1 + math.exp(-odds)))
-    assert len(FEATURES) == 4
+    assert len(TASK.gate_features) + 1 == NUMBERS
 
 
 def test_rows_that_an_exit_may_not_answer_keep_what_is_remembered():
-    policy = ExitPolicy("learned", TASK, gates=ExitGates(torch.tensor(random_gates(0, 3)), 3))
+    policy = ExitPolicy("learned", TASK, gates=ExitGates(torch.tensor(random_gates(0, 3))))
     first, second = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
     state = policy.start(4)
     _, after_all = policy.uncertainty(first, state, None, 1)
@@ -74,7 +74,7 @@ def test_rows_that_an_exit_may_not_answer_keep_what_is_remembered():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_of_half_precision_are_weighed_in_float32(dtype):
-    policy = ExitPolicy("learned", TASK, gates=ExitGates(torch.tensor(random_gates(1, 2)), 3))
+    policy = ExitPolicy("learned", TASK, gates=ExitGates(torch.tensor(random_gates(1, 2))))
     logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     for own, wanted in zip(policy.uncertainty(logits), policy.uncertainty(logits.float()), strict=True):
         assert torch.equal(own, wanted) and own.dtype is torch.float32

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastbert_hf import CascadeConfig, FastBertConfig
+from fastbert_hf.modeling.categorical_tasks import SingleLabel
 from fastbert_hf.modeling.exit_gates import ExitGates
 from fastbert_hf.modeling.exit_policies import (
-    EXIT_POLICIES,
     ExitPolicy,
     check_speed,
     config_thresholds,
@@ -18,8 +18,7 @@ from fastbert_hf.modeling.exit_policies import (
     leaves,
     row_speeds,
 )
-from fastbert_hf.modeling.tasks import TASKS
-from tests.common import tiny_text_config
+from tests.common import one_label, tiny_text_config
 
 
 INF = math.inf
@@ -27,8 +26,8 @@ INF = math.inf
 
 def exit_uncertainty(logits: torch.Tensor, name: str, patience: int = 1, state: torch.Tensor | None = None) -> tuple:
     """The uncertainty of one exit's answers, and what the policy remembers."""
-    gates = ExitGates(torch.tensor([[0.5, -0.1, 0.2, 0.3, -1.0]]), logits.shape[-1]) if name == "learned" else None
-    return ExitPolicy(name, TASKS["single_label_classification"], patience, gates).uncertainty(logits, state)
+    gates = ExitGates(torch.tensor([[0.5, -0.1, 0.2, 0.3, -1.0]])) if name == "learned" else None
+    return ExitPolicy(name, one_label(logits.shape[-1]), patience, gates).uncertainty(logits, state)
 
 
 def exit_uncertainties(exit_logits: torch.Tensor, name: str, patience: int = 1) -> torch.Tensor:
@@ -143,13 +142,13 @@ def test_patience_keeps_a_count_for_every_row():
     first, second = torch.eye(3)[[0, 1, 2]], torch.eye(3)[[0, 2, 2]]
     uncertainty, state = exit_uncertainty(first, "patience", 4)
     assert uncertainty.tolist() == [1, 1, 1]
-    assert state.tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert state.tolist() == [[[0, 0]], [[1, 0]], [[2, 0]]]
     uncertainty, state = exit_uncertainty(second, "patience", 4, state)
     assert uncertainty.tolist() == [0.75, 1, 0.75]
-    assert state.tolist() == [[0, 1], [2, 0], [2, 1]]
+    assert state.tolist() == [[[0, 1]], [[2, 0]], [[2, 1]]]
     uncertainty, state = exit_uncertainty(second[[2, 0]], "patience", 4, state[[2, 0]])
     assert uncertainty.tolist() == [0.5, 0.5]
-    assert state.tolist() == [[2, 2], [0, 2]]
+    assert state.tolist() == [[[2, 2]], [[0, 2]]]
 
 
 @pytest.mark.parametrize("patience", range(1, 13))
@@ -162,14 +161,14 @@ def test_patience_is_below_its_speed_exactly_from_the_agreements_that_the_speed_
 
 
 def test_patience_remembers_nothing_of_rows_that_an_exit_may_not_answer():
-    policy = ExitPolicy("patience", TASKS["single_label_classification"], 4)
+    policy = ExitPolicy("patience", one_label(), 4)
     state = policy.start(2)
     for asked in ([True, True], [True, False], [True, True]):
         uncertainty, state = policy.uncertainty(torch.eye(3)[[1, 1]], state, torch.tensor(asked))
     assert uncertainty.tolist() == [0.5, 0.75]
 
 
-@pytest.mark.parametrize("policy", EXIT_POLICIES)
+@pytest.mark.parametrize("policy", SingleLabel.policies())
 @pytest.mark.parametrize("bad", [[math.nan, 0.0, 1.0], [0.0, math.nan, math.nan], [math.inf, 0.0, 1.0]])
 def test_uncertainty_of_logits_that_are_not_finite_is_nan_and_below_no_speed(policy, bad):
     exit_logits = torch.stack([torch.tensor([bad, [9.0, 0.0, 0.0]])] * 3, 1)  # [2, 3, 3]

@@ -332,14 +332,6 @@ def test_gradient_checkpointing_is_refused_for_albert_as_in_its_stock_class():
             model.gradient_checkpointing_enable()
 
 
-@pytest.mark.parametrize(
-    "config", [{"num_labels": 1}, {"problem_type": "regression"}, {"problem_type": "multi_label_classification"}]
-)
-def test_model_that_is_no_single_label_classifier_is_refused(config):
-    with pytest.raises(ValueError, match="one of at least two labels"):
-        tiny_model(**config)
-
-
 def test_single_label_problem_type_is_accepted():
     assert tiny_model(problem_type="single_label_classification")(**ragged_batch()).logits.shape == (7, 3)
 

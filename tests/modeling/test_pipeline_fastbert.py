@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +16,9 @@ from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 
 from fastbert_hf import FastTextClassificationPipeline
+from fastbert_hf.modeling.categorical_tasks import SingleLabel
 from fastbert_hf.modeling.pipeline_fastbert import BLOCK_TEXTS
 from fastbert_hf.modeling.scheduler import BLOCK_BATCHES, CPU_BATCH_TOKENS
-from fastbert_hf.modeling.tasks import TASKS
 
 from ..common import NUM_LAYERS, tiny_model, tiny_texts, tiny_tokenizer
 
@@ -474,9 +473,9 @@ def test_neither_pipeline_logs_that_the_model_is_not_supported(folder, task):
 
 
 def test_the_task_says_how_an_answer_is_formatted(model, tokenizer, monkeypatch):
-    classifier, name = make_pipeline(model, tokenizer), "single_label_classification"
+    classifier = make_pipeline(model, tokenizer)
     (expected,) = classifier(TEXTS[0], speed=0)
-    monkeypatch.setitem(TASKS, name, replace(TASKS[name], function_to_apply="none"))
+    monkeypatch.setattr(SingleLabel, "function_to_apply", "none")
     (answer,) = classifier(TEXTS[0], speed=0)
     assert answer["label"] == expected["label"]
     assert answer["score"] != pytest.approx(expected["score"])  # a logit

@@ -19,13 +19,13 @@ from fastbert_hf.modeling.exit_policies import ExitPolicy, exit_thresholds
 from fastbert_hf.modeling.modeling_outputs import Prediction
 from fastbert_hf.modeling.packed_batch import PackedBatch, pack_lists
 from fastbert_hf.modeling.scheduler import Member, Trace, answer_rows, cut_batches
-from fastbert_hf.modeling.tasks import TASKS
+from tests.common import one_label
 
 
 NUM_LAYERS = 4
 SURE = 1000.0  # a logit whose softmax rounds to 1
 CPU = torch.device("cpu")
-ENTROPY = ExitPolicy("entropy", TASKS["single_label_classification"])
+ENTROPY = ExitPolicy("entropy", one_label())
 LENGTHS = (9, 3, 17, 1, 9, 30, 2, 12, 5, 9, 21, 3, 3, 14, 40, 8)
 
 
@@ -96,7 +96,7 @@ def answers_of(
 ) -> Iterator[Prediction]:
     """What the scheduler answers with these engines as the members."""
     model = SimpleNamespace(training=False, device=CPU, config=SimpleNamespace(_attn_implementation="sdpa"))
-    policy = ExitPolicy(exit_policy, TASKS["single_label_classification"], patience=2)
+    policy = ExitPolicy(exit_policy, one_label(), patience=2)
 
     def thresholds_at(speeds: torch.Tensor) -> list[torch.Tensor]:
         return [

@@ -17,6 +17,7 @@ from transformers import (
 
 from fastbert_hf import FastBertConfig, FastBertForSequenceClassification
 from fastbert_hf.modeling.packed_attention import PACKED_ATTENTION
+from fastbert_hf.modeling.tasks import task_of
 from tests.common import (
     FAMILIES,
     NUM_LAYERS,
@@ -163,11 +164,13 @@ def test_checkpoint_without_a_classifier_is_refused_with_a_pointer_to_from_backb
         ({"num_labels": 1}, "model"),
     ],
 )
-def test_classifier_of_another_problem_is_refused(tmp_path, config, source):
+def test_classifier_of_another_problem_is_kept(tmp_path, config, source):
     stock = stock_classifier(**config)
     stock.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="one of at least two labels"):
-        FastBertForSequenceClassification.from_classifier(stock if source == "model" else tmp_path)
+    model = FastBertForSequenceClassification.from_classifier(stock if source == "model" else tmp_path)
+    wanted = config.get("problem_type", "regression")
+    assert task_of(model.config).name == wanted and model.config.num_labels == config["num_labels"]
+    assert_close(logits_of(model), logits_of(stock))
 
 
 def test_single_label_problem_type_of_a_classifier_is_kept():
@@ -195,9 +198,7 @@ def test_what_a_classifier_brings_itself_cannot_be_given(arguments):
 
 @pytest.mark.parametrize("wrap", ["from_backbone", "from_classifier"])
 def test_unknown_keyword_is_named(wrap):
-    expected = (
-        r"unexpected speeed, wibble \(did you mean speed\?\): give fields of FastBertConfig \(exit_type, .*id2label"
-    )
+    expected = r"unexpected speeed, wibble \(did you mean speed\?\): give fields of FastBertConfig \(task, .*id2label"
     with pytest.raises(TypeError, match=expected) as error:
         getattr(FastBertForSequenceClassification, wrap)(stock_classifier(), speeed=0.5, wibble=1)
     assert "base_config_key" not in str(error.value)
@@ -280,10 +281,10 @@ def test_number_of_labels_that_contradicts_their_names_is_refused():
         FastBertForSequenceClassification.from_backbone(tiny_stock_model(), num_labels=5, id2label=names)
 
 
-@pytest.mark.parametrize("config", [{"num_labels": 1}, {"problem_type": "regression"}])
-def test_backbone_for_another_problem_is_refused(config):
-    with pytest.raises(ValueError, match="one of at least two labels"):
-        FastBertForSequenceClassification.from_backbone(tiny_stock_model(), **config)
+def test_backbone_with_one_label_for_all_texts_is_refused():
+    one = {"num_labels": 1, "problem_type": "single_label_classification"}
+    with pytest.raises(ValueError, match=r"num_labels > 1|is too few for single_label_classification, which needs 2"):
+        FastBertForSequenceClassification.from_backbone(tiny_stock_model(), **one)
 
 
 @pytest.mark.parametrize("wrap", ["from_backbone", "from_classifier"])

@@ -6,12 +6,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from fastbert_hf.modeling.tasks import TASKS
-
-from ..common import assert_close, ragged_batch, tiny_model, tiny_rows, training_settings
+from ..common import assert_close, one_label, ragged_batch, tiny_model, tiny_rows, training_settings
 
 
-CLASSIFICATION = TASKS["single_label_classification"]
+CLASSIFICATION = one_label()
 LOGITS = torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 2.0]])
 
 

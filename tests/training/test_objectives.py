@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-from fastbert_hf.modeling.tasks import TASKS
 from fastbert_hf.training import OBJECTIVES, ExitTrainer, ExitTrainingArguments, depth_weights, student_divergences
 
 from ..common import (
@@ -17,6 +16,7 @@ from ..common import (
     assert_close,
     changed_parameters,
     copied_state,
+    one_label,
     student_names,
     tiny_model,
     tiny_rows,
@@ -28,7 +28,7 @@ from .common import assert_moved, float64_divergences
 # Two rows, three exits, two labels.
 LOGITS = torch.tensor([[[2.0, 0.0], [1.0, -1.0], [0.0, 3.0]], [[0.5, 0.5], [-1.0, 2.0], [4.0, 0.0]]])
 LABELS = torch.tensor([1, 0])
-TASK = TASKS["single_label_classification"]
+TASK = one_label()
 
 
 def softmax(logits: list[float]) -> list[float]:

@@ -1,0 +1,165 @@
+"""The "fast-token-classification" pipeline: a label for each token, or entities, with a speed per call."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import TokenClassificationPipeline
+from transformers.utils.logging import tqdm
+
+from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline
+from .answer_layouts import NO_TOKEN
+from .modeling_outputs import Prediction
+
+
+# What stock `preprocess` gives beside what the model reads.
+ABOUT = ("special_tokens_mask", "offset_mapping", "sentence", "is_last", "word_ids", "word_to_chars_map")
+
+
+class Piece(NamedTuple):
+    """A text, or with `stride` a part of one, as the stock pipeline encodes it; or why there is none."""
+
+    inputs: dict[str, Any]
+    error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.error is not None or self.inputs["is_last"]
+
+
+class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipeline):
+    """
+    `TokenClassificationPipeline` for a [`FastBertForTokenClassification`]. Everything is as there, `stride`, offsets
+    and all values of `aggregation_strategy` included, and beside it:
+
+    - `speed`, `speedup` or `max_disagreement`, `min_exit_layer`, `max_layers`, `exit_policy` and `patience`, to
+      `pipeline(...)` or to a call; without them the model's config decides. A text leaves when its least certain token
+      is sure;
+    - every entity carries the `exit_layer` of its text, the number of layers that the text ran through; with `stride`
+      that of the part that it was found in. Texts of which nothing is told have none: `return_exit_layers=True` gives
+      `{"entities": [...], "exit_layer": ...}` for each text;
+    - it needs no `batch_size` to be fast; `progress_bar=True` shows how far a call is, and `on_error` says what
+      becomes of a text that has no answer: `"raise"`, `"return"` (`{"error": ..., "position": ...}` in its
+      place) or `"skip"`.
+
+    Example:
+
+    ```python
+    >>> import fastbert_hf
+    >>> from transformers import pipeline
+
+    >>> tagger = pipeline("fast-token-classification", model="org/fastbert-conll", aggregation_strategy="simple")
+    >>> tagger("Ada lives in Turin.", speed=0.3)
+    [{'entity_group': 'PER', 'score': 0.99, 'word': 'Ada', 'start': 0, 'end': 3, 'exit_layer': 4}, ...]
+    ```
+    """
+
+    task_name, of_task = "fast-token-classification", "token-classification"
+    model_class_name = "FastBertForTokenClassification"
+    stock_class = TokenClassificationPipeline
+    passes_to_tokenizer = False
+
+    def _sanitize_parameters(self, return_exit_layers=None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if return_exit_layers is not None:
+            forward["return_exit_layers"] = return_exit_layers
+        return preprocess, forward, postprocess
+
+    def __call__(self, inputs: Any, **kwargs) -> Any:
+        """
+        Label the tokens of texts.
+
+        Args:
+            inputs (`str`, `list` or iterator):
+                A text or many; with `is_split_into_words=True` lists of words.
+            speed (`float` or iterable of `float`, *optional*):
+                In [0, 1], for this call, or one for each text; 0 runs every layer.
+            return_exit_layers (`bool`, *optional*): Whether each text has a dict of `entities` and its `exit_layer`.
+            kwargs:
+                The other arguments of the stock pipeline, such as `aggregation_strategy`, `ignore_labels`, `stride`;
+                and those of [`FastTextClassificationPipeline`] that are about speed, depth and errors.
+        """
+        if kwargs.get("batch_size") is None:
+            kwargs["batch_size"] = BY_TOKENS if self._batch_size is None else self._batch_size
+        return super().__call__(inputs, **kwargs)
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        return next(self._answers([inputs], 1, preprocess_params, forward_params, postprocess_params), [])
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        return self._answers(inputs, batch_size, preprocess_params, forward_params, postprocess_params)
+
+    def _answers(self, inputs, batch_size, preprocess_params, forward_params, postprocess_params):
+        forward_params = dict(forward_params)
+        shows = {name: forward_params.pop(name, False) for name in ("progress_bar", "return_exit_layers")}
+        forward_params.pop("return_uncertainty", None)
+        on_error = forward_params.pop("on_error", "raise")
+        forward_params["on_error"] = "return" if on_error == "skip" else on_error
+        total = len(inputs) if isinstance(inputs, Sized) else None
+        waiting: deque[Piece] = deque()
+        reading = {"truncation": True} | ({"stride": True} if "tokenizer_params" in preprocess_params else {})
+        encoded = self._encoded(inputs, waiting, on_error, preprocess_params)
+        answers = self._predictions(encoded, batch_size, reading, forward_params)
+        texts = tqdm(by_text(answers, waiting), total=total, desc="Tagging", disable=not shows["progress_bar"])
+        for position, (pieces, predictions) in enumerate(texts):
+            error = next((prediction.error for prediction in predictions if prediction.error is not None), None)
+            if error is not None:
+                if on_error == "return":
+                    yield {"error": str(error), "position": position}
+                continue
+            entities = self.postprocess(list(map(with_logits, pieces, predictions)), **postprocess_params)
+            depth = max(prediction.exit_layer for prediction in predictions)
+            for entity in entities:
+                entity["exit_layer"] = depth
+            yield {"entities": entities, "exit_layer": depth} if shows["return_exit_layers"] else entities
+
+    def _encoded(
+        self, inputs: Iterable, waiting: deque[Piece], on_error: str, preprocess_params: dict[str, Any]
+    ) -> Iterator[dict[str, list[int]] | Exception]:
+        """Yield what the model reads of each piece, and note the rest of it."""
+        for position, text in enumerate(inputs):
+            try:
+                pieces = [Piece(inputs) for inputs in self.preprocess(text, **preprocess_params)]
+            except Exception as error:  # of the tokenizer, which does not say where
+                failure = ValueError(f"input {position}: {error}")
+                if on_error == "raise":
+                    raise failure from error
+                pieces = [Piece({}, failure)]
+            for piece in pieces:
+                waiting.append(piece)
+                if piece.error is not None:
+                    yield piece.error
+                else:
+                    read = {name: values[0].tolist() for name, values in piece.inputs.items() if name not in ABOUT}
+                    yield read
+
+
+def by_text(answers: Iterable[Prediction], waiting: deque[Piece]) -> Iterator[tuple[list[Piece], list[Prediction]]]:
+    """Yield the pieces of each text with what the model says of them."""
+    pieces, predictions = [], []
+    for prediction in answers:
+        pieces.append(waiting.popleft())
+        predictions.append(prediction)
+        if pieces[-1].is_last:
+            yield pieces, predictions
+            pieces, predictions = [], []
+
+
+def with_logits(piece: Piece, prediction: Prediction) -> dict[str, Any]:
+    """Return what stock `postprocess` reads of a piece. Padding, which no model saw, has no logits."""
+    inputs = dict(piece.inputs)
+    logits, tokens = prediction.logits, inputs["input_ids"].shape[1]
+    if len(logits) < tokens:  # of the pieces of a text, which the tokenizer made equally long
+        is_token = inputs["attention_mask"][0].bool()
+        padded = nn.functional.pad(logits, (0, 0, 0, tokens - len(logits)), value=NO_TOKEN)
+        padded[is_token] = logits
+        padded[~is_token] = NO_TOKEN
+        logits = padded
+    return {**inputs, "logits": logits.to(torch.float32)[None]}
+
+
+__all__ = ["FastTokenClassificationPipeline"]
