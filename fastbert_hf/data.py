@@ -20,11 +20,14 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from .rows import encoded_rows
+from .word_rows import WORDS
 
 
 try:
     from datasets import ClassLabel, Dataset, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
+
+    from .label_kinds import BETWEEN_WORDS, LABEL_KINDS, LabelKind, parts
 except ImportError as error:
     raise ImportError('fastbert_hf.data needs its extra: pip install "fastbert-hf[data]"') from error
 
@@ -37,6 +40,7 @@ FILE_KINDS = {
     ".jsonl": {"path": "json"},
 }
 MIN_ROWS_TO_HOLD_OUT = 20
+ONE_LABEL = "single_label_classification"
 
 
 def load_rows(path: str | os.PathLike) -> Dataset:
@@ -145,6 +149,7 @@ def check_rows(
     text_column: str = "text",
     text_pair_column: str | None = None,
     label_column: str | None = None,
+    task: str = ONE_LABEL,
 ) -> None:
     """
     Raise a `ValueError` if there are no rows, if a column is missing, or if a row has no text.
@@ -156,6 +161,7 @@ def check_rows(
         text_pair_column (`str`, *optional*): Column of the second text, for pairs.
         label_column (`str`, *optional*): Column of the label, where the rows need one. [`label_names`] and [`encode`]
             check its values.
+        task (`str`): Name of the [`Task`].
     """
     if len(rows) == 0:
         raise ValueError(f"the {name} data has no rows")
@@ -166,6 +172,9 @@ def check_rows(
                 f"the {name} data has no column {column!r}, only {', '.join(rows.column_names)}: correct {argument}"
             )
     for column in filter(None, texts.values()):
+        if task in LABEL_KINDS and LABEL_KINDS[task].words:
+            _check_words(rows, name, column)
+            continue
         if not isinstance(rows.features[column], Value):
             raise ValueError(
                 f"each row of the {name} data has several values in {column!r} ({str(rows[0][column])[:40]}), not one "
@@ -179,15 +188,29 @@ def check_rows(
             )
 
 
-def label_names(rows: Dataset, label_column: str = "label") -> list[str]:
+def _check_words(rows: Dataset, name: str, column: str) -> None:
+    empty = [row for row, cell in enumerate(rows[column]) if not parts(cell, BETWEEN_WORDS)]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} rows of the {name} data have no words in {column!r} (the first is row {empty[0]}, counted "
+            "from 0): remove them"
+        )
+
+
+def label_names(rows: Dataset, label_column: str = "label", task: str = ONE_LABEL) -> list[str]:
     """
     Return the names of the labels, in the order of their ids: those of the column's `ClassLabel`, or else the sorted
     values of the column.
 
     Args:
         rows (`Dataset`): The training rows.
-        label_column (`str`): Column of the label, a string or a whole number.
+        label_column (`str`): Column of the label, a string or a whole number; of several labels a list of them, or a
+            string with commas between; a number for a regression; of words a list of tags, or a string with spaces
+            between.
+        task (`str`): Name of the [`Task`].
     """
+    if task in LABEL_KINDS:
+        return LABEL_KINDS[task].names(rows, label_column)
     _check_labels(rows, "training", label_column)
     names = getattr(rows.features[label_column], "names", None)
     if names:
@@ -196,7 +219,10 @@ def label_names(rows: Dataset, label_column: str = "label") -> list[str]:
     if None in values or "" in values:
         raise ValueError(f"the training data has rows without a label in {label_column!r}: remove them")
     if any(isinstance(value, float) for value in values):
-        raise ValueError(f"the labels in {label_column!r} are fractions: give classes, as regression is not supported")
+        raise ValueError(
+            f"the labels in {label_column!r} are fractions: give classes, or learn the numbers themselves, with "
+            'problem_type="regression"'
+        )
     if len(values) < 2:
         raise ValueError(f"the training data has {len(values)} label ({values.pop()!r}): give rows of at least two")
     return [str(value) for value in sorted(values)]
@@ -211,6 +237,7 @@ def encode(
     text_pair_column: str | None = None,
     label_column: str = "label",
     max_length: int | None = 128,
+    task: str = ONE_LABEL,
 ) -> Dataset:
     """
     Turn texts into token ids, and names of labels into the ids of `labels`. All other columns are left out.
@@ -224,14 +251,21 @@ def encode(
         text_pair_column (`str`, *optional*): Column of the second text, for pairs.
         label_column (`str`): Column of the label: names or ids of `label2id`.
         max_length (`int`, *optional*): Longer texts are cut to this many tokens; `None`: by the tokenizer's limit.
+        task (`str`): Name of the [`Task`].
     """
+    kind = LABEL_KINDS.get(task, LabelKind(label_names, _label_ids))
+    if kind.words:
+        words = Dataset.from_dict({WORDS: [parts(cell, BETWEEN_WORDS) for cell in rows[text_column]]})
+        if label2id is not None:
+            words = words.add_column("labels", kind.ids(rows, label2id, name, label_column))
+        return encoded_rows(words, tokenizer, max_length)
     names = {text_column: "text", **({text_pair_column: "text_pair"} if text_pair_column else {})}
     texts = rows.select_columns(list(names)).rename_columns(names)
     for column in names.values():
         if texts.features[column].dtype not in ("string", "large_string"):  # numbers, as a file of codes has them
             texts = texts.cast_column(column, Value("string"))
     if label2id is not None:
-        texts = texts.add_column("labels", _label_ids(rows, label2id, name, label_column))
+        texts = texts.add_column("labels", kind.ids(rows, label2id, name, label_column))
     return encoded_rows(texts, tokenizer, max_length)
 
 
@@ -304,5 +338,5 @@ def _check_labels(rows: Dataset, name: str, label_column: str) -> None:
     if not isinstance(rows.features[label_column], (Value, ClassLabel)):
         raise ValueError(
             f"each row of the {name} data has several values in {label_column!r} ({str(rows[0][label_column])[:40]}): "
-            "give one label for each text, as several are not supported"
+            'give one label for each text, or learn several, with problem_type="multi_label_classification"'
         )

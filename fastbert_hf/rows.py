@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .modeling.tasks import task_of
 from .word_rows import WORDS, encode_words
 
 
@@ -248,8 +247,7 @@ class PaddingCollator:
         config = getattr(model, "config", model)
         config = (getattr(config, "members", None) or [config])[0]
         pad_token_id = getattr(getattr(config, "text_config", config), "pad_token_id", None)
-        if hasattr(config, "task"):
-            fields.setdefault("label_kind", task_of(config).label_kind)
+        fields.setdefault("label_kind", getattr(config, "label_kind", "ids"))
         return cls(0 if pad_token_id is None else pad_token_id, **fields)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -179,7 +179,7 @@ def test_labels_are_named_by_the_data_set_or_by_their_values():
     [
         (["yes", ""], "rows without a label in 'label': remove them"),
         ([1, None], "rows without a label in 'label': remove them"),
-        ([0.5, 1.0], "fractions: give classes, as regression is not supported"),
+        ([0.5, 1.0], "fractions: give classes, or learn the numbers themselves"),
         (["yes", "yes"], r"the training data has 1 label \('yes'\): give rows of at least two"),
     ],
 )

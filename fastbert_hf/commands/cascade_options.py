@@ -72,13 +72,14 @@ def check_cascade_options(options: CascadeOptions, example_data: Path | None) ->
         options ([`CascadeOptions`]): The paths of its files become those of the found ones.
         example_data (`Path`, *optional*): Folder of the `train.tsv` and `test.tsv` that are used if no data is named.
     """
+    from ..modeling.answer_layouts import TextLayout
     from ..modeling.configuration_cascade import FREE_CASCADE_POLICIES
-    from ..modeling.exit_classifiers import EXIT_TYPES
+    from ..modeling.exit_classifiers import exit_types_of
     from ..modeling.exit_policies import check_speed
     from ..training.difficulty_aware_trainer import DifficultyAwareArguments
 
     check_data_options(options, example_data)
-    check_choice("exit_type", options.exit_type, EXIT_TYPES)
+    check_choice("exit_type", options.exit_type, exit_types_of(TextLayout()))
     check_choice("exit_policy", options.exit_policy, FREE_CASCADE_POLICIES)
     if len(set(options.seeds)) < len(options.seeds):
         fail(f"--seeds must be different numbers, got {' '.join(map(str, options.seeds))}")

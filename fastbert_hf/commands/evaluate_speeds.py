@@ -36,7 +36,13 @@ class EvaluateSpeedsOptions(ColumnOptions):
         default=None,
         metadata={"help": "Some of entropy, confidence, margin, patience, learned; the model's own if none."},
     )
-    metric: str = field(default="accuracy", metadata={"help": "accuracy, f1 or matthews_correlation."})
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "accuracy (the first for one label), f1 (for several and for entities), matthews_correlation, "
+            "macro_f1, r2 (for a regression) or pearson."
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Rows in a batch of the full-depth pass."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone."})
     speeds: list[float] = field(
@@ -74,7 +80,7 @@ class EvaluateSpeedsOptions(ColumnOptions):
 
 def check_evaluate_speeds_options(options: EvaluateSpeedsOptions) -> None:
     """End the program if an option is wrong, as far as that can be told without model and data."""
-    from ..evaluation.speed_sweep import TASK_METRICS
+    from ..evaluation.task_metrics import ALL_METRICS
     from ..modeling.exit_policies import EXIT_POLICIES, check_speed
 
     for name in ("model_name_or_path", "data_file"):
@@ -85,7 +91,8 @@ def check_evaluate_speeds_options(options: EvaluateSpeedsOptions) -> None:
     unknown = [policy for policy in options.policies or [] if policy not in EXIT_POLICIES]
     if unknown:
         fail(f"--policies must be some of {', '.join(EXIT_POLICIES)}, got {', '.join(unknown)}")
-    check_choice("metric", options.metric, TASK_METRICS)
+    if options.metric is not None:
+        check_choice("metric", options.metric, ALL_METRICS)
     if options.calibrate and not Path(options.model_name_or_path, "config.json").is_file():
         fail(f"--calibrate writes into the folder of a model, and {options.model_name_or_path} is none: save it first")
     if options.exit_policy is not None:
@@ -112,17 +119,25 @@ def main(arguments: list[str] | None = None) -> None:
     from ..data import check_rows, encode, load_rows, sample
     from ..evaluation import record_exits, save_table, sweep_speeds, time_speeds
     from ..evaluation.speed_sweep import SPEEDS
+    from ..evaluation.task_metrics import metric_of
+    from ..modeling.configuration_fastbert import FastBertConfig
     from ..modeling.families import max_text_tokens
-    from ..modeling.modeling_fastbert import FastBertForSequenceClassification
+    from ..modeling.modeling_fastbert import CLASSIFIERS
+    from ..modeling.tasks import task_of
 
-    columns = options.columns()
+    with one_line_errors("the model cannot be loaded"):
+        config = FastBertConfig.from_pretrained(options.model_name_or_path)
+    columns = {**options.columns(), "task": task_of(config).name}
+    if config.task == "token-classification" and columns["text_column"] == "text":
+        columns["text_column"] = "tokens"
     with one_line_errors():
+        metric, _ = metric_of(config, options.metric)
         rows = load_rows(options.data_file)
         has_labels = options.label_column in rows.column_names
         check_rows(rows, "evaluation", **{**columns, "label_column": options.label_column if has_labels else None})
     rows = sample(rows, options.max_samples, seed=0)
     with one_line_errors("the model cannot be loaded"):
-        model = FastBertForSequenceClassification.from_pretrained(options.model_name_or_path)
+        model = CLASSIFIERS[config.task].from_pretrained(options.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     if torch.cuda.is_available() and not options.use_cpu:
         model.to("cuda")
@@ -144,10 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
             model.policy(policy)  # whose gates may be missing
     with warnings.catch_warnings():
         if not has_labels:
-            print(f"The data has no column {options.label_column!r}: {options.metric} needs labels.", file=sys.stderr)
+            print(f"The data has no column {options.label_column!r}: {metric} needs labels.", file=sys.stderr)
             warnings.filterwarnings("ignore", message="the data has no labels")
         speeds = sorted({*SPEEDS, *options.speeds, *asked_for})
-        table = sweep_speeds(model, record, speeds, options.policies, options.metric)
+        table = sweep_speeds(model, record, speeds, options.policies, metric)
     table.attrs = {"model": options.model_name_or_path, "data": options.data_file, "rows": len(rows)}
 
     shown = [name for name in table.columns if not name.startswith(("exit_", "paper_flops", "executed_flops"))]

@@ -108,11 +108,12 @@ def main(arguments: list[str] | None = None, example_data: Path | None = None) -
 
     from ..data import encode, label_names
     from ..files import write_whole
-    from ..modeling.exit_classifiers import EXIT_TYPES
+    from ..modeling.answer_layouts import TextLayout
+    from ..modeling.exit_classifiers import exit_types_of
     from ..modeling.modeling_fastbert import FastBertForSequenceClassification
     from ..training.difficulty import hard_shares, label_difficulty
 
-    check_choice("exit_type", options.exit_type, EXIT_TYPES)
+    check_choice("exit_type", options.exit_type, exit_types_of(TextLayout()))
     rows = load_rows_to_label(options)
     backbone = options.model_name_or_path or default_backbone()
     with one_line_errors("the model cannot be loaded"):

@@ -37,6 +37,10 @@ class ColumnOptions:
         names = ("text_column", "text_pair_column", "label_column")
         return {name: getattr(self, name) for name in names}
 
+    def task_name(self) -> str:
+        """Return the name of the [`Task`], by which rows are checked: one label for each text."""
+        return "single_label_classification"
+
 
 @dataclass
 class TrainFileOptions(ColumnOptions):

@@ -63,12 +63,13 @@ class RecipeOptions(DataOptions):
 
 def chosen_recipes(options: RecipeOptions) -> dict[str, Recipe]:
     """Return the recipes that the options name, with the exits that they ask for."""
-    from ..modeling.exit_classifiers import EXIT_TYPES
+    from ..modeling.answer_layouts import TextLayout
+    from ..modeling.exit_classifiers import exit_types_of
     from ..training.recipes import get_recipe
 
     with one_line_errors():
         recipes = {name: get_recipe(name) for name in options.recipes}
-    check_choice("exit_type", options.exit_type, EXIT_TYPES)
+    check_choice("exit_type", options.exit_type, exit_types_of(TextLayout()))
     if options.exit_type is None:
         return recipes
     return {

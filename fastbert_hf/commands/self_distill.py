@@ -87,10 +87,14 @@ def shared_arguments(training: StageOneOptions) -> dict[str, Any]:
 
 def print_table(trained: Trained, speeds: list[float]) -> None:
     """Print what some speeds of the finished model cost and save."""
+    from ..evaluation.task_metrics import metric_of
+
     at_speed = {row["speed"]: row for row in trained.table.to_dict("records")}
-    print(f"\n{'speed':>7}{'accuracy':>11}{'mean layers':>14}{'layers saved':>15}")
+    metric, _ = metric_of(trained.model.config)
+    metric = metric if metric in trained.table else "agreement"
+    print(f"\n{'speed':>7}{metric:>11}{'mean layers':>14}{'layers saved':>15}")
     for speed in speeds:
-        accuracy, layers = at_speed[speed]["accuracy"], at_speed[speed]["mean_exit_layer"]
+        accuracy, layers = at_speed[speed][metric], at_speed[speed]["mean_exit_layer"]
         saved = 1 - layers / trained.model.config.num_hidden_layers
         print(f"{speed:>7.2f}{accuracy:>11.1%}{layers:>14.2f}{saved:>15.1%}")
     print()

@@ -37,6 +37,15 @@ QUICK_START = {
 COMMON = ("learning_rate", "num_train_epochs", "max_steps", "seed", "bf16", "use_cpu", "disable_tqdm")
 COMMON += ("load_best_model_at_end", "metric_for_best_model", "push_to_hub", "hub_model_id")
 DATA = ("train_file", "validation_file", "unlabeled_file")
+ONE_LABEL = "single_label_classification"
+# What `--task` says, as fields of a config.
+TASKS: dict[str | None, dict[str, str]] = {
+    None: {},
+    "text-classification": {},
+    "multi-label": {"problem_type": "multi_label_classification"},
+    "regression": {"problem_type": "regression"},
+    "token-classification": {"task": "token-classification"},
+}
 HUB_DATA = ("dataset_name", "dataset_config_name")
 
 
@@ -46,6 +55,17 @@ class SelfDistillOptions(DataOptions):
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretrained encoder; with --distill_only a fine-tuned classifier."}
+    )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model answers: text-classification, multi-label (labels with commas between), "
+            "regression (a number) or token-classification (words and tags, lists or with spaces between); the model's "
+            "own, or one label for each text, unless given."
+        },
+    )
+    tolerance: float | None = field(
+        default=None, metadata={"help": "For a regression: numbers so close are the same answer."}
     )
     distill_only: bool = field(default=False, metadata={"help": "Only stage 2: the model is fine-tuned already."})
     distill_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage 2."})
@@ -66,8 +86,19 @@ class SelfDistillOptions(DataOptions):
 
     def exits(self) -> dict[str, str]:
         """Return the fields of [`FastBertConfig`] that the options set."""
-        settings = {"exit_type": self.exit_type, "exit_policy": self.exit_policy}
-        return {name: value for name, value in settings.items() if value is not None}
+        settings = {"exit_type": self.exit_type, "exit_policy": self.exit_policy, "tolerance": self.tolerance}
+        return {**TASKS[self.task], **{name: value for name, value in settings.items() if value is not None}}
+
+    def columns(self) -> dict[str, Any]:
+        columns = super().columns()
+        if self.task == "token-classification" and columns["text_column"] == "text":
+            columns["text_column"] = "tokens"
+        return columns
+
+    def task_name(self) -> str:
+        """Return the name of the [`Task`], by which rows are checked."""
+        asked = TASKS[self.task]
+        return asked.get("problem_type", asked.get("task", ONE_LABEL)).replace("-", "_")
 
 
 @dataclass
@@ -200,14 +231,19 @@ def check_self_distill_options(options: SelfDistillOptions, example_data: Path |
         options ([`SelfDistillOptions`]): Those of the quick start are completed.
         example_data (`Path`, *optional*): Folder of the quick start's `train.tsv` and `test.tsv`.
     """
-    from ..modeling.exit_classifiers import EXIT_TYPES
+    from ..modeling.answer_layouts import TextLayout, TokenLayout
+    from ..modeling.exit_classifiers import exit_types_of
     from ..modeling.exit_policies import FREE_POLICIES, check_speed
 
     if options.model_name_or_path is None and options.has_data():
         fail("give the encoder to start from, as in --model_name_or_path bert-base-uncased")
     check_data_options(options, example_data)
-    check_choice("exit_type", options.exit_type, EXIT_TYPES)
+    check_choice("task", options.task, [name for name in TASKS if name is not None])
+    layout = TokenLayout() if options.task == "token-classification" else TextLayout()
+    check_choice("exit_type", options.exit_type, exit_types_of(layout))
     check_choice("exit_policy", options.exit_policy, FREE_POLICIES)
+    if options.task == "regression" and options.tolerance is None:
+        fail("give --tolerance, within which two numbers count as the same answer, as in --tolerance 0.25")
     if not options.temperature > 0:
         fail(f"--temperature must be above 0, got {options.temperature}")
     with one_line_errors():

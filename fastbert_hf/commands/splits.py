@@ -24,7 +24,7 @@ def load_splits(options: DataOptions, seed: int, train_has_labels: bool = True) 
     """
     from ..data import Splits, check_rows, hold_out, load_hub_rows, load_rows, sample
 
-    columns = options.columns()
+    columns = {**options.columns(), "task": options.task_name()}
     without_labels = {**columns, "label_column": None}
     with one_line_errors():
         validation = None

@@ -16,14 +16,14 @@ MOST_LEAD = 20.0  # of a logit above the second best: beyond, softmax is 1 in fl
 WINDOW = 5
 
 
-def softmax(logits: torch.Tensor) -> torch.Tensor:
+def probabilities_of(logits: torch.Tensor) -> torch.Tensor:
     """Return probabilities, at least in float32."""
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def entropy(logits: torch.Tensor, choices: torch.Tensor | int) -> torch.Tensor:
     """Return the entropy of each row over the log of the number of choices."""
-    probabilities = softmax(logits)
+    probabilities = probabilities_of(logits)
     most = math.log(choices) if isinstance(choices, int) else choices.log()
     share = (torch.special.entr(probabilities).sum(-1) / most).clamp(0, 1)
     # The sum rounds below 1 for many numbers of labels, and an undecided text would be below the speed 1.
@@ -33,12 +33,12 @@ def entropy(logits: torch.Tensor, choices: torch.Tensor | int) -> torch.Tensor:
 def confidence(logits: torch.Tensor, choices: torch.Tensor | int) -> torch.Tensor:
     """Return how far the greatest probability of each row is from 1, over how far it can be."""
     # Written so that equal probabilities round to exactly 1.
-    return (1 - (softmax(logits).amax(-1) * choices - 1) / (choices - 1)).clamp(0, 1)
+    return (1 - (probabilities_of(logits).amax(-1) * choices - 1) / (choices - 1)).clamp(0, 1)
 
 
 def margin(logits: torch.Tensor, choices: torch.Tensor | int) -> torch.Tensor:
     """Return 1 less the difference of the two greatest probabilities of each row."""
-    best, second = softmax(logits).topk(2).values.unbind(-1)
+    best, second = probabilities_of(logits).topk(2).values.unbind(-1)
     return 1 - (best - second)
 
 
@@ -62,11 +62,11 @@ def worst_window(measure):
 
     def of_texts(task, logits):
         values, is_there = task.each(measure, logits), ~task.has_no_token(logits)
-        sums = [
-            nn.functional.avg_pool1d(part[:, None], WINDOW, 1, WINDOW // 2, divisor_override=1)[:, 0]
+        means = [
+            nn.functional.avg_pool1d(part[:, None], WINDOW, 1, WINDOW // 2)[:, 0]
             for part in (values, is_there.to(values.dtype))
         ]
-        return (sums[0] / sums[1].clamp(min=1)).masked_fill(~is_there, 0).amax(-1)
+        return (means[0] / means[1].clamp(min=1 / WINDOW)).masked_fill(~is_there, 0).amax(-1)
 
     return of_texts
 
@@ -97,7 +97,7 @@ class Categorical(Task):
         return values if nothing is None else values.masked_fill(nothing, 0)
 
     def probabilities(self, logits):
-        return softmax(logits)
+        return probabilities_of(logits)
 
     def predictions(self, logits):
         return self.choices(logits).argmax(-1)
@@ -137,7 +137,7 @@ class Categorical(Task):
 
     def gate(self, logits, state):
         choices = self.choices(logits.float())
-        probabilities, answers = softmax(choices), choices.argmax(-1, keepdim=True)  # [texts, decisions, 1]
+        probabilities, answers = probabilities_of(choices), choices.argmax(-1, keepdim=True)  # [texts, decisions, 1]
         best, second = choices.topk(2).values.unbind(-1)
         # Of the answer, by the exits so far: [texts, 2, decisions].
         earlier = state.gather(3, answers[:, None].expand(-1, 2, -1, -1)).squeeze(3)

@@ -112,8 +112,8 @@ class CascadeConfig(PreTrainedConfig):
                 )
             if member.problem_type != self.problem_type:
                 raise ValueError(
-                    f"member {number} has problem_type={member.problem_type!r}, and the cascade {self.problem_type!r}: "
-                    "all of them must do the same."
+                    f"member {number} has problem_type={member.problem_type!r}, and the cascade {self.problem_type!r}"
+                    ": all of them must do the same."
                 )
             if member.task != "text-classification" or self.exit_policy not in member.exit_policies:
                 raise ValueError(

@@ -200,6 +200,11 @@ class FastBertConfig(PreTrainedConfig):
         exit_range(self.num_hidden_layers, self.min_exit_layer, self.max_layers)
 
     @property
+    def label_kind(self) -> str:
+        """What gold labels are, to a collator."""
+        return task_class(self).label_kind
+
+    @property
     def exit_policies(self) -> tuple[str, ...]:
         """Names of the exit policies that a model of this task can have."""
         return task_class(self).policies()

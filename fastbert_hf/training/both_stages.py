@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..evaluation.exit_record import record_exits
+from ..evaluation.task_metrics import ALL_METRICS, METRICS
 from ..modeling.exit_policies import check_speed
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
 from ..sharing.model_card import Measured, write_model_card
@@ -67,8 +68,8 @@ class Trained:
     table: pd.DataFrame | None = None
 
     def pipeline(self, **kwargs) -> Pipeline:
-        """Return the pipeline `"fast-text-classification"` of the model, with further arguments as it takes them."""
-        return pipeline("fast-text-classification", model=self.model, tokenizer=self.tokenizer, **kwargs)
+        """Return the pipeline of the model's task, such as `"fast-text-classification"`, with further arguments."""
+        return pipeline(f"fast-{self.model.config.task}", model=self.model, tokenizer=self.tokenizer, **kwargs)
 
 
 def train(
@@ -113,7 +114,12 @@ def train(
         stages (sequence of [`Stage`], *optional*):
             What is trained, and how: `[FineTuning(), ExitTraining()]`, or for a fine-tuned model `[ExitTraining()]`,
             unless given.
-        config (`Mapping`, *optional*): Fields of [`FastBertConfig`], such as `{"exit_type": "linear", "speed": 0.3}`.
+        config (`Mapping`, *optional*):
+            Fields of [`FastBertConfig`], such as `{"exit_type": "linear", "speed": 0.3}`. Here an encoder is told its
+            task, unless that is one label for each text: `{"problem_type": "multi_label_classification"}`, where a
+            row's label is a list of names, or a string of them with commas between; `{"problem_type": "regression",
+            "tolerance": 0.25}`, where it is a number; `{"task": "token-classification"}`, for words (`tokens`, or
+            `text_column`) and their tags (`label_column`), lists or strings with spaces between.
         text_column, text_pair_column, label_column (`str`):
             Where texts and labels are in all rows. A column `text_pair` is the second text of pairs, unless another is
             named.
@@ -143,6 +149,7 @@ def train(
         from ..evaluation import sweep_speeds  # before all training: it needs an extra
     check_training_arguments(training_arguments)
     start = StartingModel.of(model, tokenizer, dict(config or {}))
+    check_best_metric(training_arguments.get("metric_for_best_model"), start.task_name)
     stages = start.stages() if stages is None else stages
     if not stages or not isinstance(stages, Sequence) or not all(isinstance(stage, Stage) for stage in stages):
         raise ValueError(f"stages must be a list of stages, got {stages!r}. Example: [FineTuning(), ExitTraining()]")
@@ -165,7 +172,7 @@ def train(
             encoded, label2id = start.encoded(splits, stages, columns, max_length)
         run = _Run(folder, start, stages, encoded, label2id, settings)
         run.train(arguments)
-        fastbert = FastBertForSequenceClassification.from_pretrained(folder).to(arguments.device)
+        fastbert = start.model_class.from_pretrained(folder).to(arguments.device)
         table = fastbert.measured = None
         if arguments.process_index == 0:
             if encoded.validation is not None:
@@ -214,7 +221,7 @@ class _Run:
                 if before is None:
                     model = self.start.load(stage, self.label2id)
                 else:
-                    model = FastBertForSequenceClassification.from_pretrained(before)
+                    model = self.start.model_class.from_pretrained(before)
                 rows = self.rows_of(stage), self.rows.validation
                 return stage.make_trainer(output_dir, model, *rows, self.start.tokenizer, **self.training_arguments)
 
@@ -259,6 +266,17 @@ class _Run:
 def settings_of(stages: Sequence[Stage]) -> dict[str, Any]:
     """Return how each stage learns, in one table."""
     return {f"{stage.name} {name}": value for stage in stages for name, value in stage.settings().items()}
+
+
+def check_best_metric(metric: str | None, task_name: str) -> None:
+    """Raise a `ValueError` if the best model is to be told by a metric that this task has not, or does not report."""
+    asked = (metric or "loss").removeprefix("eval_").partition("_speed_")[0]
+    reported = next(iter(METRICS[task_name]))
+    if asked in ALL_METRICS and asked != reported:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is measured in no stage: give {reported!r} or 'loss', or what the "
+            f"exits give at one of their eval_speeds, as '{reported}_speed_0.5'."
+        )
 
 
 def check_training_arguments(training_arguments: Mapping[str, Any]) -> None:

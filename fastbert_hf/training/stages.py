@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.utils import CONFIG_NAME
 
 from ..evaluation.exit_record import record_exits
+from ..evaluation.task_metrics import ALL_METRICS
 from ..files import move_whole, write_whole
 from ..modeling.tasks import task_of
 from .arguments import ExitTrainingArguments, StageArguments
@@ -65,7 +66,7 @@ class Stage:
     trainer_class = CheckedTrainer
     arguments_class = StageArguments
     name = ""  # a part of the name of its folder
-    metrics = "loss|accuracy|f1|r2"  # what its evaluation measures, a pattern
+    metrics = "|".join(["loss", *ALL_METRICS])  # what its evaluation measures, a pattern
     trains_backbone = True
     trains_students = False
     needs_labels = True

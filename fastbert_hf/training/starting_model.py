@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from ..modeling.configuration_fastbert import FastBertConfig
 from ..modeling.families import max_text_tokens
-from ..modeling.modeling_fastbert import FastBertForSequenceClassification
-from ..modeling.stock_checkpoints import head_names, split_arguments
+from ..modeling.modeling_fastbert import CLASSIFIERS, FastBertForSequenceClassification
+from ..modeling.stock_checkpoints import STOCK_HEADS, head_names, split_arguments
+from ..modeling.tasks import TASKS
+from ..word_rows import WORDS
 from .stages import ExitTraining, FineTuning, Stage
 
 
@@ -72,6 +74,28 @@ class StartingModel:
         return self.own_config.model_type == FastBertConfig.model_type
 
     @property
+    def task(self) -> str:
+        """Return what the model is to answer, as its config calls it."""
+        own = getattr(self.own_config, "task", None) if self.has_exits else None
+        architectures = self.own_config.architectures or []
+        for task, head in STOCK_HEADS.items():
+            own = own or (task if any(name.endswith(head.suffix) for name in architectures) else None)
+        return self.config.get("task", own or "text-classification")
+
+    @property
+    def task_name(self) -> str:
+        """Return the name of the [`Task`], which tells what labels are."""
+        task = TASKS[self.task]
+        if not isinstance(task, dict):
+            return task.name
+        return self.config.get("problem_type", self.own_config.problem_type) or next(iter(task))
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """Return the class of the model with exits."""
+        return CLASSIFIERS[self.task]
+
+    @property
     def text_config(self) -> PreTrainedConfig:
         """Return the config of the encoder."""
         return self.own_config.text_config if self.has_exits else self.own_config
@@ -83,13 +107,14 @@ class StartingModel:
     def _is_fine_tuned(self) -> bool:
         is_loaded = isinstance(self.model, PreTrainedModel)
         architectures = [type(self.model).__name__] if is_loaded else self.own_config.architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        if not any(name.endswith(STOCK_HEADS[self.task].suffix) for name in architectures):
             return False
         if not is_loaded:
             return True
         # A head that Transformers has just put on an encoder has biases of zero, which the first step changes.
-        head = f"exits.{len(self.model.exits) - 1}.out_proj" if self.has_exits else head_names(self.own_config)[1]
-        return bool(self.model.get_submodule(head).bias.any())
+        if self.has_exits:
+            return bool(self.model.teacher.out_proj.bias.any())
+        return bool(self.model.get_submodule(head_names(self.own_config, self.task)[-1]).bias.any())
 
     def encoded(
         self, splits: Splits, stages: Sequence[Stage], columns: dict[str, Any], max_length: int | None
@@ -97,6 +122,9 @@ class StartingModel:
         """Return the rows as token ids, and the id of each label."""
         from ..data import check_rows, label_names
 
+        columns = {**columns, "task": self.task_name}
+        if columns["text_column"] == "text" and "text" not in splits.train.column_names:
+            columns["text_column"] = WORDS if WORDS in splits.train.column_names else "text"
         if columns["text_pair_column"] is None and "text_pair" in splits.train.column_names:
             columns = {**columns, "text_pair_column": "text_pair"}
         has_labels = {
@@ -109,7 +137,7 @@ class StartingModel:
                 check_rows(rows, name, **{**columns, "label_column": columns["label_column"] if labelled else None})
         names = dict(self.own_config.id2label)
         if not stages[0].needs_teacher and not self.has_exits:
-            names = dict(enumerate(label_names(splits.train, columns["label_column"])))
+            names = dict(enumerate(label_names(splits.train, columns["label_column"], columns["task"])))
         label2id = {name: index for index, name in names.items()}
         limits = (max_length, self.tokenizer.model_max_length, max_text_tokens(self.text_config))
         max_length = min(limit for limit in limits if limit is not None)
@@ -125,12 +153,12 @@ class StartingModel:
                 for parameter in fastbert.student_parameters():
                     parameter.requires_grad = False
             else:
-                fastbert = FastBertForSequenceClassification.from_pretrained(self.model)
+                fastbert = self.model_class.from_pretrained(self.model)
             for name, value in self.config.items():
                 setattr(fastbert.config, name, value)
             return fastbert
         if stage.needs_teacher:
-            return FastBertForSequenceClassification.from_classifier(self.model, **self.config)
+            return self.model_class.from_classifier(self.model, **self.config)
         id2label = {index: name for name, index in label2id.items()}
         labels = {"id2label": id2label, "label2id": label2id}
-        return FastBertForSequenceClassification.from_backbone(self.model, **labels, **self.config)
+        return self.model_class.from_backbone(self.model, **labels, **self.config)

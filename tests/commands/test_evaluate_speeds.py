@@ -124,7 +124,10 @@ def test_max_samples_takes_some_rows(run, model_dir, data_file):
         (["--model_name_or_path", ""], "give --model_name_or_path"),
         (["--model_name_or_path", "no/such/folder"], "the model cannot be loaded"),
         (["--policies", "hope"], "--policies must be some of entropy"),
-        (["--metric", "bleu"], "--metric must be one of accuracy, f1, matthews_correlation, got 'bleu'"),
+        (
+            ["--metric", "bleu"],
+            "--metric must be one of accuracy, f1, matthews_correlation, macro_f1, r2, pearson, got 'bleu'",
+        ),
         (["--speeds", "1.5"], r"speed must be a number in [0, 1], got 1.5"),
         (["--time_speeds", "-1"], r"speed must be a number in [0, 1], got -1"),
         (["--output", "table.txt"], "--output must end with .csv or .json"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -78,10 +77,10 @@ def test_weighted_cross_entropy_counts_exit_j_j_times(tmp_path):
 
 def test_objectives_are_those_of_the_task(tmp_path):
     """With a task whose loss and divergence are squares: no objective knows of a softmax."""
-    squares = dataclasses.replace(
-        TASK,
-        loss=lambda logits, labels: (logits[:, 0] - labels) ** 2,
-        divergence=lambda students, teacher, temperature, reverse: (students - teacher)[..., 0] ** 2 * temperature,
+    squares = one_label()
+    squares.loss = lambda logits, labels: ((logits[:, 0] - labels) ** 2).mean()
+    squares.divergence = lambda students, teacher, temperature, reverse: (
+        (students - teacher)[..., 0] ** 2 * temperature
     )
     to_teacher = ((LOGITS[:, :-1, 0] - LOGITS[:, -1:, 0]) ** 2).mean(0)
     to_labels = ((LOGITS[..., 0] - LABELS[:, None]) ** 2).mean(0)
