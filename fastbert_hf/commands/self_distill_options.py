@@ -60,8 +60,8 @@ class SelfDistillOptions(DataOptions):
         default=None,
         metadata={
             "help": "What the model answers: text-classification, multi-label (labels with commas between), "
-            "regression (a number) or token-classification (words and tags, lists or with spaces between); the model's "
-            "own, or one label for each text, unless given."
+            "regression (a number) or token-classification (words and tags, lists or with spaces between). The "
+            "model's own, or one label for each text, unless given."
         },
     )
     tolerance: float | None = field(

@@ -59,6 +59,11 @@ class Reader:
         self.num_layers = self.model["num_hidden_layers"]
         self.text_config = self.config["text_config"]
         self.labels = {int(number): label for number, label in self._labels()}
+        if self.config.get("problem_type") in ("multi_label_classification", "regression") or len(self.labels) < 2:
+            raise ValueError(
+                f"{self.folder} gives several labels to a text, or numbers, and this reader one label to each: load "
+                "it with fastbert_hf, as in AutoModelForSequenceClassification.from_pretrained(folder)."
+            )
         if not (self.folder / "tokenizer.json").is_file():
             raise ValueError(f"{self.folder} has no tokenizer.json, which this reader needs: save a fast tokenizer.")
         # One that cuts texts and one that does not, so that threads can share both.

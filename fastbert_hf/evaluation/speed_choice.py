@@ -117,6 +117,7 @@ def members_with_students(model: PreTrainedModel) -> list[PreTrainedModel]:
             f"model must be one with exits, got {type(model).__name__}. Wrap yours and distil it: "
             "FastBertForSequenceClassification.from_classifier(name)"
         )
+    task_of(model.config).check_comparable()
     for member, thresholds in zip(members, config_thresholds(model.config, torch.ones(1)), strict=True):
         member.checked_thresholds(thresholds)
     return members

@@ -78,7 +78,7 @@ class CascadeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Transformers builds a config without arguments to compare others with.
         if self.members:
-            self._check_members()
+            self.check_members()
         check_speed(self.speed)
         for name in ("gates", "calibration", "certification"):
             setattr(self, name, copy.deepcopy(getattr(self, name)))
@@ -101,7 +101,8 @@ class CascadeConfig(PreTrainedConfig):
                 if key == "dtype":  # Transformers builds a backbone in that of its own config
                     member.text_config.dtype = value
 
-    def _check_members(self) -> None:
+    def check_members(self) -> None:
+        """Raise a `ValueError` unless the members can be those of a cascade."""
         if len(self.members) < 2:
             raise ValueError("a cascade has at least two members, got 1: give a smaller or a larger one beside it.")
         for number, member in enumerate(self.members, start=1):

@@ -29,7 +29,6 @@ from .pretrained_fastbert import FastBertPreTrainedModel, is_quantised_config
 from .processing_cascade import CascadeProcessor, warn_of_other_tokenizer
 from .scheduler import Member, answer_rows, answer_texts
 from .stock_checkpoints import LOADING_ARGUMENTS, dtype_of
-from .tasks import task_of
 from .token_coarsening import check_retention
 
 
@@ -67,7 +66,7 @@ class CascadeForSequenceClassification(CompilesLayers, FastBertPreTrainedModel):
             raise ValueError(
                 "the config names no members. Example: CascadeConfig(members=[small.config, large.config])"
             )
-        task_of(config)
+        config.check_members()
         for member in config.members:
             member._attn_implementation = config._attn_implementation
         self.num_labels = config.num_labels

@@ -29,7 +29,15 @@ class Regression(Task):
 
     def __init__(self, config=None):
         super().__init__(config)
-        self.tolerance = getattr(config, "tolerance", None) or 0.0
+        self.is_named = getattr(config, "tolerance", None) is not None
+        self.tolerance = config.tolerance if self.is_named else 0.0
+
+    def check_comparable(self):
+        if not self.is_named:
+            raise ValueError(
+                "a regression needs to know how far two numbers may be apart and still agree, in the units of the "
+                "labels: set it in the config, as in model.config.tolerance = 0.25"
+            )
 
     def probabilities(self, logits):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -55,6 +63,9 @@ class Regression(Task):
         # A temperature divides the numbers, and its square multiplies the result: nothing changes.
         return (students.float() - teacher.float()).square().mean(-1)
 
+    def has_nan(self, logits):
+        return ~logits.isfinite().all(-1)
+
     def start_patience(self, texts, device):
         return torch.full((texts, self.num_labels, 2), math.nan, device=device).index_fill_(
             2, torch.tensor([1], device=device), 0.0
@@ -66,6 +77,7 @@ class Regression(Task):
 
     def gate(self, logits, state):
         values = logits.float()
+        values = values.where(values.isfinite(), math.nan)
         asked, total, last = state.unbind(1)
         is_first = asked == 0
         change = (values - last).abs().masked_fill(is_first, 0)

@@ -57,6 +57,9 @@ class Task:
         """Tell whether two answers differ, `[...]`, from the logits of both."""
         return ~self.is_same(self.decided(logits), self.decided(other)).all(-1)
 
+    def check_comparable(self) -> None:
+        """Raise a `ValueError` unless it is known which answers count as the same."""
+
     def is_right(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Tell whether an answer is that of its labels, `[rows]`, one for each decision where there are several."""
         labels = labels.view(len(labels), -1)
@@ -64,7 +67,7 @@ class Task:
 
     def has_nan(self, logits: torch.Tensor) -> torch.Tensor:
         """Tell of each answer whether it is none, as something in it is not a number: `[...]`."""
-        broken = self.probabilities(logits).isnan().any(-1)
+        broken = (self.probabilities(logits).isnan() | logits.isposinf()).any(-1)
         return broken.any(-1) if self.layout.per_token else broken
 
     def has_no_token(self, logits: torch.Tensor) -> torch.Tensor | None:

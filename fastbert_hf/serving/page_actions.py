@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ..modeling.pipeline_fastbert import FastTextClassificationPipeline
+from ..modeling.tasks import task_of
 from .page_answers import ManyTexts, OneText, TooLong, joined_records, record_in_steps
 from .page_dials import page_dials
 from .page_figures import as_html, hints, many_texts_figure, notice, one_text_figure, progress, stacked, table
@@ -95,6 +96,9 @@ class PageActions:
     """
 
     def __init__(self, classifier: FastTextClassificationPipeline):
+        task = task_of(classifier.model.config).name
+        if task != "single_label_classification":
+            raise ValueError(f"the page shows models that give one label to each text, and this one is for {task}.")
         self.classifier = classifier
         self.dials, self.missing = page_dials(classifier)
         id2label = classifier.model.config.id2label

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..escapes import as_markdown, as_python, printable
 from ..files import write_whole
 from ..modeling.dials import greatest_speedup
+from ..modeling.tasks import task_of
 from .dial_tables import asked_rows
 
 
@@ -26,7 +27,16 @@ logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PLOT = "speed_accuracy.png"
-EXAMPLE = "I would go there again."
+# By the name of a task: what such a model is, and a text for the code blocks.
+KINDS = {
+    "single_label_classification": ("A text classifier", "I would go there again."),
+    "multi_label_classification": (
+        "A text classifier whose texts may have several labels",
+        "I would go there again.",
+    ),
+    "regression": ("A regression on texts", "I would go there again."),
+    "token_classification": ("A token classifier", "Ada Lovelace never lived in Turin."),
+}
 TAGS = ("fastbert", "early-exit", "adaptive-inference")
 CASCADE_TAGS = ("cascadebert", "cascade", "adaptive-inference")
 # Columns of a table of speeds that are not a metric of the task, in the order in which a card shows them.
@@ -38,7 +48,7 @@ COST_COLUMNS = {
     "executed_speed_up": "fewer FLOPs",
 }
 HIDDEN_COLUMNS = ("policy", "paper_flops", "paper_speed_up", "executed_flops")
-SHARES = ("accuracy", "agreement", "f1", "precision", "recall")
+SHARES = ("accuracy", "agreement", "f1", "macro_f1", "precision", "recall")
 
 
 @dataclass
@@ -110,7 +120,7 @@ def write_model_card(
     tags: str | Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
     notes: str | None = None,
-    example: str = EXAMPLE,
+    example: str | None = None,
 ) -> ModelCard:
     """
     Write `README.md` into the folder of a saved model, and where speeds were measured a plot of them (for which the
@@ -130,7 +140,7 @@ def write_model_card(
         datasets, language, license, tags: Metadata of the Hub.
         training (mapping, *optional*): Settings, in the order in which they are listed.
         notes (`str`, *optional*): Markdown below the table.
-        example (`str`): A text for the code blocks.
+        example (`str`, *optional*): A text for the code blocks.
 
     Returns:
         `huggingface_hub.ModelCard`
@@ -152,19 +162,20 @@ def write_model_card(
     repo_id, config = model_name if repo_id is None else repo_id, model.config
     num_layers = (config if members is None else config.members[-1]).num_hidden_layers
     base_models = [printable(name) for name in as_list(base_model) if name] or backbones_on_hub(config)
+    task, (kind, own_example) = getattr(config, "task", "text-classification"), KINDS[task_of(config).name]
     datasets = [*as_list(datasets), *filter(None, [measured and measured.dataset])]
     plot = measured is not None and write_plot(folder / PLOT, measured, config.num_hidden_layers)
     data = ModelCardData(
         model_name=printable(model_name),
         library_name="fastbert_hf",
-        pipeline_tag="text-classification",
+        pipeline_tag=task,
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
         datasets=list(dict.fromkeys(map(printable, datasets))) or None,
         metrics=(measured.metrics or None) if measured else None,
         language=language,
         license=license,
         tags=list(dict.fromkeys([*(TAGS if members is None else CASCADE_TAGS), *as_list(tags)])),
-        eval_results=eval_results(measured, config.speed) if measured else None,
+        eval_results=eval_results(measured, config.speed, task) if measured else None,
     )
     asked = asked_rows(model)
     units = [part["unit"] for part in (config.calibration, config.certification) if part is not None]
@@ -180,7 +191,9 @@ def write_model_card(
         greatest_speedup=None if config.calibration is None else greatest_speedup(config.calibration),
         asked=markdown_table(("ask for", "exits answer below", "cost"), asked) if asked else None,
         unit="layers" if "layers" in units else "executed FLOPs",
-        example=as_python(example),
+        example=as_python(own_example if example is None else example),
+        task=task,
+        kind=kind,
         labels=", ".join(map(as_markdown, config.id2label.values())),
         with_code=has_code(folder),
         measured_on=describe_data(measured) if measured else None,
@@ -268,16 +281,18 @@ def cell(name: str, value: float) -> str:
 
 
 def title(name: str) -> str:
-    return {"f1": "F1", "matthews_correlation": "Matthews correlation"}.get(name, name.replace("_", " "))
+    return {"f1": "F1", "macro_f1": "macro F1", "r2": "R²", "matthews_correlation": "Matthews correlation"}.get(
+        name, name.replace("_", " ")
+    )
 
 
-def eval_results(measured: Measured, default_speed: float) -> list[EvalResult] | None:
+def eval_results(measured: Measured, default_speed: float, task: str) -> list[EvalResult] | None:
     """Return the metrics at full depth and at the default speed, for the card's `model-index`."""
     dataset = printable(measured.dataset or "unknown")
     shown = [row for row in measured.speeds if row["speed"] in (0, default_speed)]
     results = [
         EvalResult(
-            task_type="text-classification",
+            task_type=task,
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=measured.split and printable(measured.split),

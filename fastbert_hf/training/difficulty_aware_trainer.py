@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..modeling.tasks import task_of
 from .arguments import StageArguments
-from .checked_trainer import CheckedTrainer
+from .checked_trainer import CheckedTrainer, base_model
+from .difficulty import check_one_label
 from .objectives import difficulty_margin_loss
 
 
@@ -97,6 +98,7 @@ class DifficultyAwareTrainer(CheckedTrainer):
                 "train_dataset=...)"
             )
         super().__init__(model, args, **kwargs)
+        check_one_label(base_model(self.model))
         self._difficulty_loss, self._steps = 0.0, 0
 
     def train(self, *args, **kwargs):

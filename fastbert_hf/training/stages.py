@@ -320,6 +320,8 @@ def with_answers(
     model: FastBertForSequenceClassification, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     """Return the rows with the probabilities that the full model gives them in place of their labels."""
+    if task_of(model.config).layout.per_token:
+        raise ValueError("the answers of a token classifier cannot be labels: distil it with ExitTraining.")
     record = record_exits(model, rows, tokenizer=tokenizer)
     answers = task_of(model.config).probabilities(record.exit_logits[:, -1])
     return rows.remove_columns("labels").add_column("labels", answers.tolist())
