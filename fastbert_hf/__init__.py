@@ -4,7 +4,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .engines.exported_models import FastBertOnnx, FastBertOpenVino
@@ -13,11 +19,13 @@ from .modeling.configuration_fastbert import FastBertConfig
 from .modeling.int8_quantizer import FastBertInt8Config
 from .modeling.modeling_cascade import CascadeForSequenceClassification
 from .modeling.modeling_fastbert import (
+    FastBertForQuestionAnswering,
     FastBertForSequenceClassification,
     FastBertForTokenClassification,
     FastBertModel,
 )
 from .modeling.pipeline_fastbert import FastTextClassificationPipeline
+from .modeling.pipeline_question_answering import FastQuestionAnsweringPipeline
 from .modeling.pipeline_token_classification import FastTokenClassificationPipeline
 from .modeling.processing_cascade import CascadeProcessor
 from .sharing import Measured, push_to_hub, save_with_code, write_model_card
@@ -38,6 +46,7 @@ AutoConfig.register("fastbert", FastBertConfig)
 AutoModel.register(FastBertConfig, FastBertModel)
 AutoModelForSequenceClassification.register(FastBertConfig, FastBertForSequenceClassification)
 AutoModelForTokenClassification.register(FastBertConfig, FastBertForTokenClassification)
+AutoModelForQuestionAnswering.register(FastBertConfig, FastBertForQuestionAnswering)
 AutoConfig.register("fastbert_cascade", CascadeConfig)
 # A cascade has no encoder of its own below its classifiers.
 AutoModel.register(CascadeConfig, CascadeForSequenceClassification)
@@ -59,15 +68,25 @@ PIPELINE_REGISTRY.register_pipeline(
     pt_model=AutoModelForTokenClassification,
     type="text",
 )
+PIPELINE_REGISTRY.register_pipeline(
+    "fast-question-answering",
+    pipeline_class=FastQuestionAnsweringPipeline,
+    pt_model=AutoModelForQuestionAnswering,
+    type="text",
+)
 # With this mark every saved pipeline would point to custom code, and refuse to load without trust_remote_code.
-del FastTextClassificationPipeline._registered_impl, FastTokenClassificationPipeline._registered_impl
+for registered in (FastTextClassificationPipeline, FastTokenClassificationPipeline, FastQuestionAnsweringPipeline):
+    del registered._registered_impl
+del registered
 # The code that travels with weights keeps the stock push; the package adds a model card and, on request, that code.
 for pushed in (
     FastBertForSequenceClassification,
     FastBertForTokenClassification,
+    FastBertForQuestionAnswering,
     CascadeForSequenceClassification,
     FastTextClassificationPipeline,
     FastTokenClassificationPipeline,
+    FastQuestionAnsweringPipeline,
 ):
     pushed.push_to_hub = push_to_hub
 del push_to_hub, pushed, exported
@@ -84,7 +103,12 @@ def _drift(pipeline, *arguments, **named):
 
 
 # What code beside weights cannot do alone.
-for certified in (FastBertForSequenceClassification, FastBertForTokenClassification, CascadeForSequenceClassification):
+for certified in (
+    FastBertForSequenceClassification,
+    FastBertForTokenClassification,
+    FastBertForQuestionAnswering,
+    CascadeForSequenceClassification,
+):
     certified.certify = _certify
 del certified
 FastTextClassificationPipeline.drift = FastTokenClassificationPipeline.drift = _drift
@@ -119,12 +143,14 @@ __all__ = [
     "CascadeForSequenceClassification",
     "CascadeProcessor",
     "FastBertConfig",
+    "FastBertForQuestionAnswering",
     "FastBertForSequenceClassification",
     "FastBertForTokenClassification",
     "FastBertInt8Config",
     "FastBertModel",
     "FastBertOnnx",
     "FastBertOpenVino",
+    "FastQuestionAnsweringPipeline",
     "FastTextClassificationPipeline",
     "FastTokenClassificationPipeline",
     "Measured",

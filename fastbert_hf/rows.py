@@ -17,6 +17,7 @@ from .word_rows import WORDS, encode_words
 PADDED_WITH = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "task_type_ids": 0, "position_ids": 0}
 # As the collators of Transformers read them.
 LABEL_NAMES = ("labels", "label", "label_ids")
+SPAN_NAMES = ("start_positions", "end_positions")
 TEXT_NAMES = ("text", "text_pair")
 BATCH = 1_000  # texts that are tokenized together
 
@@ -214,7 +215,8 @@ class PaddingCollator:
         columns (`tuple[str, ...]`, *optional*): Further columns to stack, where the rows have them: a number each.
         label_kind (`str`, *optional*, defaults to `"ids"`):
             What `labels` are: `"ids"` of labels, or a number for each of them; `"token_ids"`, one for each token of a
-            row, padded with -100; or `"numbers"` of a regression.
+            row, padded with -100; `"numbers"` of a regression; or `"spans"`, the first and the last token of an
+            answer, which may also be `start_positions` and `end_positions`.
 
     Example:
 
@@ -269,6 +271,8 @@ class PaddingCollator:
         longest = max(len(row["input_ids"]) for row in inputs)
         batch = {name: torch.tensor([self._padded(name, row[name], longest) for row in inputs]) for name in names}
         batch.update({name: torch.tensor([row[name] for row in rows]) for name in self.columns if name in rows[0]})
+        if self.label_kind == "spans":
+            rows = [with_span(row) for row in rows]
         labels = self._token_labels(rows, batch) if self.label_kind == "token_ids" else self._labels(rows)
         return batch if labels is None else {**batch, "labels": labels}
 
@@ -330,7 +334,13 @@ class PaddingCollator:
                 f"{name!r} must be the ids of labels (or the probabilities of all labels) in every row, got "
                 f"{strange!r:.60}. Example: [{{**row, 'labels': model.config.label2id[row['label']]}} for row in rows]"
             )
-        return torch.tensor(values, dtype=torch.float)
+        return torch.tensor(values, dtype=torch.long if self.label_kind == "spans" else torch.float)
+
+
+def with_span(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row whose `labels` are the ends of its answer, where it names them as stock data sets do."""
+    ends = [row.get(name) for name in SPAN_NAMES]
+    return row if None in ends else {**row, "labels": [int(end) for end in ends]}
 
 
 __all__ = ["PaddingCollator", "encoded_rows"]

@@ -86,7 +86,9 @@ def known_again(record: ExitRecord) -> str:
 def marks_of(record: ExitRecord) -> set[bytes]:
     """Return a mark of each text: of how long it is, and what the last exit says of it, roughly."""
     lengths = torch.zeros(len(record.exit_logits), 1) if record.layer_flops is None else record.layer_flops[:, -1:]
-    said = torch.cat([(100 * record.exit_logits[:, -1]).flatten(1).round().double(), lengths.double()], 1).numpy()
+    # Where an exit says a single number, what all of them say.
+    logits = record.exit_logits if record.exit_logits.shape[2:] == (1,) else record.exit_logits[:, -1]
+    said = torch.cat([(100 * logits).flatten(1).round().double(), lengths.double()], 1).numpy()
     # Where tokens are labelled, those that a text has not.
     return {sha256(row[row != 100 * NO_TOKEN].tobytes()).digest()[:BYTES] for row in said}
 

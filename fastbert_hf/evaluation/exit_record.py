@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..modeling.families import max_text_tokens
 from ..modeling.processing_cascade import CascadeProcessor
 from ..modeling.tasks import task_of
-from ..rows import LABEL_NAMES, PADDED_WITH, PaddingCollator, encoded_rows
+from ..rows import LABEL_NAMES, PADDED_WITH, SPAN_NAMES, PaddingCollator, encoded_rows
 from .flops import executed_costs
 
 
@@ -53,7 +53,8 @@ class ExitRecord:
                 f"got {list(self.exit_logits.shape)}."
             )
         rows, layers = self.exit_logits.shape[:2]
-        has_many = self.labels is not None and self.labels.shape == (rows, self.exit_logits.shape[2])
+        has_many = self.labels is not None and self.labels.dim() == 2 and len(self.labels) == rows
+        has_many = has_many and self.labels.shape[1] in self.exit_logits.shape[2:]
         for name, shape, meaning in (
             ("layer_flops", (rows, layers), "[rows, L]"),
             ("exit_flops", (rows, layers), "[rows, L]"),
@@ -257,11 +258,11 @@ def _record_model(
     return ExitRecord(
         task.layout.cat(exit_logits)[back].clone(),  # outside inference mode: a tensor like any other
         *executed_costs(model, lengths),
-        labels=task.layout.cat_labels(labels)[back] if labels[0] is not None else None,
+        labels=task.cat_labels(labels)[back] if labels[0] is not None else None,
         weights=(model.weights_digest(),),
     )
 
 
 def _read_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is read of a row; texts, for one, cannot be padded."""
-    return {name: value for name, value in row.items() if name in PADDED_WITH or name in LABEL_NAMES}
+    return {name: value for name, value in row.items() if name in (*PADDED_WITH, *LABEL_NAMES, *SPAN_NAMES)}

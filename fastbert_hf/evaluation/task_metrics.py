@@ -75,6 +75,15 @@ def right_tokens(task: Task, logits: torch.Tensor, labels: torch.Tensor, config:
     return torch.stack([right.sum(-1), is_counted.sum(-1)], -1)
 
 
+def overlaps(task: Task, logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return F1 of the tokens of each answer against the gold ones, and a 1."""
+    first, last = task.decided(logits).unbind(-1)
+    both = torch.minimum(last, labels[:, 1]) - torch.maximum(first, labels[:, 0]) + 1
+    tokens = (last - first + 1).clamp(min=0) + labels[:, 1] - labels[:, 0] + 1
+    scores = 2 * both.clamp(min=0).double() / tokens
+    return torch.stack([scores, torch.ones_like(scores)], -1)
+
+
 def moments(task: Task, logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
     """Return what the variances and covariances of answers and labels follow from: `[rows, 6, outputs]`, float64."""
     given, gold = logits.double(), labels.double().view(len(labels), -1)
@@ -140,7 +149,7 @@ METRICS: dict[str, dict[str, TaskMetric]] = {
         "f1": TaskMetric(of_entities, f1),  # of entities
         "accuracy": TaskMetric(right_tokens, share),  # of tokens
     },
-    "question_answering": {"accuracy": TaskMetric(right_answers, share)},
+    "question_answering": {"f1": TaskMetric(overlaps, share), "accuracy": TaskMetric(right_answers, share)},
 }
 ALL_METRICS = tuple(dict.fromkeys(name for metrics in METRICS.values() for name in metrics))
 

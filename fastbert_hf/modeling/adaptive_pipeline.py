@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
 from difflib import get_close_matches
 from functools import cache
 from inspect import signature
@@ -279,6 +280,42 @@ def no_longer_than(longest: int, encoded: Iterable[Any]) -> Iterator[Any]:
             )
         else:
             yield row
+
+
+class DialOfPieces:
+    """
+    The dial of a call that has one for each text, where a text is read in several pieces.
+
+    Args:
+        values (iterable of `float`): One for each text.
+    """
+
+    def __init__(self, values: Iterable[float]):
+        self.values, self.waiting = iter(values), deque()
+
+    def begin(self, position: int, pieces: int) -> None:
+        """Note that so many pieces of the next text follow."""
+        value = next(self.values, None)
+        if value is None:
+            raise ValueError(f"there are {position} speeds but more texts: give one number for all, or one for each.")
+        self.waiting.extend([value] * pieces)
+
+    def __iter__(self) -> Iterator[float]:
+        while self.waiting:
+            yield self.waiting.popleft()
+
+
+def dial_of_pieces(arguments: dict[str, Any], texts: Any) -> DialOfPieces | None:
+    """Put a [`DialOfPieces`] in place of a dial with one number for each text, and return it."""
+    for name in DIALS:
+        value = arguments.get(name)
+        if value is None or is_one(value):
+            continue
+        if isinstance(value, Sized) and isinstance(texts, Sized) and len(value) != len(texts):
+            raise ValueError(f"got {len(value)} {name}s for {len(texts)} texts: give one for all, or one for each.")
+        arguments[name] = DialOfPieces(value)
+        return arguments[name]
+    return None
 
 
 def given(**arguments: Any) -> dict[str, Any]:

@@ -117,6 +117,8 @@ class Categorical(Task):
 
     def check_gold(self, labels):
         given = labels[labels != -100] if self.layout.per_token else labels
+        if not self.layout.per_token and labels.dim() > 1:
+            raise ValueError(f"labels must be one id for each row, got {list(labels.shape[1:])} of them.")
         if given.numel() and (given.min() < 0 or given.max() >= self.num_labels):
             raise ValueError(
                 f"labels must be from 0 to {self.num_labels - 1}, got {given.min()} to {given.max()}: for data "
@@ -211,7 +213,7 @@ class MultiLabel(Categorical):
         return torch.stack([torch.zeros_like(own), own], -1)
 
     def check_gold(self, labels):
-        if labels.dim() != 2 or not ((labels == 0) | (labels == 1)).all():
+        if labels.dim() != 2 or labels.shape[1] != self.num_labels or not ((labels == 0) | (labels == 1)).all():
             raise ValueError(
                 f"labels must be 0 or 1 for each of the {self.num_labels} labels, got {labels.flatten()[:8].tolist()}"
                 ": for data without gold labels leave out the column 'labels'."
@@ -279,8 +281,21 @@ class Span(Categorical):
 
     name = "question_answering"
     layout = TokenLayout()
+    label_kind = "spans"
     least_labels = 2
     decisions = 2
+
+    def check_gold(self, labels):
+        if labels.dim() != 2 or labels.shape[1] != 2 or (labels < 0).any():
+            raise ValueError(
+                f"labels must be the first and the last token of each answer, got {labels.flatten()[:8].tolist()}."
+            )
+
+    def cat_labels(self, parts):
+        return torch.cat(list(parts))
+
+    def probabilities(self, logits):
+        return probabilities_of(self.choices(logits)).transpose(-1, -2)
 
     def choices(self, logits):
         return logits.transpose(-1, -2)

@@ -107,6 +107,7 @@ class EncoderFamily:
         token_head (`str`, *optional*):
             The Linear of the family's stock classifier of tokens, as a name below the
             `AutoModelForTokenClassification`. `None` where that head has another structure.
+        span_head (`str`, *optional*): Likewise of the `AutoModelForQuestionAnswering`.
     """
 
     layers: str = "encoder.layer"
@@ -120,6 +121,7 @@ class EncoderFamily:
     head: tuple[str, str] | None = ("classifier.dense", "classifier.out_proj")
     head_activation: str = "tanh"
     token_head: str | None = "classifier"
+    span_head: str | None = "qa_outputs"
 
 
 ENCODER_FAMILIES = {
@@ -158,6 +160,7 @@ ENCODER_FAMILIES = {
         has_pooler=False,
         head=None,
         token_head=None,
+        span_head=None,
     ),
 }
 

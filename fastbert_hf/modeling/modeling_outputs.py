@@ -38,12 +38,35 @@ class FastBertSequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+@dataclass
+class FastBertQuestionAnsweringOutput(ModelOutput):
+    """
+    Where the answers of a FastBERT model begin and end in their texts.
+
+    Args:
+        loss (`torch.Tensor`, *optional*): Of both ends, where they were given.
+        start_logits, end_logits (`torch.Tensor` of shape `[batch_size, sequence_length]`):
+            At the exit that each row took, -100 at padding.
+        exit_layer, uncertainty, hidden_states: As in [`FastBertSequenceClassifierOutput`].
+        exit_logits (`torch.Tensor` of shape `[batch_size, L, sequence_length, 2]`, *optional*): Of every exit.
+    """
+
+    loss: torch.Tensor | None = None
+    start_logits: torch.Tensor | None = None
+    end_logits: torch.Tensor | None = None
+    exit_layer: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    exit_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
 class Prediction(NamedTuple):
     """
     What `predict` says of one text.
 
     Args:
-        logits (`torch.Tensor` of shape `[num_labels]`, CPU): At the exit that the text took.
+        logits (`torch.Tensor` of shape `[num_labels]`, or `[tokens, num_labels]`, CPU):
+            At the exit that the text took.
         exit_layer (`int`): Layers that it ran through, 1 to L; in all members of a cascade together.
         uncertainty (`float`): Of the exit taken, by the `exit_policy` of the call or the config.
         exit_member (`int`): The member of a cascade that answered, 1 to n; 1 where there is no cascade.

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import TokenClassificationPipeline
 from transformers.utils.logging import tqdm
 
-from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline
+from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline, DialOfPieces, dial_of_pieces
 from .answer_layouts import NO_TOKEN
 from .modeling_outputs import Prediction
+from .pipeline_inputs import texts_of
 
 
 # What stock `preprocess` gives beside what the model reads.
@@ -74,8 +75,8 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
         Label the tokens of texts.
 
         Args:
-            inputs (`str`, `list` or iterator):
-                A text or many; with `is_split_into_words=True` lists of words.
+            inputs (`str`, `list`, `Dataset`, `DataFrame` or iterator):
+                A text or many; of a table the column `text`; with `is_split_into_words=True` lists of words.
             speed (`float` or iterable of `float`, *optional*):
                 In [0, 1], for this call, or one for each text; 0 runs every layer.
             return_exit_layers (`bool`, *optional*): Whether each text has a dict of `entities` and its `exit_layer`.
@@ -85,6 +86,10 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
         """
         if kwargs.get("batch_size") is None:
             kwargs["batch_size"] = BY_TOKENS if self._batch_size is None else self._batch_size
+        if not kwargs.get("is_split_into_words"):
+            inputs = texts_of(inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []
         return super().__call__(inputs, **kwargs)
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
@@ -102,7 +107,8 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
         total = len(inputs) if isinstance(inputs, Sized) else None
         waiting: deque[Piece] = deque()
         reading = {"truncation": True} | ({"stride": True} if "tokenizer_params" in preprocess_params else {})
-        encoded = self._encoded(inputs, waiting, on_error, preprocess_params)
+        dial = dial_of_pieces(forward_params, inputs)
+        encoded = self._encoded(inputs, waiting, dial, on_error, preprocess_params)
         answers = self._predictions(encoded, batch_size, reading, forward_params)
         texts = tqdm(by_text(answers, waiting), total=total, desc="Tagging", disable=not shows["progress_bar"])
         for position, (pieces, predictions) in enumerate(texts):
@@ -111,14 +117,29 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
                 if on_error == "return":
                     yield {"error": str(error), "position": position}
                 continue
-            entities = self.postprocess(list(map(with_logits, pieces, predictions)), **postprocess_params)
+            entities = self._entities(pieces, predictions, postprocess_params)
             depth = max(prediction.exit_layer for prediction in predictions)
-            for entity in entities:
-                entity["exit_layer"] = depth
             yield {"entities": entities, "exit_layer": depth} if shows["return_exit_layers"] else entities
 
+    def _entities(
+        self, pieces: list[Piece], predictions: list[Prediction], postprocess_params: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the entities of a text, each with the exit layer of its piece, joined as the stock pipeline does."""
+        of_text = {name: pieces[0].inputs.get(name) for name in ("sentence", "word_to_chars_map")}
+        found = []
+        for piece, prediction in zip(pieces, predictions, strict=True):
+            outputs = {**with_logits(piece, prediction), **of_text}
+            entities = self.postprocess([outputs], **postprocess_params)
+            found += [{**entity, "exit_layer": prediction.exit_layer} for entity in entities]
+        return self.aggregate_overlapping_entities(found) if len(pieces) > 1 else found
+
     def _encoded(
-        self, inputs: Iterable, waiting: deque[Piece], on_error: str, preprocess_params: dict[str, Any]
+        self,
+        inputs: Iterable,
+        waiting: deque[Piece],
+        dial: DialOfPieces | None,
+        on_error: str,
+        preprocess_params: dict[str, Any],
     ) -> Iterator[dict[str, list[int]] | Exception]:
         """Yield what the model reads of each piece, and note the rest of it."""
         for position, text in enumerate(inputs):
@@ -129,6 +150,8 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
                 if on_error == "raise":
                     raise failure from error
                 pieces = [Piece({}, failure)]
+            if dial is not None:
+                dial.begin(position, len(pieces))
             for piece in pieces:
                 waiting.append(piece)
                 if piece.error is not None:

@@ -48,6 +48,15 @@ class Regression(Task):
     def is_same(self, decided, other):
         return (decided - other).abs() <= self.tolerance  # NaN is the same as nothing
 
+    def check_gold(self, labels):
+        if labels.shape[1:] not in ((), (self.num_labels,)) or (labels.dim() == 1 and self.num_labels > 1):
+            raise ValueError(
+                f"labels must be {self.num_labels} numbers for each row, got {list(labels.shape[1:])}: for data "
+                "without gold labels leave out the column 'labels'."
+            )
+        if not labels.isfinite().all():
+            raise ValueError("labels must be finite numbers: leave out rows without one.")
+
     def loss(self, logits, labels):
         labels = labels.to(logits.dtype)
         if labels.dim() == 1 and logits.shape[1] == 1:
@@ -57,6 +66,7 @@ class Regression(Task):
                 f"labels of shape {list(labels.shape)} do not fit outputs of shape {list(logits.shape)}: give a "
                 "number for each output of each row, as torch.tensor([3.5, 1.0]) where there is one."
             )
+        self.check_gold(labels)
         return nn.functional.mse_loss(logits, labels)
 
     def divergence(self, students, teacher, temperature=1.0, reverse=False):

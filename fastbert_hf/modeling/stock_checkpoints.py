@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
@@ -85,6 +86,12 @@ STOCK_HEADS = {
         AutoModelForTokenClassification,
         "ForTokenClassification",
         lambda family: family.token_head and (family.token_head,),
+        "token_linear",
+    ),
+    "question-answering": StockHead(
+        AutoModelForQuestionAnswering,
+        "ForQuestionAnswering",
+        lambda family: family.span_head and (family.span_head,),
         "token_linear",
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class Task:
     def has_no_token(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Tell of each decision whether there is nothing to decide, `[..., decisions]`; `None` where there is."""
         return None
+
+    def cat_labels(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the gold labels of several batches one below the other."""
+        return self.layout.cat_labels(parts)
 
     def check_gold(self, labels: torch.Tensor) -> None:
         """Raise a `ValueError` if a batch of gold labels is not what answers can be compared with."""

@@ -27,7 +27,7 @@ def task_class(config: PreTrainedConfig) -> type[Task]:
     Raises:
         ValueError: If there is no such task, or it has too few labels.
     """
-    name = getattr(config, "task", None) or "text-classification"
+    name = getattr(config, "task", "text-classification")
     if name not in TASKS:
         raise ValueError(f"task={name!r} is not known; choose one of {', '.join(TASKS)}.")
     task = TASKS[name]

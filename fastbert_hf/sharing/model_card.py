@@ -35,6 +35,7 @@ KINDS = {
         "I would go there again.",
     ),
     "regression": ("A regression on texts", "I would go there again."),
+    "question_answering": ("A reader that finds answers in passages", "Who wrote it?"),
     "token_classification": ("A token classifier", "Ada Lovelace never lived in Turin."),
 }
 TAGS = ("fastbert", "early-exit", "adaptive-inference")

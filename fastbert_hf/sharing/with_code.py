@@ -35,6 +35,13 @@ PIPELINES = {
             "type": "text",
         }
     },
+    "question-answering": {
+        "fast-question-answering": {
+            "impl": "pipeline_question_answering.FastQuestionAnsweringPipeline",
+            "pt": ["AutoModelForQuestionAnswering"],
+            "type": "text",
+        }
+    },
 }
 ENCODER = {"AutoConfig": "configuration_fastbert.FastBertConfig", "AutoModel": "modeling_fastbert.FastBertModel"}
 AUTO_MAPS = {
@@ -45,6 +52,10 @@ AUTO_MAPS = {
     ("fastbert", "token-classification"): {
         **ENCODER,
         "AutoModelForTokenClassification": "modeling_fastbert.FastBertForTokenClassification",
+    },
+    ("fastbert", "question-answering"): {
+        **ENCODER,
+        "AutoModelForQuestionAnswering": "modeling_fastbert.FastBertForQuestionAnswering",
     },
     ("fastbert_cascade", "text-classification"): {
         "AutoConfig": "configuration_cascade.CascadeConfig",

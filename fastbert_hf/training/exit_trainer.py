@@ -276,6 +276,8 @@ class ExitTrainer(CheckedTrainer):
             label_ids (`np.ndarray` of shape `[rows]`, *optional*): Gold labels.
         """
         metrics = {}
+        if label_ids is not None:
+            self.task.check_gold(torch.from_numpy(label_ids))
         if label_ids is not None or not self.exit_objective.needs_labels:
             losses = self.exit_losses(exit_logits, None if label_ids is None else torch.from_numpy(label_ids))
             metrics = {"loss": losses.sum().item(), **self._named(losses)}

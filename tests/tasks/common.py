@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -167,3 +168,28 @@ def texts_of_logits(logits: torch.Tensor, lengths: list[int]) -> list[torch.Tens
     if logits.dim() == 2:
         return [*logits]
     return [of_text[:length] for of_text, length in zip(logits, lengths, strict=True)]
+
+
+WORDS = [f"word{number}" for number in range(75)]
+PIECES = [f"##{letter}" for letter in "abcdefghijklmnopqrst"]
+
+
+def pieces_tokenizer(limit: int) -> BertTokenizer:
+    """Return a tokenizer whose words can be several tokens, and which gives so many at once."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
+    return BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}, model_max_length=limit)
+
+
+def made_up_texts(number: int, longest: int, seed: int = 0) -> list[str]:
+    """Texts of words, some of which are several tokens, with a sign here and there, and no two spaces alike."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one_of(choices: list[str]) -> str:
+        return choices[torch.randint(len(choices), (1,), generator=generator).item()]
+
+    texts = []
+    for place in range(number):
+        length = 1 + place * (longest - 1) // max(number - 1, 1)
+        words = [one_of(WORDS) + one_of(["", "", "a", "bc", "dq"]) for _ in range(length)]
+        texts.append("".join(word + one_of([" ", "  ", " \t"]) for word in words))
+    return texts
