@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from .rows import encoded_rows
+from .span_rows import encode_passages
 from .word_rows import WORDS
 
 
@@ -172,7 +173,7 @@ def check_rows(
                 f"the {name} data has no column {column!r}, only {', '.join(rows.column_names)}: correct {argument}"
             )
     for column in filter(None, texts.values()):
-        if task in LABEL_KINDS and LABEL_KINDS[task].words:
+        if task in LABEL_KINDS and LABEL_KINDS[task].reads == "words":
             _check_words(rows, name, column)
             continue
         if not isinstance(rows.features[column], Value):
@@ -254,7 +255,11 @@ def encode(
         task (`str`): Name of the [`Task`].
     """
     kind = LABEL_KINDS.get(task, LabelKind(label_names, _label_ids))
-    if kind.words:
+    if kind.reads == "passages":
+        given = None if label2id is None else kind.ids(rows, label2id, name, label_column)
+        passages = encode_passages(tokenizer, rows[text_column], rows[text_pair_column], given, max_length)
+        return Dataset.from_dict(passages)
+    if kind.reads == "words":
         words = Dataset.from_dict({WORDS: [parts(cell, BETWEEN_WORDS) for cell in rows[text_column]]})
         if label2id is not None:
             words = words.add_column("labels", kind.ids(rows, label2id, name, label_column))

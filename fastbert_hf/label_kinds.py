@@ -68,19 +68,30 @@ def tags(rows: Dataset, label2id: dict[str, int], name: str, label_column: str) 
     return found
 
 
+def ends(rows: Dataset, label_column: str) -> list[str]:
+    """Return the names of what is found of an answer."""
+    return ["start", "end"]
+
+
+def answers(rows: Dataset, label2id: dict[str, int], name: str, label_column: str) -> list[Any]:
+    """Return the answers of each row, as SQuAD has them."""
+    return list(rows[label_column])
+
+
 class LabelKind(NamedTuple):
     """How the labels of a task are read."""
 
     names: Callable[[Dataset, str], list[str]]
     ids: Callable[[Dataset, dict[str, int], str, str], list[Any]]
-    words: bool = False  # whether texts are words
+    reads: str = "texts"  # or "words", or "passages" with questions
 
 
 # Those of one label for each text are read by `data` itself.
 LABEL_KINDS = {
     "multi_label_classification": LabelKind(names_of_several, vectors),
     "regression": LabelKind(no_names, numbers),
-    "token_classification": LabelKind(names_of_tags, tags, words=True),
+    "token_classification": LabelKind(names_of_tags, tags, reads="words"),
+    "question_answering": LabelKind(ends, answers, reads="passages"),
 }
 
 
@@ -114,3 +125,13 @@ def _check_known(labels: Sequence[str], label2id: dict[str, int], name: str, pla
             f"row {place} of the {name} data has the label {unknown[0]!r}, which the model does not learn (it knows "
             f"{', '.join(map(repr, label2id))}): add training rows with it, or remove this row"
         )
+
+
+def of_passages(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of questions, passages and answers, which SQuAD calls so, unless others were named."""
+    named = {
+        "text_column": ("text", "question"),
+        "text_pair_column": (None, "context"),
+        "label_column": ("label", "answers"),
+    }
+    return {name: own if columns[name] == default else columns[name] for name, (default, own) in named.items()}

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..label_kinds import of_passages
 from .options import (
     DataOptions,
     OneLineParser,
@@ -45,6 +46,7 @@ TASKS: dict[str | None, dict[str, str]] = {
     "multi-label": {"problem_type": "multi_label_classification"},
     "regression": {"problem_type": "regression"},
     "token-classification": {"task": "token-classification"},
+    "question-answering": {"task": "question-answering"},
 }
 HUB_DATA = ("dataset_name", "dataset_config_name")
 
@@ -60,8 +62,9 @@ class SelfDistillOptions(DataOptions):
         default=None,
         metadata={
             "help": "What the model answers: text-classification, multi-label (labels with commas between), "
-            "regression (a number) or token-classification (words and tags, lists or with spaces between). The "
-            "model's own, or one label for each text, unless given."
+            "regression (a number), token-classification (words and tags, lists or with spaces between) or "
+            "question-answering (question, context and answers as in SQuAD). The model's own, or one label for each "
+            "text, unless given."
         },
     )
     tolerance: float | None = field(
@@ -91,6 +94,8 @@ class SelfDistillOptions(DataOptions):
 
     def columns(self) -> dict[str, Any]:
         columns = super().columns()
+        if self.task == "question-answering":
+            columns = of_passages(columns)
         if self.task == "token-classification" and columns["text_column"] == "text":
             columns["text_column"] = "tokens"
         return columns
@@ -239,7 +244,7 @@ def check_self_distill_options(options: SelfDistillOptions, example_data: Path |
         fail("give the encoder to start from, as in --model_name_or_path bert-base-uncased")
     check_data_options(options, example_data)
     check_choice("task", options.task, [name for name in TASKS if name is not None])
-    layout = TokenLayout() if options.task == "token-classification" else TextLayout()
+    layout = TokenLayout() if options.task in ("token-classification", "question-answering") else TextLayout()
     check_choice("exit_type", options.exit_type, exit_types_of(layout))
     check_choice("exit_policy", options.exit_policy, FREE_POLICIES)
     if options.task == "regression" and options.tolerance is None:

@@ -120,8 +120,11 @@ def matthews_correlation(sums: torch.Tensor) -> torch.Tensor:
 def r2(sums: torch.Tensor) -> torch.Tensor:
     """Return the share of the labels' variance that answers explain, averaged over the outputs."""
     rows, _, gold, given_squares, gold_squares, products = sums.unbind(-2)
-    variance = (gold_squares - gold**2 / rows).clamp(min=1e-12)
-    return (1 - (given_squares - 2 * products + gold_squares) / variance).mean(-1)
+    variance, errors = gold_squares - gold**2 / rows, given_squares - 2 * products + gold_squares
+    # Of labels that are all the same there is nothing to explain: as in scikit-learn.
+    is_constant = variance <= 1e-12 * gold_squares.clamp(min=1e-12)
+    explained = 1 - errors / variance.masked_fill(is_constant, 1.0)
+    return explained.where(~is_constant, (errors <= 1e-12 * gold_squares.clamp(min=1e-12)).double()).mean(-1)
 
 
 def pearson(sums: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
@@ -316,6 +317,11 @@ def dial_of_pieces(arguments: dict[str, Any], texts: Any) -> DialOfPieces | None
         arguments[name] = DialOfPieces(value)
         return arguments[name]
     return None
+
+
+def error_of_text(error: Exception, position: int) -> Exception:
+    """Return an error that names a piece of a text by its number as one that names the text."""
+    return type(error)(re.sub(r"\btext \d+\b", f"text {position}", str(error)))
 
 
 def given(**arguments: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from transformers import Pipeline
 from transformers.utils.logging import tqdm
 
-from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline, DialOfPieces, dial_of_pieces
+from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline, DialOfPieces, dial_of_pieces, error_of_text
 from .families import max_text_tokens
 from .modeling_outputs import Prediction
 
@@ -187,11 +187,11 @@ class FastQuestionAnsweringPipeline(AdaptivePipeline, SpanPipeline):
         shows = forward_params.pop("progress_bar", False)
         forward_params.pop("return_uncertainty", None)
         on_error = forward_params.pop("on_error", "raise")
-        forward_params["on_error"] = "return" if on_error == "skip" else on_error
+        forward_params["on_error"] = "return"  # raised here, by the number of the question
         total = len(inputs) if isinstance(inputs, Sized) else None
         waiting: list[tuple[dict[str, str], list[Window] | Exception]] = []
         dial = dial_of_pieces(forward_params, inputs)
-        encoded = self._encoded(inputs, waiting, dial, on_error, preprocess_params)
+        encoded = self._encoded(inputs, waiting, dial, preprocess_params)
         predictions = self._predictions(encoded, batch_size, {"truncation": True, "windows": True}, forward_params)
         for position, (asked, windows, said) in enumerate(
             tqdm(by_question(predictions, waiting), total=total, desc="Answering", disable=not shows)
@@ -199,7 +199,11 @@ class FastQuestionAnsweringPipeline(AdaptivePipeline, SpanPipeline):
             error = next((prediction.error for prediction in said if prediction.error is not None), None)
             if error is None:
                 yield self.postprocess((asked["context"], list(zip(windows, said, strict=True))), **postprocess_params)
-            elif on_error == "return":
+                continue
+            error = error_of_text(error, position)
+            if on_error == "raise":
+                raise error
+            if on_error == "return":
                 yield {"error": str(error), "position": position}
 
     def _encoded(
@@ -207,7 +211,6 @@ class FastQuestionAnsweringPipeline(AdaptivePipeline, SpanPipeline):
         inputs: Iterable,
         waiting: list,
         dial: DialOfPieces | None,
-        on_error: str,
         preprocess_params: dict[str, Any],
     ) -> Iterator:
         """Yield what the model reads of each part of a passage, and note the rest."""
@@ -216,8 +219,6 @@ class FastQuestionAnsweringPipeline(AdaptivePipeline, SpanPipeline):
                 windows = self.preprocess(checked_question(asked), **preprocess_params)
             except Exception as error:
                 failure = ValueError(f"input {position}: {error}")
-                if on_error == "raise":
-                    raise failure from error
                 if dial is not None:
                     dial.begin(position, 1)
                 waiting.append((asked, failure))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TokenClassificationPipeline
 from transformers.utils.logging import tqdm
 
-from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline, DialOfPieces, dial_of_pieces
+from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline, DialOfPieces, dial_of_pieces, error_of_text
 from .answer_layouts import NO_TOKEN
 from .modeling_outputs import Prediction
 from .pipeline_inputs import texts_of
@@ -103,17 +103,20 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
         shows = {name: forward_params.pop(name, False) for name in ("progress_bar", "return_exit_layers")}
         forward_params.pop("return_uncertainty", None)
         on_error = forward_params.pop("on_error", "raise")
-        forward_params["on_error"] = "return" if on_error == "skip" else on_error
+        forward_params["on_error"] = "return"  # raised here, by the number of the text
         total = len(inputs) if isinstance(inputs, Sized) else None
         waiting: deque[Piece] = deque()
         reading = {"truncation": True} | ({"stride": True} if "tokenizer_params" in preprocess_params else {})
         dial = dial_of_pieces(forward_params, inputs)
-        encoded = self._encoded(inputs, waiting, dial, on_error, preprocess_params)
+        encoded = self._encoded(inputs, waiting, dial, preprocess_params)
         answers = self._predictions(encoded, batch_size, reading, forward_params)
         texts = tqdm(by_text(answers, waiting), total=total, desc="Tagging", disable=not shows["progress_bar"])
         for position, (pieces, predictions) in enumerate(texts):
             error = next((prediction.error for prediction in predictions if prediction.error is not None), None)
             if error is not None:
+                error = error_of_text(error, position)
+                if on_error == "raise":
+                    raise error
                 if on_error == "return":
                     yield {"error": str(error), "position": position}
                 continue
@@ -138,7 +141,6 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
         inputs: Iterable,
         waiting: deque[Piece],
         dial: DialOfPieces | None,
-        on_error: str,
         preprocess_params: dict[str, Any],
     ) -> Iterator[dict[str, list[int]] | Exception]:
         """Yield what the model reads of each piece, and note the rest of it."""
@@ -146,10 +148,7 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
             try:
                 pieces = [Piece(inputs) for inputs in self.preprocess(text, **preprocess_params)]
             except Exception as error:  # of the tokenizer, which does not say where
-                failure = ValueError(f"input {position}: {error}")
-                if on_error == "raise":
-                    raise failure from error
-                pieces = [Piece({}, failure)]
+                pieces = [Piece({}, ValueError(f"input {position}: {error}"))]
             if dial is not None:
                 dial.begin(position, len(pieces))
             for piece in pieces:

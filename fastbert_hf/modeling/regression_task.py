@@ -55,7 +55,8 @@ class Regression(Task):
                 "without gold labels leave out the column 'labels'."
             )
         if not labels.isfinite().all():
-            raise ValueError("labels must be finite numbers: leave out rows without one.")
+            strange = labels[~labels.isfinite()][0].item()
+            raise ValueError(f"labels must be finite numbers, got {strange}: leave out rows without one.")
 
     def loss(self, logits, labels):
         labels = labels.to(logits.dtype)

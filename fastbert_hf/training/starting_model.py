@@ -121,10 +121,13 @@ class StartingModel:
     ) -> tuple[Splits, dict[str, int]]:
         """Return the rows as token ids, and the id of each label."""
         from ..data import check_rows, label_names
+        from ..label_kinds import of_passages
 
         columns = {**columns, "task": self.task_name}
         if columns["text_column"] == "text" and "text" not in splits.train.column_names:
             columns["text_column"] = WORDS if WORDS in splits.train.column_names else "text"
+        if self.task == "question-answering":
+            columns = {**of_passages(columns), "task": self.task_name}
         if columns["text_pair_column"] is None and "text_pair" in splits.train.column_names:
             columns = {**columns, "text_pair_column": "text_pair"}
         has_labels = {

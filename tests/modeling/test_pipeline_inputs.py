@@ -254,8 +254,8 @@ def test_patience_of_a_call():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"exit_policy": "margins"}, "exit policy 'margins' is not known"),
-        ({"exit_policy": ""}, "exit policy '' is not known"),
+        ({"exit_policy": "margins"}, "exit_policy='margins' is not known"),
+        ({"exit_policy": ""}, "exit_policy='' is not known"),
         ({"patience": 2}, "patience=2 has no meaning with exit_policy='entropy': leave it out, or give"),
         ({"exit_policy": "patience", "patience": 0}, "patience must be a whole number of at least 1, got 0"),
         ({"exit_policy": "patience", "patience": True}, "patience must be a whole number of at least 1, got True"),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, pipeline
 
 from fastbert_hf import FastBertConfig, FastBertModel
 from fastbert_hf.evaluation import ExitRecord, exit_uncertainties, record_exits, replay
 from fastbert_hf.modeling.exit_policies import ExitPolicy, exit_thresholds
 
-from ..common import NUM_LAYERS, assert_close, assert_same_weights, pad_token_id_of, tiny_stock_model
+from ..common import (
+    NUM_LAYERS,
+    assert_close,
+    assert_same_weights,
+    pad_token_id_of,
+    tiny_stock_model,
+    tiny_texts,
+    tiny_tokenizer,
+)
 from .common import (
     LABELS,
     OWN,
@@ -112,6 +121,47 @@ def test_texts_of_every_task_leave_at_several_exits(task):
     assert len({answer.exit_layer for answer in answers}) > 1
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("task", TASKS)
+@torch.no_grad()
+def test_the_logits_of_every_exit_are_what_it_answers_alone(task, side):
+    model, batch = model_of(task), padded(TEXTS, side=side)
+    exit_logits = model(**batch, output_exit_logits=True).exit_logits
+    assert exit_logits.shape[:2] == (len(TEXTS), NUM_LAYERS)
+    for depth in range(1, NUM_LAYERS + 1):
+        assert_close(exit_logits[:, depth - 1], model(**batch, max_layers=depth).logits)
+    recorded = [texts_of_logits(record_of(task).exit_logits[:, depth], LENGTHS) for depth in range(NUM_LAYERS)]
+    for depth, of_texts in enumerate(recorded, start=1):
+        for own, answer in zip(of_texts, model.predict(TEXTS, max_layers=depth), strict=True):
+            assert_close(own, answer.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("task", TASKS)
+def test_models_in_half_precision_answer_alone_as_together(task, dtype):
+    model = deepcopy(model_of(task)).to(dtype)
+    for speed in (0.0, 0.6):
+        together = list(model.predict(TEXTS, speed=speed))
+        assert all(answer.logits.isfinite().all() and 0 <= answer.uncertainty <= 1 for answer in together)
+        alone = [answer for text in TEXTS for answer in model.predict([text], speed=speed)]
+        assert [answer.exit_layer for answer in alone] == [answer.exit_layer for answer in together]
+        for own, other in zip(alone, together, strict=True):
+            assert_close(own.logits.float(), other.logits.float(), 0.1)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"top_k": None}, {"top_k": 2}, {"function_to_apply": "none"}], ids=str)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "tokens"])
+def test_at_speed_0_the_text_pipeline_is_the_stock_one(task, arguments):
+    stock = stock_task_model(task)
+    texts, settings = tiny_texts(8), {"tokenizer": tiny_tokenizer(), "device": "cpu"}
+    expected = pipeline("text-classification", model=stock, **settings)(texts, **arguments)
+    answers = pipeline("fast-text-classification", model=wrapped(task, stock), **settings)(texts, speed=0, **arguments)
+    for own, wanted in zip(answers, expected, strict=True):
+        own, wanted = (part if isinstance(part, list) else [part] for part in (own, wanted))
+        assert [label["label"] for label in own] == [label["label"] for label in wanted]
+        assert [label["score"] for label in own] == pytest.approx([label["score"] for label in wanted], abs=1e-5)
+
+
 @cache
 def record_of(task: str) -> ExitRecord:
     return record_exits(model_of(task), TEXTS, batch_size=7, progress=False)
@@ -191,7 +241,7 @@ def test_loss_and_gradients_are_those_of_the_stock_model(task, family):
 
 
 def assert_no_answer(model, text: dict, policy: str, position: int = 0) -> None:
-    for speed in (0.0, 0.5, 1.0):
+    for speed in (0.0, 1.0):
         with pytest.raises(ValueError, match=rf"the logits of text {position} are not finite, so there is no answer"):
             list(model.predict([GOOD_TEXT] * position + [text], speed=speed, exit_policy=policy))
         batch = padded([GOOD_TEXT] * position + [text])
@@ -201,7 +251,7 @@ def assert_no_answer(model, text: dict, policy: str, position: int = 0) -> None:
 
 @pytest.mark.parametrize(("task", "policy"), TASK_POLICIES)
 def test_a_text_that_the_weights_turn_into_nan_is_an_error_and_the_others_are_answered(task, policy):
-    model = TASK_MODELS[task](gates=task_gates(task))
+    model = deepcopy(model_of(task))
     texts = [{"input_ids": [min(token, BROKEN_TOKEN - 1) for token in text["input_ids"]]} for text in TEXTS]
     expected = list(model.predict(texts, speed=0.7, exit_policy=policy))
     with torch.no_grad():
@@ -219,7 +269,7 @@ def test_a_text_that_the_weights_turn_into_nan_is_an_error_and_the_others_are_an
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("task", "policy"), TASK_POLICIES)
 def test_a_teacher_that_is_not_finite_answers_nothing(task, policy, value):
-    model = TASK_MODELS[task](gates=task_gates(task))
+    model = deepcopy(model_of(task))
     with torch.no_grad():
         for exit_classifier in model.exits:
             exit_classifier.out_proj.bias[0] = value
@@ -229,7 +279,8 @@ def test_a_teacher_that_is_not_finite_answers_nothing(task, policy, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("task", "policy"), TASK_POLICIES)
 def test_no_text_leaves_at_a_student_that_is_not_finite(task, policy, value):
-    model = TASK_MODELS[task](gates=[[-1.0] * 5] * NUM_LAYERS)
+    model = deepcopy(model_of(task))
+    model.config.gates = [[-1.0] * 5] * NUM_LAYERS
     with torch.no_grad():
         model.students[1].out_proj.bias[0] = value
     answers = list(model.predict(TEXTS, speed=1.0, exit_policy=policy, min_exit_layer=2, on_error="return"))

@@ -81,7 +81,7 @@ def finite(metrics: dict) -> bool:
 def test_stage_one_trains_the_backbone_and_the_teacher(task, trainer_class, tmp_path):
     model = class_of(task).from_backbone(tiny_stock_model(), **LABELS[task], **OWN[task])
     rows, before = rows_of(task, 20), copied_state(model)
-    arguments = TrainingArguments(**training_settings(tmp_path, learning_rate=2e-3, max_steps=16))
+    arguments = TrainingArguments(**training_settings(tmp_path, learning_rate=2e-3, max_steps=10))
     others = {"data_collator": PaddingCollator.of(model)} if trainer_class is Trainer else {}
     metrics = partial(task_metric, config=model.config)
     trainer = trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics, **others)
@@ -102,7 +102,7 @@ def test_stage_one_trains_the_backbone_and_the_teacher(task, trainer_class, tmp_
 def test_stage_two_trains_the_students_with_labels_or_without(task, labels, tmp_path):
     model = wrapped(task, stock_task_model(task))
     rows, before = rows_of(task, 20, labels=labels), copied_state(model)
-    settings = training_settings(tmp_path, learning_rate=2e-3, max_steps=16, eval_speeds=[0.3, 1.0])
+    settings = training_settings(tmp_path, learning_rate=2e-3, max_steps=10, eval_speeds=[0.3, 1.0])
     trainer = SelfDistillationTrainer(
         model, SelfDistillationArguments(**settings), train_dataset=rows, eval_dataset=rows
     )
@@ -138,7 +138,7 @@ def test_a_student_that_says_what_the_teacher_says_has_no_divergence(task):
 def distilled(task: str):
     """A model whose students have learnt a little of its teacher."""
     with TemporaryDirectory() as folder:
-        settings = training_settings(folder, learning_rate=5e-3, max_steps=60, logging_steps=60)
+        settings = training_settings(folder, learning_rate=5e-3, max_steps=30, logging_steps=30)
         model, rows = wrapped(task, stock_task_model(task), exit_hidden_size=16), rows_of(task, 120, labels=False)
         SelfDistillationTrainer(model, SelfDistillationArguments(**settings), train_dataset=rows).train()
     return model.eval()
@@ -147,7 +147,7 @@ def distilled(task: str):
 @pytest.mark.parametrize("policy", ["own", "learned"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_calibrated_model_can_be_asked_for_a_speed_up_and_for_a_share_of_differing_answers(task, policy, tmp_path):
-    texts, others = ([text for text in encoded_texts(300, seed, 14) if len(text["input_ids"]) > 3] for seed in (3, 4))
+    texts, others = ([text for text in encoded_texts(260, seed, 14) if len(text["input_ids"]) > 3] for seed in (3, 4))
     model = deepcopy(distilled(task))
     asked = None if policy == "own" else policy
     calibration = calibrate(model, texts, exit_policy=asked, progress=False)
