@@ -14,7 +14,14 @@ from .word_rows import WORDS, encode_words
 
 
 # What a row may hold for the model beside its labels, and what stands there at padding. None: the padding token.
-PADDED_WITH = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "task_type_ids": 0, "position_ids": 0}
+PADDED_WITH = {
+    "input_ids": None,
+    "attention_mask": 0,
+    "token_type_ids": 0,
+    "task_type_ids": 0,
+    "position_ids": 0,
+    "token_mask": 0,
+}
 # As the collators of Transformers read them.
 LABEL_NAMES = ("labels", "label", "label_ids")
 SPAN_NAMES = ("start_positions", "end_positions")

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .modeling.tokenization import first_of_words
+
 
 WORDS = "tokens"  # the column, as data sets on the Hub call it
 NO_LABEL = -100
@@ -21,8 +23,9 @@ def encode_words(
     start: int = 0,
 ) -> dict[str, list]:
     """
-    Return the columns of rows of words as a model reads them, and `labels` where there are some: the label of a word
-    stands at its first token, and -100 at all others and at special tokens, as in the examples of Transformers.
+    Return the columns of rows of words as a model reads them, `token_mask`, which is 1 at the first token of a word,
+    and `labels` where there are some: the label of a word stands at its first token, and -100 at all others and at
+    special tokens, as in the examples of Transformers.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast one, which knows the words of its tokens.
@@ -48,6 +51,7 @@ def encode_words(
         [list(words) for words in rows], is_split_into_words=True, truncation=True, max_length=max_length
     )
     columns = dict(encoded)
+    columns["token_mask"] = [first_of_words(encoded.word_ids(place)) for place in range(len(rows))]
     if labels is not None:
         columns["labels"] = [
             of_tokens(encoded.word_ids(place), ids_of(own, words, label2id, start + place))

@@ -35,7 +35,7 @@ ONLY = {
     "escapes": set(),
     "files": set(),
     "rows": {"word_rows"},
-    "word_rows": set(),
+    "word_rows": {"modeling"},
     "label_kinds": set(),
     "span_rows": set(),
     "version": set(),

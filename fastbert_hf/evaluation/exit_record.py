@@ -249,7 +249,8 @@ def _record_model(
             if gold is not None:
                 task.check_gold(gold)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
-            exit_logits.append(model(**inputs, output_exit_logits=True).exit_logits.float().cpu())
+            logits = model(**inputs, output_exit_logits=True).exit_logits.float().cpu()
+            exit_logits.append(task.labelled(logits, wanted_labels(batch, gold)))
             labels.append(gold)
             bar.update(len(rows))
     if any(gold is None for gold in labels) and any(gold is not None for gold in labels):
@@ -261,6 +262,12 @@ def _record_model(
         labels=task.cat_labels(labels)[back] if labels[0] is not None else None,
         weights=(model.weights_digest(),),
     )
+
+
+def wanted_labels(batch: Mapping[str, torch.Tensor], gold: torch.Tensor | None) -> torch.Tensor | None:
+    """Return -100 for each token whose label nobody wants, by the mask of the rows or by their labels."""
+    mask = batch.get("token_mask")
+    return gold if mask is None else mask.long() * 100 - 100
 
 
 def _read_columns(row: Mapping[str, Any]) -> dict[str, Any]:

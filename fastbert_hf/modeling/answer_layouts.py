@@ -23,6 +23,10 @@ class TextLayout:
         """Return the logits of a packed batch by texts, of what the last Linear of an exit gives."""
         return logits
 
+    def counted(self, logits: torch.Tensor, packed_batch: PackedBatch) -> torch.Tensor:
+        """Return the logits of the tokens whose labels somebody wants, as if there were no others."""
+        return logits
+
     def cat(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the logits of several batches one below the other, or what a policy remembers of their texts."""
         return torch.cat(list(parts))
@@ -49,12 +53,21 @@ class TokenLayout(TextLayout):
     per_token = True
 
     def arrange(self, logits, packed_batch):
-        logits, texts = logits.view(-1, logits.shape[-1]), len(packed_batch.lengths)
-        longest = rounded_up(int(packed_batch.lengths.max()))
+        return self._by_text(logits.view(-1, logits.shape[-1]), packed_batch, NO_TOKEN)
+
+    def counted(self, logits, packed_batch):
+        if packed_batch.counted is None:
+            return logits
+        return logits.masked_fill(~self._by_text(packed_batch.counted[0, :, None], packed_batch, False), NO_TOKEN)
+
+    @staticmethod
+    def _by_text(values: torch.Tensor, packed_batch: PackedBatch, nothing: float) -> torch.Tensor:
+        """Return what each token has, `[total_tokens, n]`, by texts: `[texts, tokens, n]`."""
+        texts, longest = len(packed_batch.lengths), rounded_up(int(packed_batch.lengths.max()))
         first = torch.arange(0, texts * longest, longest).repeat_interleave(packed_batch.lengths)
-        places = first.to(logits.device) + packed_batch.position_ids[0]
-        padded = logits.new_full((texts * longest, logits.shape[-1]), NO_TOKEN)
-        return padded.index_copy(0, places, logits).unflatten(0, (texts, longest))
+        padded = values.new_full((texts * longest, values.shape[-1]), nothing)
+        places = first.to(values.device) + packed_batch.text_places
+        return padded.index_copy(0, places, values).unflatten(0, (texts, longest))
 
     def cat(self, parts):
         longest = rounded_up(max(part.shape[-2] for part in parts))

@@ -52,7 +52,7 @@ def mean(measure):
 
     def of_texts(task, logits):
         values, nothing = task.each(measure, logits), task.has_no_token(logits)
-        return values.mean(-1) if nothing is None else values.sum(-1) / (~nothing).sum(-1)
+        return values.mean(-1) if nothing is None else values.sum(-1) / (~nothing).sum(-1).clamp(min=1)
 
     return of_texts
 
@@ -264,8 +264,14 @@ class TokenLabels(Categorical):
     def fit(self, state, logits, value):
         return with_tokens(state, logits.shape[-2], value)
 
+    def labelled(self, logits, labels):
+        if labels is None:
+            return logits
+        nothing = (labels == -100).view(len(labels), *[1] * (logits.dim() - 3), -1, 1)
+        return logits.masked_fill(nothing, NO_TOKEN)
+
     def total(self, of_decisions, logits):
-        return of_decisions.sum(-1) / (~self.has_no_token(logits)).sum(-1)
+        return of_decisions.sum(-1) / (~self.has_no_token(logits)).sum(-1).clamp(min=1)
 
     def loss(self, logits, labels):
         if labels.shape != logits.shape[:-1] or labels.is_floating_point():

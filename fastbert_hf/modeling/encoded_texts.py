@@ -14,7 +14,12 @@ from .exit_policies import check_speed
 from .families import max_text_tokens, too_long
 
 
-INPUT_SIZES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "task_type_ids": "task_type_vocab_size"}
+INPUT_SIZES = {
+    "input_ids": "vocab_size",
+    "token_type_ids": "type_vocab_size",
+    "task_type_ids": "task_type_vocab_size",
+    "token_mask": None,
+}
 HOW_TO_ENCODE = (
     "encode the texts first, as in model.predict(tokenizer(texts), speed=0.5), or give them to pipeline("
     '"fast-text-classification").'
@@ -69,7 +74,7 @@ class InputReader:
     """Checks the inputs of one stream, text by text, against what the backbone of a config reads."""
 
     def __init__(self, text_config: PreTrainedConfig):
-        self.sizes = {name: getattr(text_config, size, None) for name, size in INPUT_SIZES.items()}
+        self.sizes = {name: size and getattr(text_config, size, None) for name, size in INPUT_SIZES.items()}
         self.limit, self.names = max_text_tokens(text_config), None
 
     def read(self, row: Mapping[str, Any], position: int) -> dict[str, list[int]]:

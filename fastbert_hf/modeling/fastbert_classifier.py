@@ -225,6 +225,7 @@ class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel
         output_attentions: bool | None = None,
         max_disagreement: float | list[float] | torch.Tensor | None = None,
         confidence: float | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> FastBertSequenceClassifierOutput:
         """
         Answer a padded batch. The other arguments are those of [`FastBertModel.forward`].
@@ -252,6 +253,9 @@ class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel
                 In place of both, for a model that was calibrated or certified ([`certify`]): the share of the answers
                 that may differ from those at speed 0, over many texts like those of the certificate.
             confidence (`float`, *optional*): Of `max_disagreement`; 0.9 unless given.
+            token_mask (`torch.Tensor` of shape `[batch_size, sequence_length]`, *optional*):
+                Where tokens are labelled: 1 for those whose labels somebody wants, as a rule the first ones of words.
+                An exit has to be sure of them alone. All unless given.
             output_exit_logits (`bool`, *optional*): Whether to evaluate every exit on every row. Speed 0 only.
             output_hidden_states (`bool`, *optional*): Whether to return the output of every layer. Speed 0 only.
 
@@ -271,6 +275,8 @@ class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel
             token_type_ids=token_type_ids,
             task_type_ids=task_type_ids,
         )
+        if token_mask is not None:
+            packed_batch = replace(packed_batch, counted=padding.unpad(token_mask.bool()))
         asked = {"min_exit_layer": min_exit_layer, "max_layers": max_layers, "retention": retention}
         dials = {"speed": speed, "speedup": speedup, "max_disagreement": max_disagreement}
         asked |= {"exit_policy": exit_policy, "patience": patience}
@@ -334,7 +340,8 @@ class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel
             encoded_texts (iterable of `Mapping`, or `Mapping` of lists):
                 `input_ids` and what else the tokenizer gave to each text, as lists without padding: what
                 `tokenizer(texts)` returns, rows of a `datasets` data set, or a stream of such. A stream is read
-                up to 16 batches ahead. An exception among them is why there is no such text.
+                up to 16 batches ahead. Where tokens are labelled, `token_mask` may say of which. An exception among
+                them is why there is no such text.
             speed (`float` or iterable of `float`, *optional*): In [0, 1], for all or one for each; 0 unless given.
             min_exit_layer, max_layers, exit_policy, patience, retention (*optional*): As in `forward`.
             speedup, max_disagreement (`float` or iterable of `float`, *optional*):

@@ -34,6 +34,8 @@ class PackedBatch:
         received (`list`, *optional*):
             Where attention notes what each token received, `[texts, tokens]` for each of the groups, in a layer that
             merges tokens by it.
+        counted (`torch.Tensor` of shape `[1, total_tokens]`, bool, *optional*):
+            Of which tokens somebody wants the label, where tokens are labelled; all unless given.
     """
 
     rows: torch.Tensor
@@ -46,6 +48,7 @@ class PackedBatch:
     size_aware: bool = False
     unit_of: torch.Tensor | None = None
     received: list[torch.Tensor] | None = None
+    counted: torch.Tensor | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -72,6 +75,12 @@ class PackedBatch:
     def first_tokens(self) -> torch.Tensor:
         """Place of each text's first token in the packed row, `[texts]`."""
         return (self.lengths.cumsum(0) - self.lengths).to(self.position_ids.device)
+
+    @cached_property
+    def text_places(self) -> torch.Tensor:
+        """Place of each token in its own text, `[total_tokens]`, whatever positions the caller gave."""
+        first = self.first_tokens.cpu().repeat_interleave(self.lengths)
+        return (torch.arange(self.total_tokens) - first).to(self.position_ids.device)
 
     @cached_property
     def padded_form(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -118,6 +127,7 @@ class PackedBatch:
             lengths=self.lengths[kept],
             position_ids=self.position_ids[:, tokens],
             position_embeddings=position_embeddings,
+            counted=None if self.counted is None else self.counted[:, tokens],
         )
         if self.sizes is not None:
             originals = kept.repeat_interleave(self.text_lengths).nonzero()[:, 0].to(self.position_ids.device)
@@ -170,6 +180,7 @@ class PackedBatch:
             text_lengths=None if first.sizes is None else torch.cat([batch.text_lengths for batch in batches]),
             sizes=None if first.sizes is None else torch.cat([batch.sizes for batch in batches], 1),
             unit_of=None if first.sizes is None else torch.cat([batch.unit_of for batch in batches], 1),
+            counted=None if first.counted is None else torch.cat([batch.counted for batch in batches], 1),
         )
 
 

@@ -81,7 +81,7 @@ class SpanPipeline(Pipeline):
             asked["context"],
             truncation="only_second",
             max_length=longest,
-            stride=min(doc_stride, room - 1),
+            stride=min(doc_stride, room // 2),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -235,7 +235,7 @@ def questions_of(inputs: Any, question: Any, context: Any) -> Any:
     if inputs is not None and (question is not None or context is not None):
         raise ValueError("give inputs, or question and context, not both.")
     if inputs is not None:
-        return inputs if isinstance(inputs, (Mapping, list)) else iter(inputs)
+        return inputs if isinstance(inputs, (Mapping, list)) else (asked for asked in inputs)
     if isinstance(question, str) and isinstance(context, str):
         return {"question": question, "context": context}
     if not isinstance(question, (str, Sequence)) or not isinstance(context, (str, Sequence)):
@@ -288,7 +288,7 @@ def best_spans(
     found = []
     for score, place in zip(scores.tolist(), places.tolist(), strict=True):
         first, last = divmod(place, len(starts))
-        if window.in_passage[first] and window.in_passage[last]:
+        if 0 <= last - first < max_answer_len and window.in_passage[first] and window.in_passage[last]:
             start, end = window.offsets[first][0], window.offsets[last][1]
             found.append({"score": score, "start": start, "end": end, "exit_layer": exit_layer})
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ from .adaptive_pipeline import BY_TOKENS, AdaptivePipeline, DialOfPieces, dial_o
 from .answer_layouts import NO_TOKEN
 from .modeling_outputs import Prediction
 from .pipeline_inputs import texts_of
+from .tokenization import first_of_words
 
 
 # What stock `preprocess` gives beside what the model reads.
 ABOUT = ("special_tokens_mask", "offset_mapping", "sentence", "is_last", "word_ids", "word_to_chars_map")
+FIRST_TOKENS = "first_tokens"  # of which a label is wanted
 
 
 class Piece(NamedTuple):
@@ -136,6 +139,25 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
             found += [{**entity, "exit_layer": prediction.exit_layer} for entity in entities]
         return self.aggregate_overlapping_entities(found) if len(pieces) > 1 else found
 
+    def _pieces(self, text: Any, **preprocess_params) -> Iterator[dict[str, Any]]:
+        """Yield what stock `preprocess` does, and of which tokens a label is wanted: the first ones of words."""
+        tokenizer, found = self.tokenizer, []
+        if not tokenizer.is_fast:  # nothing tells its words: all but special tokens
+            for inputs in self.preprocess(text, **preprocess_params):
+                yield {**inputs, FIRST_TOKENS: (1 - inputs["special_tokens_mask"][0]).tolist()}
+            return
+
+        def noted(*arguments, **settings):
+            found.append(tokenizer(*arguments, **settings))
+            return found[-1]
+
+        noted.is_fast, noted.model_max_length = True, tokenizer.model_max_length
+        own = copy.copy(self)  # whose tokenizer notes what it gives, in this thread alone
+        own.tokenizer = noted
+        for number, inputs in enumerate(self.stock_class.preprocess(own, text, **preprocess_params)):
+            words = found[0].word_ids(number)
+            yield {**inputs, FIRST_TOKENS: first_of_words(words)}
+
     def _encoded(
         self,
         inputs: Iterable,
@@ -146,7 +168,7 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
         """Yield what the model reads of each piece, and note the rest of it."""
         for position, text in enumerate(inputs):
             try:
-                pieces = [Piece(inputs) for inputs in self.preprocess(text, **preprocess_params)]
+                pieces = [Piece(inputs) for inputs in self._pieces(text, **preprocess_params)]
             except Exception as error:  # of the tokenizer, which does not say where
                 pieces = [Piece({}, ValueError(f"input {position}: {error}"))]
             if dial is not None:
@@ -156,8 +178,12 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
                 if piece.error is not None:
                     yield piece.error
                 else:
-                    read = {name: values[0].tolist() for name, values in piece.inputs.items() if name not in ABOUT}
-                    yield read
+                    read = {
+                        name: values[0].tolist()
+                        for name, values in piece.inputs.items()
+                        if name not in (*ABOUT, FIRST_TOKENS)
+                    }
+                    yield {**read, "token_mask": piece.inputs[FIRST_TOKENS]}
 
 
 def by_text(answers: Iterable[Prediction], waiting: deque[Piece]) -> Iterator[tuple[list[Piece], list[Prediction]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain, groupby
 from numbers import Integral
@@ -218,7 +218,8 @@ def ask_exit(
     if not is_asked:
         return None, batch
     asked = None if batch.state is None else threshold > 0
-    uncertainty, state = policy.uncertainty(logits, batch.state, asked, exits_before + depth)
+    counted = policy.task.layout.counted(logits, batch.packed_batch)
+    uncertainty, state = policy.uncertainty(counted, batch.state, asked, exits_before + depth)
     output = ExitOutput(batch.packed_batch.rows, logits, uncertainty, depth)
     if at_end and threshold.isinf().all():
         return output, None
@@ -348,6 +349,9 @@ def embed_rows(
             name: torch.tensor([list(chain.from_iterable(inputs[row][name] for row in batch))]).to(engine.device)
             for name in inputs[batch[0]]
         }
+        counted = columns.pop("token_mask", None)
+        if counted is not None:
+            packed_batch = replace(packed_batch, counted=counted.bool())
         batches.append(engine.embed(packed_batch, columns))
     return batches
 

@@ -60,6 +60,10 @@ class Task:
     def check_comparable(self) -> None:
         """Raise a `ValueError` unless it is known which answers count as the same."""
 
+    def labelled(self, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the logits of the tokens that have labels, as if there were no others; `[rows, ...]`."""
+        return logits
+
     def is_right(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Tell whether an answer is that of its labels, `[rows]`, one for each decision where there are several."""
         labels = labels.view(len(labels), -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from inspect import Parameter, signature
@@ -71,3 +71,12 @@ def check_vocabulary(tokenizer: Any, text_config: PreTrainedConfig) -> None:
             f"{rows:,}. A file may be missing, such as tokenizer.json. Save the right tokenizer beside the model, as "
             "in tokenizer.save_pretrained(folder), or give it as tokenizer=..."
         )
+
+
+def first_of_words(words: Iterable[int | None]) -> list[int]:
+    """Return a 1 for the first token of each word, and a 0 for the others and for special tokens."""
+    found, before = [], None
+    for word in words:
+        found.append(int(word is not None and word != before))
+        before = word
+    return found

@@ -14,7 +14,7 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, Trai
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..evaluation.exit_record import ExitRecord
+from ..evaluation.exit_record import ExitRecord, wanted_labels
 from ..evaluation.replay import replay_at_speed
 from ..evaluation.task_metrics import measured, metric_of
 from ..modeling.tasks import Task, task_of
@@ -190,6 +190,8 @@ class ExitTrainer(CheckedTrainer):
         outputs = model(**{**inputs, "labels": None}, output_exit_logits=True)
         if not training and self.exit_objective.needs_labels and inputs.get("labels") is None:
             return (None, outputs) if return_outputs else None
+        # Of tokens those that have labels, as nobody asks for the others.
+        outputs.exit_logits = self.task.labelled(outputs.exit_logits, wanted_labels(inputs, inputs.get("labels")))
         losses = self.exit_losses(outputs.exit_logits, inputs.get("labels"))
         if training:
             self._losses = self._losses + losses.detach()

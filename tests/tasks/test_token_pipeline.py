@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import pipeline
 
 from fastbert_hf import FastTokenClassificationPipeline, calibrate
+from fastbert_hf.modeling.tokenization import first_of_words
 
 from ..common import NUM_LAYERS
 from .common import TAGS, TASK_MODELS, balanced, made_up_texts, pieces_tokenizer, stock_task_model, wrapped
@@ -46,7 +47,10 @@ def tagger(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def encoded(tokenizer):
-    return tokenizer(TEXTS, truncation=True)
+    """What the pipeline gives to the model: of each word the first token counts."""
+    rows = tokenizer(TEXTS, truncation=True)
+    masks = [first_of_words(rows.word_ids(row)) for row in range(len(TEXTS))]
+    return {**rows, "token_mask": masks}
 
 
 def assert_same_entities(entities: list[dict], expected: list[dict], exit_layer: int | None = NUM_LAYERS) -> None:
@@ -162,8 +166,9 @@ def test_a_speed_of_each_text_is_that_of_all_its_parts(tagger):
 
 def test_an_entity_has_the_exit_layer_of_the_part_that_it_was_found_in(tagger, model, tokenizer):
     text = LONG[-1]
-    parts = tokenizer(text, truncation=True, return_overflowing_tokens=True, stride=0)["input_ids"]
-    inputs = [{"input_ids": part} for part in parts]
+    parts = tokenizer(text, truncation=True, return_overflowing_tokens=True, stride=0)
+    masks = [first_of_words(parts.word_ids(number)) for number in range(len(parts["input_ids"]))]
+    inputs = [{"input_ids": part, "token_mask": mask} for part, mask in zip(parts["input_ids"], masks, strict=True)]
     for speed in torch.linspace(0.1, 1.0, 19).tolist():
         depths = [answer.exit_layer for answer in model.predict(inputs, speed=speed)]
         if len(set(depths)) > 1:
