@@ -56,8 +56,8 @@ class TaskRun:
     model_class: type[PreTrainedModel]
     config: dict[str, Any] = field(default_factory=dict)
     policies: tuple[str, ...] = ("entropy",)
-    epochs: float = 4.0
-    exit_epochs: float = 6.0
+    epochs: float = 3.0
+    exit_epochs: float = 5.0
     learning_rate: float = 1e-4
     exit_learning_rate: float = 1e-3
 
@@ -107,6 +107,7 @@ RUNS = (
         FastBertForTokenClassification,
         {"exit_type": "token_dense"},
         ("entropy", "mean_entropy", "window_entropy", "margin", "patience", "learned"),
+        epochs=4.0,
     ),
     TaskRun(
         "kinds_of_entities",
@@ -115,6 +116,7 @@ RUNS = (
         FastBertForSequenceClassification,
         {"problem_type": "multi_label_classification"},
         ("entropy", "mean_entropy", "margin", "patience", "learned"),
+        epochs=2.0,
     ),
     TaskRun(
         "likeness",

@@ -19,9 +19,17 @@ from .pipeline_inputs import texts_of
 from .tokenization import first_of_words
 
 
-# What stock `preprocess` gives beside what the model reads.
-ABOUT = ("special_tokens_mask", "offset_mapping", "sentence", "is_last", "word_ids", "word_to_chars_map")
 FIRST_TOKENS = "first_tokens"  # of which a label is wanted
+# What there is of a piece beside what the model reads, all but the first from stock `preprocess`.
+ABOUT = (
+    FIRST_TOKENS,
+    "special_tokens_mask",
+    "offset_mapping",
+    "sentence",
+    "is_last",
+    "word_ids",
+    "word_to_chars_map",
+)
 
 
 class Piece(NamedTuple):
@@ -178,11 +186,7 @@ class FastTokenClassificationPipeline(AdaptivePipeline, TokenClassificationPipel
                 if piece.error is not None:
                     yield piece.error
                 else:
-                    read = {
-                        name: values[0].tolist()
-                        for name, values in piece.inputs.items()
-                        if name not in (*ABOUT, FIRST_TOKENS)
-                    }
+                    read = {name: piece.inputs[name][0].tolist() for name in piece.inputs if name not in ABOUT}
                     yield {**read, "token_mask": piece.inputs[FIRST_TOKENS]}
 
 
