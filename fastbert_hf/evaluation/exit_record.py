@@ -223,7 +223,8 @@ def _tokenized(
     if tokenizer is not None:
         limit = min(tokenizer.model_max_length, *(max_text_tokens(config.text_config) for config in configs))
     is_stream = isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not hasattr(dataset, "features")
-    rows = encoded_rows(list(dataset) if is_stream else dataset, tokenizer, limit, configs[0].label2id)
+    rows = list(dataset) if is_stream else dataset
+    rows = encoded_rows(rows, tokenizer, limit, configs[0].label2id, label_kind=configs[0].label_kind)
     rows = rows if hasattr(rows, "__len__") else list(rows)
     if len(rows) == 0:
         raise ValueError("the data set has no rows: give at least one.")

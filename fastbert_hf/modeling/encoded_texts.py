@@ -242,6 +242,11 @@ def lists_of(row: Mapping[str, Any], position: int, sizes: Mapping[str, int | No
                 f"the {name} of text {position} must be from 0 to {sizes[name] - 1}, got {min(values)} to "
                 f"{max(values)}: use the tokenizer that belongs to the model."
             )
+    if "token_mask" in inputs and not {0, 1}.issuperset(inputs["token_mask"]):
+        raise ValueError(
+            f"the token_mask of text {position} must be of 1 for tokens of which a label is wanted and 0 for others, "
+            f"got {inputs['token_mask']!s:.40}."
+        )
     return inputs
 
 

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .compiled_layers import CompilesLayers, untraced_forward
 from .configuration_fastbert import FastBertConfig
 from .dials import speed_of_call
-from .encoded_texts import check_on_error, checked_speeds, read_texts
+from .encoded_texts import EncodedText, check_on_error, checked_speeds, read_texts
 from .engine import TorchEngine
 from .exit_classifiers import ExitClassifier, build_exits
 from .exit_policies import ExitPolicy, exit_range, exit_thresholds, row_speeds
@@ -39,6 +39,19 @@ CLASS_NAMES = {
     "token-classification": "FastBertForTokenClassification",
     "question-answering": "FastBertForQuestionAnswering",
 }
+
+
+NEEDS_MASK = (
+    "max_disagreement is certified for the first tokens of words, where tokens are labelled: give their token_mask, or "
+    "use the pipeline, which does."
+)
+
+
+def with_mask(text: EncodedText) -> EncodedText:
+    """Return a text that says of which tokens a label is wanted, or raise a `ValueError`."""
+    if text.error is None and "token_mask" not in text.of_members[0]:
+        raise ValueError(f"text {text.position}: {NEEDS_MASK}")
+    return text
 
 
 class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel):
@@ -275,6 +288,13 @@ class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel
             token_type_ids=token_type_ids,
             task_type_ids=task_type_ids,
         )
+        if token_mask is not None and token_mask.shape != padding.shape:
+            raise ValueError(
+                f"token_mask must be [batch_size, sequence_length] = {list(padding.shape)}, as the input_ids, got "
+                f"{list(token_mask.shape)}."
+            )
+        if max_disagreement is not None and token_mask is None and self.policy().task.layout.per_token:
+            raise ValueError(NEEDS_MASK)
         if token_mask is not None:
             packed_batch = replace(packed_batch, counted=padding.unpad(token_mask.bool()))
         asked = {"min_exit_layer": min_exit_layer, "max_layers": max_layers, "retention": retention}
@@ -381,6 +401,8 @@ class FastBertClassifier(ChecksStudents, CompilesLayers, FastBertPreTrainedModel
         asked |= {"exit_policy": exit_policy, "patience": patience}
         speed = speed_of_call(self, dials, streams=True, confidence=confidence, **asked)
         texts = read_texts(encoded_texts, checked_speeds(speed), [self.config.text_config], on_error=on_error)
+        if max_disagreement is not None and policy.task.layout.per_token:
+            texts = map(with_mask, texts)
         engines = [self.engine(inference=True, retention=retention)]
 
         def thresholds_at(speeds: torch.Tensor) -> list[torch.Tensor]:

@@ -61,7 +61,8 @@ class CheckedTrainer(Trainer):
         tokenizer, config, limit = self.processing_class, base_model(self.model).config, None
         if tokenizer is not None and hasattr(config, "text_config"):
             limit = min(tokenizer.model_max_length, max_text_tokens(config.text_config))
-        return encoded_rows(rows, tokenizer, limit, config.label2id, self.own_columns)
+        kind = getattr(config, "label_kind", "ids")
+        return encoded_rows(rows, tokenizer, limit, config.label2id, self.own_columns, kind)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

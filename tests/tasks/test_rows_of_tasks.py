@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
@@ -21,6 +22,7 @@ from ..common import tiny_stock_model, tiny_texts, tiny_tokenizer
 TAGS = ("O", "B-A")
 COLOURS = ("red", "green", "blue")
 WORDS = sorted({word for text in tiny_texts(30) for word in text.split()})
+CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs" / "tasks").glob("*.json"))
 QUICK = ("--use_cpu", "--disable_tqdm", "true", "--num_train_epochs", "1", "--distill_num_train_epochs", "1")
 
 
@@ -78,6 +80,22 @@ def test_the_command_trains_every_task_and_its_model_answers(encoder, tmp_path, 
     if task != "question-answering":
         evaluate_speeds.main(["--model_name_or_path", str(output), "--data_file", str(train), "--use_cpu"])
         assert metric in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ready_made_settings_run_on_rows_of_our_own(encoder, tmp_path, path):
+    settings = json.loads(path.read_text())
+    rows, train = made_up(settings["task"]), tmp_path / "rows.jsonl"
+    first = next(iter(rows[0]))  # of the texts
+    renamed = {first: settings.get("text_column", first), "label": settings.get("label_column", "label")}
+    rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
+    if "text_pair_column" in settings:
+        rows = [{**row, settings["text_pair_column"]: row[settings["text_column"]]} for row in rows]
+    train.write_text("\n".join(map(json.dumps, rows)))
+    replaced = ("--train_file", train, "--validation_file", train, "--model_name_or_path", encoder)
+    words = [path, *replaced, "--output_dir", tmp_path / "out", "--max_steps", 2, "--max_length", 40, *QUICK[:3]]
+    self_distill.main(list(map(str, words)))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_regression_needs_a_tolerance_to_compare_answers(encoder, tmp_path):

@@ -6,12 +6,13 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import pipeline
 
-from fastbert_hf.evaluation import exit_uncertainties, record_exits, replay
+from fastbert_hf.evaluation import exit_uncertainties, record_exits, replay, replay_at_speed
 from fastbert_hf.modeling.exit_policies import ExitPolicy, exit_thresholds
 
 from ..common import NUM_LAYERS, assert_close
-from .common import TASK_MODELS, encoded_texts, padded, policies_of, task_gates
+from .common import TASK_MODELS, encoded_texts, made_up_texts, padded, pieces_tokenizer, policies_of, task_gates
 
 
 POLICIES = policies_of("tokens")
@@ -123,3 +124,16 @@ def test_models_of_whole_texts_do_not_read_a_mask(task):
     for answer, other in zip(model.predict(TEXTS, speed=0.7), without, strict=True):
         assert answer.exit_layer == other.exit_layer
         assert_close(answer.logits, other.logits)
+
+
+@pytest.mark.parametrize("as_words", [False, True])
+def test_a_record_of_texts_says_what_the_pipeline_answers(as_words):
+    model, tokenizer, texts = model_of(), pieces_tokenizer(40), made_up_texts(12, 15)
+    tagger = pipeline("fast-token-classification", model=model, tokenizer=tokenizer, return_exit_layers=True)
+    rows = [{"tokens": text.split()} for text in texts] if as_words else texts
+    record = record_exits(model, rows, tokenizer=tokenizer, progress=False)
+    asked = {"is_split_into_words": True} if as_words else {}
+    for speed in (0.2, 0.5, 0.8):
+        answers = tagger([row["tokens"] for row in rows] if as_words else rows, speed=speed, **asked)
+        expected = replay_at_speed(record, model.config, speed).exit_layer.tolist()
+        assert [answer["exit_layer"] for answer in answers] == expected

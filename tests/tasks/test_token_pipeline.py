@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers import pipeline
 
 from fastbert_hf import FastTokenClassificationPipeline, calibrate
-from fastbert_hf.evaluation import record_exits, replay_at_speed
 from fastbert_hf.modeling.tokenization import first_of_words
 
 from ..common import NUM_LAYERS
@@ -280,18 +279,6 @@ def test_a_calibrated_model_takes_the_other_dials(model, tokenizer):
     assert depths[1] < depths[0] == NUM_LAYERS * len(texts)
     assert depths[2] <= depths[0]
     assert tagger.served is not None
-
-
-@pytest.mark.parametrize("as_words", [False, True])
-def test_a_record_of_texts_says_what_the_pipeline_answers(model, tokenizer, as_words):
-    tagger = pipeline("fast-token-classification", model=model, tokenizer=tokenizer, return_exit_layers=True)
-    rows = [{"tokens": text.split()} for text in TEXTS] if as_words else TEXTS
-    record = record_exits(model, rows, tokenizer=tokenizer, progress=False)
-    asked = {"is_split_into_words": True} if as_words else {}
-    for speed in (0.2, 0.5, 0.8):
-        answers = tagger([row["tokens"] for row in rows] if as_words else rows, speed=speed, **asked)
-        expected = replay_at_speed(record, model.config, speed).exit_layer.tolist()
-        assert [answer["exit_layer"] for answer in answers] == expected
 
 
 def test_a_saved_pipeline_comes_back(tagger, tmp_path):
