@@ -42,8 +42,8 @@ CLASS_NAMES = {
 
 
 NEEDS_MASK = (
-    "max_disagreement is certified for the first tokens of words, where tokens are labelled: give their token_mask, or "
-    "use the pipeline, which does."
+    "max_disagreement is certified for the first tokens of words, where tokens are labelled: give their token_mask, "
+    "or use the pipeline, which does."
 )
 
 

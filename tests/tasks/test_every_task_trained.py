@@ -153,11 +153,12 @@ def distilled(task: str):
 @pytest.mark.parametrize("policy", ["own", "learned"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_calibrated_model_can_be_asked_for_a_speed_up_and_for_a_share_of_differing_answers(task, policy, tmp_path):
-    texts, others = ([text for text in encoded_texts(260, seed, 14) if len(text["input_ids"]) > 3] for seed in (3, 4))
+    texts, others = (
+        [dict(text) for text in encoded_texts(260, seed, 14) if len(text["input_ids"]) > 3] for seed in (3, 4)
+    )
     if task == "tokens":  # certificates are for tokens that are named
-        texts, others = (
-            [{**row, "token_mask": [1] * len(row["input_ids"])} for row in own] for own in (texts, others)
-        )
+        for row in (*texts, *others):
+            row["token_mask"] = [1] * len(row["input_ids"])
     model = deepcopy(distilled(task))
     asked = None if policy == "own" else policy
     calibration = calibrate(model, texts, exit_policy=asked, progress=False)
