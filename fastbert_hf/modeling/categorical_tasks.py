@@ -241,7 +241,7 @@ class MultiLabel(Categorical):
 class TokenLabels(Categorical):
     """
     One of several labels for each token. A text leaves where its most uncertain token is sure, or its most uncertain
-    run of neighbours: the sentence-level exits of Li et al. (ACL 2021, section 3.2).
+    run of neighbours: the sentence-level exits of Li et al. (ACL 2021).
     """
 
     name = "token_classification"

@@ -31,7 +31,7 @@ class ExitPolicy:
     | `"confidence"` | \\( (1 - \max_i p_i) \cdot N / (N - 1) \\) | maximum softmax probability |
     | `"margin"` | \\( 1 - (p_{(1)} - p_{(2)}) \\) | difference of the two best |
     | `"mean_entropy"` | the mean entropy of all labels or tokens | |
-    | `"window_entropy"` | the greatest mean entropy of 5 neighbouring tokens | SENTEE (ACL 2021) |
+    | `"window_entropy"` | the greatest mean entropy of 5 neighbouring tokens | after Li et al. (ACL 2021) |
     | `"patience"` | \\( 1 - a / \text{patience} \\), `a` exits in a row agreed with the one before | PABEE |
     | `"learned"` | \\( P(\text{the answer differs from the full model's}) \\), by a gate ([`ExitGates`]) | |
 

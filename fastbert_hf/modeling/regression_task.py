@@ -13,10 +13,10 @@ from .task_interface import Task
 class Regression(Task):
     r"""
     One number for each text, or several. No exit says how sure it is of a number, so what remains is whether exits say
-    the same: answers within the `tolerance` of the config count as the same (PABEE, NeurIPS 2020, section 3.2).
+    the same: answers within the `tolerance` of the config count as the same (PABEE, NeurIPS 2020).
 
-    The gates of the policy `"learned"` expect the squared difference from the last layer, as the learning-to-exit of
-    BERxiT (EACL 2021, section 4.2) does, here from what the exits said so far: \\( u = \min(1, e^{w \cdot x + b}) \\),
+    The gates of the policy `"learned"` expect the squared difference from the last layer, after the learning-to-exit
+    of BERxiT (EACL 2021), here from what the exits said so far: \\( u = \min(1, e^{w \cdot x + b}) \\),
     of the variance that the full model's answers have.
     """
 
