@@ -47,6 +47,11 @@ def worst(measure):
     return lambda task, logits: task.each(measure, logits).amax(-1)
 
 
+def only(measure):
+    """Return the uncertainty of the one decision of a text."""
+    return lambda task, logits: measure(logits, logits.shape[-1])
+
+
 def mean(measure):
     """Return the mean uncertainty of the decisions of a text."""
 
@@ -169,6 +174,7 @@ class SingleLabel(Categorical):
     """One of several labels for each text."""
 
     name = "single_label_classification"
+    uncertainties = {"entropy": only(entropy), "confidence": only(confidence), "margin": only(margin)}
     least_labels = 2
     decisions = 1
 
