@@ -111,11 +111,26 @@ def lost_at(results: dict[str, dict], name: str, speed_up: str) -> str:
     return f"{numbers['full']['test'][metric] - numbers[policy][speed_up]['test'][metric]:.1f}"
 
 
+def token_exits(found: dict | None) -> str:
+    """Return the table of sentence-level exits beside token-level ones."""
+    if found is None:
+        return NOT_YET
+    rows = []
+    for sentence, token in zip(found["sentence"], found["token"], strict=True):
+        threshold, cells = f"{sentence['threshold']:g}", []
+        for kind, own in (("sentence", sentence), ("token", token)):
+            clock = f", {found['times'][kind][threshold]:.2f}x in time" if "times" in found else ""
+            cells.append(f"{own['f1']:.1f}, {own['flops']:.2f}x FLOPs{clock}")
+        rows.append([threshold, *cells])
+    return markdown(["entropy below", "sentences leave", "tokens stop"], rows)
+
+
 def parts(results: dict[str, dict]) -> dict[str, str]:
     """Return what the template names."""
     return {
         "task_losses": losses(results),
         "task_policies": policies(results),
         "task_times": times(results),
+        "token_exits": token_exits(results.get("token_exits")),
         **{f"task_lost_{name}": lost_at(results, name, "2") for name in TITLES},
     }
