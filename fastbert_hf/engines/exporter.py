@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..modeling.families import max_text_tokens, rotary_types
+from ..modeling.fastbert_classifier import FastBertClassifier
 from ..modeling.int8_layers import has_int8_layers
 from ..modeling.int8_products import LEVELS
 from ..modeling.modeling_fastbert import FastBertForSequenceClassification
@@ -150,6 +151,11 @@ def export(
 
 def check_model(model: Any, quantize: Any, layers_per_stage: Any) -> None:
     """Raise a `ValueError` unless a model can be exported so."""
+    if isinstance(model, FastBertClassifier) and not isinstance(model, FastBertForSequenceClassification):
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported: graphs answer for whole texts, and this model for tokens. It "
+            "runs with PyTorch; model.use_int8_layers() makes it faster."
+        )
     if not isinstance(model, FastBertForSequenceClassification) or model.engine_name != "torch":
         raise ValueError(
             f"export takes a FastBertForSequenceClassification, got {type(model).__name__}: export each member of a "
