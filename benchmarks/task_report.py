@@ -119,7 +119,8 @@ def token_exits(found: dict | None) -> str:
     for sentence, token in zip(found["sentence"], found["token"], strict=True):
         threshold, cells = f"{sentence['threshold']:g}", []
         for kind, own in (("sentence", sentence), ("token", token)):
-            clock = f", {found['times'][kind][threshold]:.2f}x in time" if "times" in found else ""
+            clock = found.get("times", {}).get(kind, {}).get(threshold)
+            clock = "" if clock is None else f", {clock:.2f}x in time"
             cells.append(f"{own['f1']:.1f}, {own['flops']:.2f}x FLOPs{clock}")
         rows.append([threshold, *cells])
     return markdown(["entropy below", "sentences leave", "tokens stop"], rows)

@@ -22,7 +22,9 @@ from fastbert_hf.evaluation import record_exits, replay_at_speed
 from fastbert_hf.evaluation.exit_record import ExitRecord
 from fastbert_hf.evaluation.task_metrics import measured, metrics_of
 from fastbert_hf.files import write_whole
+from fastbert_hf.modeling.families import max_text_tokens
 from fastbert_hf.modeling.tasks import task_of
+from fastbert_hf.rows import encoded_rows
 from fastbert_hf.training import SelfDistillationArguments, SelfDistillationTrainer
 from fastbert_hf.training.checked_trainer import CheckedTrainer
 
@@ -274,9 +276,8 @@ def time_all(sets: list[str], data_dir: Path, work_dir: Path, results_dir: Path)
         model.config.gates, model.config.exit_policy = numbers[policy].get("gates"), policy
         rows = read_splits(run, data_dir)["test"][:TIMED]
         tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-        kept = [name for name in ("tokens", "text", "text_pair") if name in rows[0]]
-        texts = [[row[name] for row in rows] for name in kept]
-        encoded = tokenizer(*texts, truncation=True, is_split_into_words="tokens" in kept)
+        encoded = encoded_rows(rows, tokenizer, max_text_tokens(model.config.text_config), model.config.label2id)
+        encoded = [{name: row[name] for name in row if name not in ("labels", "attention_mask")} for row in encoded]
         speeds = {"1": 0.0, **{name: at["speed"] for name, at in numbers[policy].items() if name != "gates"}}
         seconds: dict[str, list[float]] = {name: [] for name in speeds}
         for turn in range(6):
