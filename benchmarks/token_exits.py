@@ -158,7 +158,7 @@ def answer_by_tokens(model, rows: list[dict], threshold: float, batch_tokens: in
 
 
 def timed(model, rows: list[dict]) -> dict:
-    """Return how many times faster than speed 0 each threshold answers, by sentences and by tokens: median of three."""
+    """Return how many times faster than speed 0 each threshold answers, by sentences and by tokens: a median of 3."""
     seconds: dict = {}
     for turn in range(4):
         for kind in ("sentence", "token"):

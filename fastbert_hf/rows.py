@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .modeling.tokenization import first_of_words
-from .word_rows import WORDS, encode_words
+from .word_rows import WORDS, encode_words, token_masks
 
 
 # What a row may hold for the model beside its labels, and what stands there at padding. None: the padding token.
@@ -178,8 +177,7 @@ class _Encoder:
                     raise ValueError(f"the text of row {position} must be a string, got {text!r:.40}: leave it out.")
         encoded = self._tokenized(texts, start) if texts else {}
         if texts and self.label_kind == "token_ids" and self.tokenizer.is_fast:
-            masks = [first_of_words(encoded.word_ids(row)) for row in range(len(texts[0]))]
-            encoded = {**encoded, "token_mask": masks}
+            encoded = {**encoded, "token_mask": token_masks(encoded, len(texts[0]))}
         encoded = dict(encoded)
         label_name = next((name for name in LABEL_NAMES if name in columns), None)
         if has_words:

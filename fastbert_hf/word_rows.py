@@ -51,13 +51,18 @@ def encode_words(
         [list(words) for words in rows], is_split_into_words=True, truncation=True, max_length=max_length
     )
     columns = dict(encoded)
-    columns["token_mask"] = [first_of_words(encoded.word_ids(place)) for place in range(len(rows))]
+    columns["token_mask"] = token_masks(encoded, len(rows))
     if labels is not None:
         columns["labels"] = [
             of_tokens(encoded.word_ids(place), ids_of(own, words, label2id, start + place))
             for place, (own, words) in enumerate(zip(labels, rows, strict=True))
         ]
     return columns
+
+
+def token_masks(encoded: Any, rows: int) -> list[list[int]]:
+    """Return for each row of what a fast tokenizer gave a 1 for the first token of each word, and a 0 for others."""
+    return [first_of_words(encoded.word_ids(place)) for place in range(rows)]
 
 
 def ids_of(
