@@ -26,6 +26,7 @@ from ..files import write_whole
 from ..modeling.task_interface import Task
 from ..modeling.tasks import task_of
 from .checked_trainer import CheckedTrainer
+from .difficulty_aware_trainer import check_one_label
 from .settings_files import changes_the_model, check_settings, digest_of, digest_of_weights
 
 
@@ -150,15 +151,6 @@ def hard_shares(dataset: Dataset, names: Sequence[str] | None = None) -> dict[st
     for label in np.unique(labels).tolist():
         shares[str(label) if names is None else names[label]] = float(difficulty[labels == label].mean())
     return {**shares, "all": float(difficulty.mean())}
-
-
-def check_one_label(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` unless a model gives one label to each text: only then is a text easy or hard."""
-    if task_of(model.config).name != "single_label_classification":
-        raise ValueError(
-            f"difficulty is of texts with one label each, and this model is for {task_of(model.config).name}: train "
-            "it with Trainer."
-        )
 
 
 def _answers(logits: Any, labels: Any, task: Task) -> Any:

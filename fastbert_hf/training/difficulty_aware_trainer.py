@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from ..modeling.tasks import task_of
 from .arguments import StageArguments
 from .checked_trainer import CheckedTrainer, base_model
-from .difficulty import check_one_label
 from .objectives import difficulty_margin_loss
 
 
@@ -151,3 +150,12 @@ class DifficultyAwareTrainer(CheckedTrainer):
             # There is no loss to compute: all that is left goes to the model.
             inputs = {name: value for name, value in inputs.items() if name != "difficulty"}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+
+def check_one_label(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless a model gives one label to each text: only then is a text easy or hard."""
+    if task_of(model.config).name != "single_label_classification":
+        raise ValueError(
+            f"difficulty is of texts with one label each, and this model is for {task_of(model.config).name}: train "
+            "it with Trainer."
+        )
