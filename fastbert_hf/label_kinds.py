@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datasets import Dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # Between the labels of a text, or the words of a text and their tags, where a file has them in one cell.

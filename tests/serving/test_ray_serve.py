@@ -187,7 +187,9 @@ def test_it_ends_when_what_waits_is_answered(server):
         server.process.wait(60)
         callers.wait_for_more()
     statuses = [status for _, status, _ in callers.found]
-    assert set(statuses) <= {200, 503, "ConnectionRefusedError", "ConnectionResetError", "RemoteDisconnected"}
+    # A pipe breaks where a reset comes while the caller still writes.
+    not_let_in = {"ConnectionRefusedError", "ConnectionResetError", "BrokenPipeError"}
+    assert set(statuses) <= {200, 503, "RemoteDisconnected", *not_let_in}
     assert 503 in statuses and statuses[-1] == "ConnectionRefusedError"
     # Nobody is cut off: who was let in is answered, and who comes later is told.
     assert statuses.count("RemoteDisconnected") == 0
